@@ -1,0 +1,3 @@
+//! The agent: one binary, its roles by subcommand. This library holds its rooms, so that tests can use them.
+
+pub mod runner;

@@ -1,0 +1,3 @@
+//! Workers: one process per loaded model.
+
+pub mod protocol;

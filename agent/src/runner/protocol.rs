@@ -1,0 +1,170 @@
+//! What agent and worker say to each other.
+//!
+//! The agent starts `altiplano-agent runner` and writes one line of JSON, a [`RunnerConfig`], to its standard input,
+//! which stays open: its end means that the agent is gone, and the worker exits. The worker writes one [`RunnerEvent`]
+//! a line to its standard output, logs to its standard error, and serves the model's HTTP API on a Unix socket.
+
+use std::path::PathBuf;
+
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
+use serde::{Deserialize, Serialize};
+
+/// Everything a worker needs to know.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerConfig {
+    /// Uid of the ModelDeployment, for logs.
+    pub uid: String,
+    /// Revision of the ModelDeployment, for logs.
+    pub revision: String,
+    /// Namespace of the ModelDeployment, for metrics.
+    pub namespace: String,
+    /// Name of the ModelDeployment, for metrics.
+    pub name: String,
+    /// Name that clients ask for; stands in `model` of every response.
+    pub served_name: String,
+    /// The GGUF file (of a split model: the first part).
+    pub model_path: PathBuf,
+    /// Jinja template that replaces the file's own.
+    pub chat_template: Option<String>,
+    /// Unix socket to serve HTTP on; created with mode 0600.
+    pub socket: PathBuf,
+    /// Context sizing.
+    pub context: ContextSpec,
+    /// How llama.cpp runs the model.
+    pub engine: EngineSpec,
+    /// Queue and time limits.
+    pub traffic: TrafficSpec,
+    /// Devices that the agent granted, by llama.cpp's names; empty: the CPU alone.
+    pub devices: Vec<String>,
+    /// Layers to offload to `devices`; `None`: all.
+    pub gpu_layers: Option<u32>,
+    /// CPU threads.
+    pub threads: u32,
+}
+
+/// What a worker reports, one JSON object a line on standard output.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase", tag = "event")]
+pub enum RunnerEvent {
+    /// The model is being loaded.
+    Loading {
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// The socket accepts requests.
+    Ready(RunnerReport),
+    /// Something about the report changed, such as the context's size.
+    Changed(RunnerReport),
+    /// Requests began or ended; sent at once when the number leaves or reaches zero, else at most once a second.
+    Activity {
+        /// Requests running.
+        running: u32,
+        /// Requests waiting.
+        waiting: u32,
+    },
+    /// The worker is about to exit with a non-zero code.
+    Failed(RunnerFailure),
+}
+
+/// What a loaded model is and takes.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RunnerReport {
+    /// Cells of the KV cache, for all requests together.
+    pub context_tokens: u32,
+    /// Tokens that one request may use.
+    pub max_tokens: u32,
+    /// Requests generated at the same time.
+    pub parallel: u32,
+    /// Layers on a GPU.
+    pub layers_offloaded: u32,
+    /// Layers in all, the output layer counted.
+    pub layers_total: u32,
+    /// Memory per device, as measured after the warm-up.
+    pub memory: Vec<MemoryUse>,
+    /// Milliseconds from the worker's start to Ready.
+    pub load_milliseconds: u64,
+    /// What was asked for and could not be had, for people (such as flash attention that the device lacks).
+    pub notes: Vec<String>,
+}
+
+/// Bytes on one device.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MemoryUse {
+    /// llama.cpp's name of the device; "CPU" is host memory.
+    pub device: String,
+    /// Bytes of weights.
+    pub weights_bytes: u64,
+    /// Bytes of KV cache and other state.
+    pub context_bytes: u64,
+    /// Bytes of compute buffers.
+    pub compute_bytes: u64,
+    /// Bytes of all else that the worker takes on this device.
+    pub other_bytes: u64,
+}
+
+impl MemoryUse {
+    /// All bytes on the device.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        let Self { device: _, weights_bytes, context_bytes, compute_bytes, other_bytes } = self;
+        weights_bytes + context_bytes + compute_bytes + other_bytes
+    }
+}
+
+/// Why a worker could not go on.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerFailure {
+    /// CamelCase, such as `LoadFailed`, `UnknownArchitecture` or `InsufficientMemory`.
+    pub reason: String,
+    /// For people, with llama.cpp's own words.
+    pub message: String,
+}
+
+/// What `altiplano-agent runner --probe` prints: one JSON object on standard output.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProbeReport {
+    /// Backends that llama.cpp has here, such as "CPU" and "Vulkan".
+    pub backends: Vec<String>,
+    /// The devices, the CPU last.
+    pub devices: Vec<ProbedDevice>,
+}
+
+/// A device as llama.cpp sees it.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProbedDevice {
+    /// llama.cpp's name, such as "Vulkan0" or "CPU".
+    pub id: String,
+    /// What the driver calls it.
+    pub description: String,
+    /// The backend.
+    pub backend: String,
+    /// GPU, IntegratedGPU, Accelerator or CPU.
+    pub kind: String,
+    /// Bytes in all.
+    pub memory_total_bytes: u64,
+    /// Bytes free right now.
+    pub memory_free_bytes: u64,
+}
+
+/// What `altiplano-agent runner --estimate` prints for the [`RunnerConfig`] on its standard input: llama.cpp's dry run,
+/// no weights read.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EstimateReport {
+    /// Bytes per device at the context's initial size.
+    pub memory: Vec<MemoryUse>,
+    /// Layers that would be on a GPU.
+    pub layers_offloaded: u32,
+    /// Layers in all, the output layer counted.
+    pub layers_total: u32,
+    /// Cells of the KV cache at first.
+    pub context_tokens: u32,
+    /// Tokens that one request may use.
+    pub max_tokens: u32,
+}

@@ -1,0 +1,60 @@
+//! The CRDs as YAML, from the types.
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt;
+use serde_json::Value;
+
+use crate::{ModelDeployment, ModelNode};
+
+/// Name of the generated file and the CRD in it.
+#[must_use]
+pub fn crds() -> [(&'static str, Value); 2] {
+    [
+        ("altiplano.dev_modeldeployments.yaml", normalised(&ModelDeployment::crd())),
+        ("altiplano.dev_modelnodes.yaml", normalised(&ModelNode::crd())),
+    ]
+}
+
+fn normalised(crd: &CustomResourceDefinition) -> Value {
+    // Plain data with string keys: cannot fail.
+    let mut value = serde_json::to_value(crd).unwrap_or(Value::Null);
+    if let Some(versions) = value.pointer_mut("/spec/versions").and_then(Value::as_array_mut) {
+        for version in versions {
+            if let Some(schema) = version.pointer_mut("/schema/openAPIV3Schema") {
+                tidy(schema);
+            }
+        }
+    }
+    value
+}
+
+/// Makes derived JSON schema read like a hand-written CRD: absent is absent (not `null`), a variant's documentation
+/// joins its field's, and integers have the two formats that Kubernetes knows.
+fn tidy(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            if map.get("nullable") == Some(&Value::Bool(true)) {
+                map.remove("nullable");
+            }
+            if let Some(Value::Array(variants)) = map.get_mut("enum") {
+                variants.retain(|variant| !variant.is_null());
+            }
+            if let Some(Value::String(format)) = map.get("format")
+                && !matches!(format.as_str(), "int32" | "int64" | "date-time")
+            {
+                map.remove("format");
+            }
+            map.values_mut().for_each(tidy);
+        }
+        Value::Array(items) => items.iter_mut().for_each(tidy),
+        _ => {}
+    }
+}
+
+/// A generated CRD as the text of its committed file.
+///
+/// # Errors
+/// When the value cannot be written as YAML.
+pub fn to_yaml(crd: &Value) -> Result<String, serde_saphyr::ser::Error> {
+    Ok(format!("# Generated from crds/src by `cargo xtask crds`. Do not edit.\n{}", serde_saphyr::to_string(crd)?))
+}
