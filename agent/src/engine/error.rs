@@ -1,0 +1,73 @@
+//! What can go wrong in the engine.
+
+/// Why the engine cannot start or go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The file is not what it should be, or cannot be read.
+    #[error("cannot load {path}: {message}")]
+    LoadFailed {
+        /// The file.
+        path: String,
+        /// llama.cpp's own words.
+        message: String,
+    },
+    /// llama.cpp does not know the model's architecture.
+    #[error("cannot load {path}: {message}")]
+    UnknownArchitecture {
+        /// The file.
+        path: String,
+        /// llama.cpp's own words.
+        message: String,
+    },
+    /// The model cannot generate text (an encoder, or one without a vocabulary).
+    #[error("the model cannot generate text: {0}")]
+    UnsupportedModel(String),
+    /// A device that the agent granted is not there.
+    #[error("no device {0} in this process")]
+    UnknownDevice(String),
+    /// Memory ran out.
+    #[error("not enough memory: {0}")]
+    InsufficientMemory(String),
+    /// llama.cpp refused the context's settings.
+    #[error("cannot make a context: {0}")]
+    ContextFailed(String),
+    /// A setting that makes no sense.
+    #[error("invalid configuration: {0}")]
+    InvalidConfig(String),
+    /// llama.cpp failed while computing.
+    #[error("llama.cpp failed while computing: {0}")]
+    DecodeFailed(String),
+    /// The request waited in the queue until its deadline.
+    #[error("the request waited too long for a free slot")]
+    QueueTimeout,
+    /// The running sequences leave no room for this one.
+    #[error("the context is full: {0}")]
+    ContextFull(String),
+    /// The engine was told to stop before the request ended.
+    #[error("the model was unloaded before the request ended")]
+    ShutDown,
+    /// The thread or another part of the process could not be had.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl EngineError {
+    /// A word for conditions and metric labels.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::LoadFailed { .. } => "LoadFailed",
+            Self::UnknownArchitecture { .. } => "UnknownArchitecture",
+            Self::UnsupportedModel(_) => "UnsupportedModel",
+            Self::UnknownDevice(_) => "UnknownDevice",
+            Self::InsufficientMemory(_) => "InsufficientMemory",
+            Self::ContextFailed(_) => "ContextFailed",
+            Self::InvalidConfig(_) => "InvalidConfig",
+            Self::DecodeFailed(_) => "DecodeFailed",
+            Self::QueueTimeout => "QueueTimeout",
+            Self::ContextFull(_) => "ContextFull",
+            Self::ShutDown => "ShutDown",
+            Self::Internal(_) => "Internal",
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What goes into the engine and what comes out of it.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures::Stream;
+use tokio::sync::mpsc;
+
+use super::error::EngineError;
+use super::mailbox::Mailbox;
+
+/// A token of the model's vocabulary.
+pub type Token = i32;
+
+/// One prompt and how to go on from it.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateRequest {
+    /// Identity of the request, for logs.
+    pub id: String,
+    /// The prompt; not empty, every token of the vocabulary.
+    pub prompt: Vec<Token>,
+    /// Tokens to generate at most; clamped to what is left of the context. `None`: until the model ends, or the
+    /// context does.
+    pub max_tokens: Option<u32>,
+    /// How the next token is chosen.
+    pub sampling: SamplingParams,
+    /// Texts that end the generation; they never appear in the output.
+    pub stop: Vec<String>,
+    /// Goes on after the model's end-of-generation token, as benchmarks do.
+    pub ignore_eos: bool,
+    /// `Some(n)`: the log-probability of each token, and of the `n` most probable ones (at most [`MAX_TOP_LOGPROBS`]).
+    pub logprobs: Option<u32>,
+    /// When the request leaves the queue, should it still be waiting.
+    pub deadline: Option<Instant>,
+}
+
+/// Most alternatives per token whose log-probabilities are reported.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
+
+/// How the next token is chosen, in llama.cpp's words. The default is llama.cpp's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 or less is greedy.
+    pub temperature: f32,
+    /// Keeps this many of the most probable tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the most probable tokens that together have this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least this probable compared with the best one; 0 keeps all.
+    pub min_p: f32,
+    /// Divides the logits of tokens among the last [`PENALTY_WINDOW`]; 1 is off.
+    pub repeat_penalty: f32,
+    /// Subtracted from a token's logit for each time it was seen lately; 0 is off.
+    pub frequency_penalty: f32,
+    /// Subtracted from the logit of every token seen lately; 0 is off.
+    pub presence_penalty: f32,
+    /// Seed of the random numbers; `None`: another one for each request.
+    pub seed: Option<u32>,
+    /// Added to the logits of these tokens; at most [`MAX_LOGIT_BIAS`] entries.
+    pub logit_bias: Vec<(Token, f32)>,
+}
+
+/// Tokens that the penalties look back.
+pub const PENALTY_WINDOW: i32 = 64;
+
+/// Most entries of a logit bias.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            repeat_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: None,
+            logit_bias: Vec::new(),
+        }
+    }
+}
+
+/// One piece of an answer.
+#[derive(Clone, Debug)]
+pub enum GenerateEvent {
+    /// A token, or text that was held back until it was known not to be the beginning of a stop text.
+    Token {
+        /// Complete UTF-8; empty only when `logprob` is there.
+        text: String,
+        /// The token that completed the text.
+        token: Token,
+        /// Where the request asked for it; `None` for text that was held back.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The end; nothing comes after it.
+    Done {
+        /// Why.
+        finish_reason: FinishReason,
+        /// Tokens used.
+        usage: Usage,
+        /// Where the time went.
+        timings: Timings,
+    },
+    /// The request cannot be served any further; nothing comes after it.
+    Failed(EngineError),
+}
+
+/// Log-probability of a token, under the model's own distribution (before the sampling parameters).
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Natural logarithm of the probability.
+    pub logprob: f32,
+    /// The token's own bytes, which may be a part of a character.
+    pub bytes: Vec<u8>,
+    /// The most probable tokens, the best first.
+    pub top: Vec<TopLogprob>,
+}
+
+/// One of the most probable tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TopLogprob {
+    /// The token.
+    pub token: Token,
+    /// Natural logarithm of the probability.
+    pub logprob: f32,
+    /// The token's own bytes, which may be a part of a character.
+    pub bytes: Vec<u8>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended, or a stop text came.
+    Stop,
+    /// `max_tokens` or the context is used up.
+    Length,
+}
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Of these, the ones whose KV cells were there already.
+    pub cached_tokens: u32,
+    /// Tokens generated, the end-of-generation token counted.
+    pub completion_tokens: u32,
+}
+
+/// Where a request's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// From submission to a slot.
+    pub queue: Duration,
+    /// From the slot to the first token.
+    pub prefill: Duration,
+    /// From submission to the first token.
+    pub time_to_first_token: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// As many requests as allowed run and wait already.
+    #[error("{limit} requests are waiting already")]
+    QueueFull {
+        /// Requests that may wait.
+        limit: u32,
+    },
+    /// The prompt leaves no room for an answer.
+    #[error("the prompt has {prompt_tokens} tokens, but the context of a request is {limit}")]
+    ContextLengthExceeded {
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Tokens that a request may use.
+        limit: u32,
+    },
+    /// The prompt has no token.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// The prompt or the logit bias names a token that the vocabulary does not have.
+    #[error("token {token} is not in the vocabulary of {n_vocab}")]
+    InvalidToken {
+        /// The token.
+        token: Token,
+        /// Size of the vocabulary.
+        n_vocab: u32,
+    },
+    /// The logit bias has more than [`MAX_LOGIT_BIAS`] entries, or a number is not finite.
+    #[error("{0}")]
+    InvalidParameter(&'static str),
+    /// The engine takes no more requests.
+    #[error("the model is being unloaded")]
+    ShuttingDown,
+    /// The engine has ended by itself; the worker process is about to exit.
+    #[error("the engine has failed")]
+    EngineFailed,
+}
+
+/// An answer as it comes. Dropping it cancels the generation at the next step; reading it slowly holds up this
+/// generation alone.
+pub struct Generation {
+    pub(super) events: mpsc::Receiver<GenerateEvent>,
+    pub(super) mailbox: Arc<Mailbox>,
+}
+
+impl Stream for Generation {
+    type Item = GenerateEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let polled = self.events.poll_recv(context);
+        if polled.is_ready() {
+            // The engine may have parked the sequence because this channel was full.
+            self.mailbox.unpark();
+        }
+        polled
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.events.close();
+        self.mailbox.wake();
+    }
+}
+
+impl std::fmt::Debug for Generation {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Generation").finish_non_exhaustive()
+    }
+}
