@@ -1,0 +1,27 @@
+//! GGUF files for Altiplano's tests, benchmarks and demo, made without llama.cpp.
+//!
+//! * [`Spec`] describes a model with random weights; [`Spec::write`] writes it, also at realistic sizes, in constant
+//!   memory. Equal specs give equal bytes.
+//! * [`BadFile`] writes the files that must be refused: not a GGUF, truncated, corrupt, of an unknown architecture.
+//!
+//! A leaf crate on purpose: any other crate may take it as a dev-dependency.
+
+mod bad;
+mod gguf;
+mod spec;
+mod vocab;
+mod weights;
+
+pub use bad::BadFile;
+pub use spec::{Architecture, CHATML, Quantization, Spec, Tokenizer};
+
+/// Why a file was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The spec describes no model that llama.cpp could load.
+    #[error("invalid model spec: {0}")]
+    Invalid(String),
+    /// The disk said no.
+    #[error("cannot write the model file")]
+    Io(#[from] std::io::Error),
+}

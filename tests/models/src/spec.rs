@@ -1,0 +1,366 @@
+//! What a generated model looks like.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Error;
+use crate::gguf::Header;
+use crate::vocab::Vocabulary;
+use crate::weights::{self, Filling};
+
+/// A `ChatML` template that llama.cpp's own detection knows too.
+pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
+    message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ \
+    '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// `general.architecture` of a generated file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Architecture {
+    /// Plain attention, no biases.
+    Llama,
+    /// Like llama, with biases on query, key and value, and another rotation.
+    Qwen2,
+    /// Sliding-window attention in five layers of six, tied embeddings.
+    Gemma3,
+}
+
+/// Type of the matrices; norms and biases are always F32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Quantization {
+    /// 4 bytes per weight.
+    F32,
+    /// 2 bytes per weight.
+    F16,
+    /// 34 bytes per 32 weights.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 18 bytes per 32 weights.
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+/// The tokenizer's kind. Either takes any UTF-8 input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tokenizer {
+    /// Byte-level BPE (`gpt2`).
+    Bpe,
+    /// SentencePiece-like with byte fallback (`llama`).
+    Spm,
+}
+
+/// A model with random weights. All lengths are in tokens or elements.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec {
+    /// Architecture.
+    pub architecture: Architecture,
+    /// `general.name`.
+    pub name: String,
+    /// Tokens in the vocabulary, at least 512.
+    pub vocab: u32,
+    /// Transformer blocks.
+    pub layers: u32,
+    /// Width of the model.
+    pub embd: u32,
+    /// Attention heads; divides `embd`.
+    pub heads: u32,
+    /// Heads of keys and values; divides `heads`.
+    pub kv_heads: u32,
+    /// Width of the feed-forward part.
+    pub ff: u32,
+    /// Context length that the model claims to be trained for.
+    pub context: u32,
+    /// Window of the sliding-window layers (Gemma 3 only).
+    pub sliding_window: u32,
+    /// Type of the matrices.
+    pub quantization: Quantization,
+    /// Kind of tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Jinja chat template; `None` leaves the key out.
+    pub chat_template: Option<String>,
+    /// Keep the model from ending by itself: end-of-text and other tokens that are no printable text get logit 0, far
+    /// below the winner, so generation runs to its limit and its text is ASCII.
+    pub endless: bool,
+    /// Seed of the weights.
+    pub seed: u64,
+}
+
+impl Default for Spec {
+    /// A llama of 0.2 million parameters that loads in a millisecond.
+    fn default() -> Self {
+        Self {
+            architecture: Architecture::Llama,
+            name: "Altiplano Random".to_owned(),
+            vocab: 512,
+            layers: 2,
+            embd: 64,
+            heads: 2,
+            kv_heads: 1,
+            ff: 192,
+            context: 2048,
+            sliding_window: 256,
+            quantization: Quantization::F16,
+            tokenizer: Tokenizer::Bpe,
+            chat_template: Some(CHATML.to_owned()),
+            endless: true,
+            seed: 1,
+        }
+    }
+}
+
+impl Spec {
+    /// The shape of a well-known size: `1b` (Llama 3.2 1B), `3b` (Llama 3.2 3B) or `8b` (Llama 3.1 8B), `Q4_0`.
+    /// As files: 0.8, 2.0 and 4.5 GB.
+    #[must_use]
+    pub fn preset(size: &str) -> Option<Self> {
+        let (layers, embd, heads, ff) = match size {
+            "1b" => (16, 2048, 32, 8192),
+            "3b" => (28, 3072, 24, 8192),
+            "8b" => (32, 4096, 32, 14336),
+            _ => return None,
+        };
+        Some(Self {
+            name: format!("Altiplano Random {}", size.to_uppercase()),
+            vocab: 128_256,
+            layers,
+            embd,
+            heads,
+            kv_heads: 8,
+            ff,
+            context: 131_072,
+            quantization: Quantization::Q4_0,
+            ..Self::default()
+        })
+    }
+
+    /// Number of weights, norms and biases included.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        self.tensors().iter().map(Tensor::elements).sum()
+    }
+
+    /// Writes the file at `path`, whole or not at all, and returns its length in bytes.
+    pub fn write(&self, path: &Path) -> Result<u64, Error> {
+        // Tests in parallel may ask for the same file: each writes its own and the rename settles it.
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        self.validate()?;
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(format!(".{}-{number}.partial", std::process::id()));
+        let written = self.write_to(Path::new(&partial)).and_then(|bytes| {
+            fs::rename(&partial, path)?;
+            Ok(bytes)
+        });
+        if written.is_err() {
+            let _ = fs::remove_file(&partial);
+        }
+        written
+    }
+
+    fn write_to(&self, path: &Path) -> Result<u64, Error> {
+        let vocabulary = Vocabulary::new(self.tokenizer, self.vocab);
+        let tensors = self.tensors();
+        let header = self.header(&vocabulary, &tensors).finish();
+        let mut bytes = header.len() as u64;
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        out.write_all(&header)?;
+        for tensor in &tensors {
+            bytes += weights::write(&mut out, tensor, self.seed, |row| self.is_silent(&vocabulary, tensor, row))?;
+        }
+        out.flush()?;
+        Ok(bytes)
+    }
+
+    /// Whether this row of the output matrix belongs to a token that `endless` keeps from being said.
+    fn is_silent(&self, vocabulary: &Vocabulary, tensor: &Tensor, row: u64) -> bool {
+        let output = if self.is_tied() { "token_embd.weight" } else { "output.weight" };
+        self.endless && tensor.name == output && !vocabulary.is_text(usize::try_from(row).unwrap_or(usize::MAX))
+    }
+
+    fn is_tied(&self) -> bool {
+        self.architecture == Architecture::Gemma3
+    }
+
+    fn validate(&self) -> Result<(), Error> {
+        let invalid = |reason: String| Err(Error::Invalid(reason));
+        let Self { vocab, layers, embd, heads, kv_heads, ff, context, .. } = *self;
+        if [layers, embd, heads, kv_heads, ff, context].contains(&0) {
+            return invalid("layers, embd, heads, kv_heads, ff and context must not be 0".to_owned());
+        }
+        if vocab < 512 {
+            return invalid(format!("vocab is {vocab}, at least 512 are needed for bytes and control tokens"));
+        }
+        if embd % heads != 0 || heads % kv_heads != 0 {
+            return invalid(format!(
+                "embd {embd}, heads {heads}, kv_heads {kv_heads}: each must divide the one before"
+            ));
+        }
+        if !(embd / heads).is_multiple_of(2) {
+            return invalid(format!("heads of {} elements cannot be rotated: the number must be even", embd / heads));
+        }
+        let kv_embd = embd / heads * kv_heads;
+        if self.quantization.is_blocked() && [embd, ff, kv_embd].iter().any(|n| !n.is_multiple_of(32)) {
+            return invalid(format!(
+                "embd {embd}, ff {ff} and {kv_embd} (keys) must be multiples of 32 to be quantised"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The file's header: metadata and tensor descriptions.
+    fn header(&self, vocabulary: &Vocabulary, tensors: &[Tensor]) -> Header {
+        let arch = self.architecture.name();
+        let mut h = Header::default();
+        h.string("general.architecture", arch);
+        h.string("general.type", "model");
+        h.string("general.name", &self.name);
+        h.string("general.license", "apache-2.0");
+        h.u32("general.file_type", self.quantization.file_type());
+        h.u32("general.quantization_version", 2);
+        h.u32(&format!("{arch}.context_length"), self.context);
+        h.u32(&format!("{arch}.embedding_length"), self.embd);
+        h.u32(&format!("{arch}.block_count"), self.layers);
+        h.u32(&format!("{arch}.feed_forward_length"), self.ff);
+        h.u32(&format!("{arch}.attention.head_count"), self.heads);
+        h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
+        h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
+        h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
+        h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
+        h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
+        h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+        h.u32(&format!("{arch}.vocab_size"), self.vocab);
+        if self.architecture == Architecture::Gemma3 {
+            h.u32(&format!("{arch}.attention.sliding_window"), self.sliding_window);
+        }
+        vocabulary.describe(&mut h);
+        if let Some(template) = &self.chat_template {
+            h.string("tokenizer.chat_template", template);
+        }
+        for tensor in tensors {
+            h.tensor(&tensor.name, &tensor.shape, tensor.kind.ggml_type(), tensor.bytes());
+        }
+        h
+    }
+
+    /// Every tensor, in the file's order.
+    fn tensors(&self) -> Vec<Tensor> {
+        let Self { vocab, layers, embd, heads, kv_heads, ff, .. } = *self;
+        let (embd, ff, vocab) = (u64::from(embd), u64::from(ff), u64::from(vocab));
+        let head = embd / u64::from(heads);
+        let kv = head * u64::from(kv_heads);
+        let gain = |factor: f32| Filling::Random { gain: factor };
+        let mut all = Vec::new();
+        let mut matrix = |name: String, rows: u64, columns: u64, filling: Filling| {
+            all.push(Tensor { name, shape: vec![columns, rows], kind: self.quantization, filling });
+        };
+        matrix("token_embd.weight".to_owned(), vocab, embd, gain(3.0));
+        for i in 0..layers {
+            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(1.0));
+            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(1.0));
+            matrix(format!("blk.{i}.attn_v.weight"), kv, embd, gain(1.0));
+            matrix(format!("blk.{i}.attn_output.weight"), embd, embd, gain(1.0));
+            matrix(format!("blk.{i}.ffn_gate.weight"), ff, embd, gain(1.0));
+            matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, gain(1.0));
+            matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, gain(1.0));
+        }
+        if !self.is_tied() {
+            matrix("output.weight".to_owned(), vocab, embd, gain(3.0));
+        }
+
+        let mut vector = |name: String, length: u64, filling: Filling| {
+            all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
+        };
+        for i in 0..layers {
+            vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
+            vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
+            match self.architecture {
+                Architecture::Llama => {}
+                Architecture::Qwen2 => {
+                    vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
+                    vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
+                    vector(format!("blk.{i}.attn_v.bias"), kv, gain(0.1));
+                }
+                Architecture::Gemma3 => {
+                    vector(format!("blk.{i}.attn_q_norm.weight"), head, Filling::Ones);
+                    vector(format!("blk.{i}.attn_k_norm.weight"), head, Filling::Ones);
+                    vector(format!("blk.{i}.post_attention_norm.weight"), embd, Filling::Ones);
+                    vector(format!("blk.{i}.post_ffw_norm.weight"), embd, Filling::Ones);
+                }
+            }
+        }
+        vector("output_norm.weight".to_owned(), embd, Filling::Ones);
+        all
+    }
+}
+
+/// One tensor: its shape in the file's order (the first number is the length of a row).
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) kind: Quantization,
+    pub(crate) filling: Filling,
+}
+
+impl Tensor {
+    pub(crate) fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Length in the file, without padding.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.kind.bytes(self.elements())
+    }
+
+    pub(crate) fn rows(&self) -> u64 {
+        self.shape.iter().skip(1).product()
+    }
+}
+
+impl Architecture {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Gemma3 => "gemma3",
+        }
+    }
+}
+
+impl Quantization {
+    fn is_blocked(self) -> bool {
+        matches!(self, Self::Q8_0 | Self::Q4_0)
+    }
+
+    /// `ggml_type`.
+    pub(crate) fn ggml_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q8_0 => 8,
+        }
+    }
+
+    /// `llama_ftype`.
+    fn file_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q8_0 => 7,
+        }
+    }
+
+    /// Bytes that so many weights take.
+    pub(crate) fn bytes(self, elements: u64) -> u64 {
+        match self {
+            Self::F32 => elements * 4,
+            Self::F16 => elements * 2,
+            Self::Q8_0 => elements / 32 * 34,
+            Self::Q4_0 => elements / 32 * 18,
+        }
+    }
+}
