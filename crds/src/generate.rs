@@ -22,20 +22,21 @@ fn normalised(crd: &CustomResourceDefinition) -> Value {
         for version in versions {
             if let Some(schema) = version.pointer_mut("/schema/openAPIV3Schema") {
                 tidy(schema);
+                if let Some(status) = schema.pointer_mut("/properties/status") {
+                    drop_defaults(status);
+                }
             }
         }
     }
     value
 }
 
-/// Makes derived JSON schema read like a hand-written CRD: absent is absent (not `null`), a variant's documentation
-/// joins its field's, and integers have the two formats that Kubernetes knows.
+/// Makes derived JSON schema read like a hand-written CRD: absent is absent (not `null`), descriptions flow, a nested
+/// object's default is `{}` (its own fields have theirs), and numbers and formats are those that Kubernetes knows.
 fn tidy(schema: &mut Value) {
     match schema {
         Value::Object(map) => {
-            if map.get("nullable") == Some(&Value::Bool(true)) {
-                map.remove("nullable");
-            }
+            map.remove("nullable");
             if let Some(Value::Array(variants)) = map.get_mut("enum") {
                 variants.retain(|variant| !variant.is_null());
             }
@@ -44,9 +45,38 @@ fn tidy(schema: &mut Value) {
             {
                 map.remove("format");
             }
+            if let Some(Value::String(text)) = map.get_mut("description") {
+                *text = text.split("\n\n").map(|part| part.replace('\n', " ")).collect::<Vec<_>>().join("\n\n");
+            }
+            if let Some(Value::Object(default)) = map.get_mut("default") {
+                default.clear();
+            }
             map.values_mut().for_each(tidy);
         }
         Value::Array(items) => items.iter_mut().for_each(tidy),
+        Value::Number(number) => {
+            if let Some(whole) = whole(number) {
+                *number = whole.into();
+            }
+        }
+        _ => {}
+    }
+}
+
+/// schemars writes bounds as floating point; Kubernetes' own CRDs do not.
+fn whole(number: &serde_json::Number) -> Option<i64> {
+    #[expect(clippy::cast_possible_truncation, reason = "checked: the bounds are small whole numbers")]
+    number.as_f64().filter(|value| value.fract() == 0.0 && value.abs() < 9e15).map(|value| value as i64)
+}
+
+/// A status has no defaults: what its writer leaves out is absent.
+fn drop_defaults(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            map.remove("default");
+            map.values_mut().for_each(drop_defaults);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_defaults),
         _ => {}
     }
 }
