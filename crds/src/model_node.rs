@@ -7,6 +7,8 @@
 //! enums in status, entries of `spec.models` are parsed one by one ([`RawAssignment::parse`]), and their schema carries
 //! no rules (a ModelDeployment's have been applied before).
 
+#![expect(unreachable_pub, reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator};

@@ -1,5 +1,7 @@
 //! What a user asks for.
 
+#![expect(unreachable_pub, reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Toleration;
