@@ -3,12 +3,14 @@
 //! * [`Spec`] describes a model with random weights; [`Spec::write`] writes it, also at realistic sizes, in constant
 //!   memory. Equal specs give equal bytes.
 //! * [`BadFile`] writes the files that must be refused: not a GGUF, truncated, corrupt, of an unknown architecture.
+//! * [`toy`] is a trained chat model of two megabytes whose greedy answers are known.
 //!
 //! A leaf crate on purpose: any other crate may take it as a dev-dependency.
 
 mod bad;
 mod gguf;
 mod spec;
+pub mod toy;
 mod vocab;
 mod weights;
 
