@@ -1,0 +1,32 @@
+//! The official clients, for the tests that use them: a Python environment of their own.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+
+use super::{folder_once, step};
+use crate::command::{command, find, output};
+
+/// Makes the environment of tests/clients/requirements.txt.
+pub(super) fn clients() -> Result<()> {
+    folder_once(
+        &xtask::python_dir(),
+        || xtask::python().is_some(),
+        |dir| {
+            step("Python clients", || {
+                if find("python3").is_none() {
+                    bail!("python3 is missing: install it (Debian and Ubuntu: apt-get install python3 python3-venv)");
+                }
+                // The environment is moved into place afterwards; that breaks its scripts, which nobody uses, and not
+                // its interpreter.
+                output(command("python3").args(["-m", "venv"]).arg(dir)).context("is python3-venv installed?")?;
+                output(
+                    command(dir.join("bin/python"))
+                        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"])
+                        .arg(xtask::repository().join("tests/clients/requirements.txt")),
+                )?;
+                Ok(fs::write(dir.join("requirements.txt"), xtask::PYTHON_REQUIREMENTS)?)
+            })
+        },
+    )
+}

@@ -1,0 +1,158 @@
+//! `cargo xtask test`.
+
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::{
+    command::{cargo, command, run as execute},
+    setup,
+};
+
+/// More than this many GiB in CI's kept target folder, and it is built anew: every clone leaves its own crates there.
+const KEPT_TARGET_GIB: u64 = 20;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only these: fmt, clippy, deny, advisories, build, test, a crate (operator), or a file of tests/tests
+    #[arg(long, num_args = 1.., value_name = "SUITE")]
+    only: Vec<String>,
+}
+
+/// What one name on the command line stands for.
+#[derive(Debug, PartialEq, Eq)]
+enum Suite {
+    Format,
+    Clippy,
+    Deny,
+    Advisories,
+    Build,
+    Workspace,
+    Crate(String),
+    Integration(String),
+}
+
+/// Everything, in the order in which a mistake shows soonest. Advisories are not in it: they change without this tree
+/// changing, and need GitHub.
+const ALL: [Suite; 5] = [Suite::Format, Suite::Clippy, Suite::Deny, Suite::Build, Suite::Workspace];
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let chosen = if options.only.is_empty() { Vec::from(ALL) } else { choose(&options.only)? };
+    let runs_tests =
+        chosen.iter().any(|suite| matches!(suite, Suite::Workspace | Suite::Crate(_) | Suite::Integration(_)));
+    if chosen.contains(&Suite::Format) {
+        // Needs nothing: fails before anything is installed.
+        timed(&Suite::Format)?;
+    }
+    bound_kept_target()?;
+    if runs_tests {
+        setup::all()?;
+    } else {
+        setup::packages()?;
+    }
+    chosen.iter().filter(|suite| **suite != Suite::Format).try_for_each(timed)
+}
+
+fn choose(names: &[String]) -> Result<Vec<Suite>> {
+    let mut suites = Vec::new();
+    for name in names {
+        let suite = match name.as_str() {
+            "fmt" => Suite::Format,
+            "clippy" => Suite::Clippy,
+            "deny" => Suite::Deny,
+            "advisories" => Suite::Advisories,
+            "build" => Suite::Build,
+            "test" => Suite::Workspace,
+            name => {
+                let root = xtask::repository();
+                if root.join("tests/tests").join(name).with_extension("rs").is_file() {
+                    // These run the built programs.
+                    suites.push(Suite::Build);
+                    Suite::Integration(name.to_owned())
+                } else if root.join(name).join("Cargo.toml").is_file() {
+                    Suite::Crate(name.to_owned())
+                } else {
+                    bail!("no suite is called {name}; see cargo xtask test --help");
+                }
+            }
+        };
+        suites.push(suite);
+    }
+    suites.dedup();
+    Ok(suites)
+}
+
+fn timed(suite: &Suite) -> Result<()> {
+    let start = Instant::now();
+    eprintln!("==> {suite:?}");
+    execute_suite(suite)?;
+    eprintln!("==> {suite:?}: passed in {:.0} s", start.elapsed().as_secs_f32());
+    Ok(())
+}
+
+fn execute_suite(suite: &Suite) -> Result<()> {
+    match suite {
+        Suite::Format => execute(cargo().args(["fmt", "--all", "--check"])),
+        Suite::Clippy => {
+            execute(cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
+        }
+        Suite::Deny => {
+            setup::ensure_cargo_deny()?;
+            execute(command(setup::cargo_deny()).args(["--locked", "check", "bans", "licenses", "sources"]))
+        }
+        Suite::Advisories => {
+            setup::ensure_cargo_deny()?;
+            execute(command(setup::cargo_deny()).args(["--locked", "check", "advisories"]))
+        }
+        // With --all-targets the features are those of the tests, so that nothing is built twice.
+        Suite::Build => execute(cargo().args(["build", "--workspace", "--all-targets", "--locked"])),
+        Suite::Workspace => tests(&["--workspace"]),
+        Suite::Crate(name) => tests(&["--package", &package(name)]),
+        Suite::Integration(name) => tests(&["--package", "altiplano-tests", "--test", name]),
+    }
+}
+
+fn package(folder: &str) -> String {
+    if folder == "xtask" { folder.to_owned() } else { format!("altiplano-{folder}") }
+}
+
+fn tests(arguments: &[&str]) -> Result<()> {
+    let programs = xtask::target_dir().join("debug");
+    execute(
+        cargo()
+            .args(["test", "--locked", "--no-fail-fast"])
+            .args(arguments)
+            .env("ALTIPLANO_BIN_DIR", programs)
+            // Golden files are compared, never rewritten, whatever the shell says.
+            .env("INSTA_UPDATE", "no"),
+    )
+}
+
+/// The target folder that CI keeps grows by each clone's own crates: bounded by starting over.
+fn bound_kept_target() -> Result<()> {
+    let dir = xtask::target_dir();
+    if !dir.starts_with(xtask::cache()) || !dir.is_dir() {
+        return Ok(());
+    }
+    let kibibytes = crate::command::output(command("du").args(["--summarize", "--block-size=1K"]).arg(&dir))?;
+    let kibibytes: u64 = kibibytes.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0);
+    if kibibytes >> 20 > KEPT_TARGET_GIB {
+        eprintln!("{} holds {} GiB: removed, to be built anew", dir.display(), kibibytes >> 20);
+        std::fs::remove_dir_all(&dir)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stand_for_suites() {
+        let chosen = choose(&["fmt".into(), "operator".into(), "control_plane".into()]).unwrap();
+        let expected =
+            [Suite::Format, Suite::Crate("operator".into()), Suite::Build, Suite::Integration("control_plane".into())];
+        assert_eq!(chosen, expected);
+        assert!(choose(&["no-such".into()]).unwrap_err().to_string().contains("no-such"));
+    }
+}
