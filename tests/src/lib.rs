@@ -1,1 +1,51 @@
-//! placeholder
+//! The harness of Altiplano's tests: a real control plane on this machine, real programs under the chart's rights, and
+//! waits that say what they saw.
+//!
+//! * [`ControlPlane`]: etcd, kube-apiserver and kube-controller-manager on free loopback ports. One per test binary
+//!   ([`ControlPlane::shared`]), or one's own where a test stops or damages it.
+//! * [`Proc`]: a program with its log, its signals and its end. Whatever a test starts ends with the test, also when the
+//!   test is killed: see [`sandbox`].
+//! * [`Operator`], [`Agent`]: the built programs with the tokens of pods that the API server knows, never an
+//!   administrator's.
+//! * [`wait_for`]: the only way to wait. Its error says what was there instead.
+//!
+//! Nothing here is skipped when something is missing: it fails and says which command brings it.
+
+mod audit;
+mod chart;
+mod control_plane;
+mod identity;
+mod pki;
+mod process;
+mod programs;
+pub mod report;
+pub mod sandbox;
+mod wait;
+
+pub use audit::Write;
+pub use chart::{CRDS, NAMESPACE, RELEASE, render_chart, run_helm};
+pub use control_plane::{ControlPlane, free_port};
+pub use identity::PodIdentity;
+pub use process::Proc;
+pub use programs::{Agent, AgentOptions, Operator, program};
+pub use wait::wait_for;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+/// The Python interpreter that has the official clients.
+pub fn python() -> Result<PathBuf> {
+    xtask::python().context("the Python clients are not installed: run `cargo xtask setup`")
+}
+
+/// Helm.
+pub fn helm() -> Result<PathBuf> {
+    xtask::helm().context("Helm is not built: run `cargo xtask setup`")
+}
+
+/// The root of the repository.
+#[must_use]
+pub fn repository() -> PathBuf {
+    xtask::repository()
+}

@@ -1,0 +1,102 @@
+//! The chart, through the real Helm and the real API server.
+
+use altiplano_tests::{ControlPlane, NAMESPACE, RELEASE, render_chart, run_helm};
+use anyhow::Result;
+
+/// Values that reach every branch of the templates.
+const EVERYTHING: [&str; 21] = [
+    "imagePullSecrets={pull}",
+    "operator.replicas=3",
+    "operator.image.tag=1.2.3",
+    "operator.nodeSelector.zone=a",
+    "operator.tolerations[0].operator=Exists",
+    "operator.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey=zone",
+    "operator.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].labelSelector.matchLabels.a=b",
+    "operator.priorityClassName=system-cluster-critical",
+    "operator.podAnnotations.note=x",
+    "agent.fileRoots={/srv/models,/mnt/more}",
+    "agent.allowHttp=true",
+    "agent.allowPrivateNetworks=true",
+    "agent.nodeSelector.gpu=present",
+    "agent.affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey=zone",
+    "agent.runtimeClassName=nvidia",
+    "agent.priorityClassName=system-node-critical",
+    "agent.podAnnotations.note=x",
+    "agent.extraVolumes[0].name=dri",
+    "agent.extraVolumes[0].hostPath.path=/dev/dri",
+    "agent.extraVolumeMounts[0].name=dri",
+    "agent.extraVolumeMounts[0].mountPath=/dev/dri",
+];
+
+#[test]
+fn lint_finds_nothing() -> Result<()> {
+    let version = format!("--kube-version={}", xtask::kubernetes_version());
+    let told = run_helm(&["lint", "--strict", "charts/altiplano", &version])?;
+    assert!(told.contains("0 chart(s) failed"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn wrong_values_are_refused_by_name() {
+    for (value, named) in [
+        ("agent.port=80", "port"),
+        ("agent.fileRoots={models}", "fileRoots"),
+        ("agent.gpus=1", "gpus"),
+        ("operator.replicas=0", "replicas"),
+        ("agent.modelPorts.first=9999,agent.modelPorts.last=9000", "modelPorts"),
+    ] {
+        let error = render_chart(&[value]).expect_err(value).to_string();
+        assert!(error.contains(named), "{value}: {error}");
+    }
+}
+
+#[test]
+fn crds_can_be_left_out() -> Result<()> {
+    let count = |yaml: &str| yaml.matches("kind: CustomResourceDefinition").count();
+    assert_eq!(count(&render_chart(&[])?), 2);
+    assert_eq!(count(&render_chart(&["crds.install=false"])?), 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_api_server_accepts_every_object() -> Result<()> {
+    let cluster = ControlPlane::shared_with_chart().await?;
+    for values in [&[][..], &EVERYTHING] {
+        let yaml = render_chart(values)?;
+        let dry_run =
+            ["apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"];
+        let told = cluster.kubectl_with(&dry_run, &yaml)?;
+        for object in ["daemonset.apps/altiplano-agent", "deployment.apps/altiplano-operator"] {
+            assert!(told.contains(object), "{told}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn helm_installs_upgrades_and_uninstalls() -> Result<()> {
+    let cluster = ControlPlane::start().await?;
+    let kubeconfig = cluster.kubeconfig().to_string_lossy().into_owned();
+    let helm =
+        |arguments: &[&str]| run_helm(&[arguments, &["--kubeconfig", &kubeconfig, "--namespace", NAMESPACE]].concat());
+    let notes = helm(&["install", RELEASE, "charts/altiplano", "--create-namespace"])?;
+    assert!(notes.contains("kubectl get modelnodes"), "{notes}");
+    helm(&["upgrade", RELEASE, "charts/altiplano", "--set", "operator.replicas=1"])?;
+    let replicas = cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "get",
+        "deployment/altiplano-operator",
+        "-o",
+        "jsonpath={.spec.replicas}",
+    ])?;
+    assert_eq!(replicas, "1");
+
+    helm(&["uninstall", RELEASE])?;
+    let left = cluster.kubectl(&["get", "crd,clusterrole,validatingadmissionpolicy", "-o", "name"])?;
+    let ours: Vec<_> = left.lines().filter(|name| name.contains("altiplano")).collect();
+    let kept = ["modeldeployments.altiplano.dev", "modelnodes.altiplano.dev"];
+    let kept = kept.map(|name| format!("customresourcedefinition.apiextensions.k8s.io/{name}"));
+    assert_eq!(ours, kept, "the CRDs, and the models in them, outlive the release; nothing else does");
+    cluster.stop().await
+}
