@@ -39,7 +39,6 @@ pub struct ControlPlane {
     port: u16,
     etcd_url: String,
     admin: PathBuf,
-    // Stopped in this order: the API server waits long for an etcd that went first.
     api_server: Mutex<Option<Proc>>,
     controller_manager: Proc,
     etcd: Proc,
@@ -220,13 +219,13 @@ impl ControlPlane {
 
     /// Ends it in order, with time to write. Dropping it does without the time.
     pub async fn stop(mut self) -> Result<()> {
+        // First the one whose watches the API server would wait for, last the one that the API server writes to.
+        self.controller_manager.terminate(STOP).await?;
         let api_server = self.locked().take();
         if let Some(mut api_server) = api_server {
             api_server.terminate(STOP).await?;
         }
-        self.controller_manager.terminate(STOP).await?;
-        self.etcd.terminate(STOP).await?;
-        Ok(())
+        self.etcd.terminate(STOP).await.map(drop)
     }
 
     fn locked(&self) -> MutexGuard<'_, Option<Proc>> {

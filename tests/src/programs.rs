@@ -1,7 +1,6 @@
 //! The built operator and agent.
 
 use std::{
-    net::TcpListener,
     path::PathBuf,
     process::{Command, ExitStatus},
     time::Duration,
@@ -13,7 +12,6 @@ use crate::{ControlPlane, NAMESPACE, PodIdentity, Proc, control_plane::tls, free
 
 /// How long a program may take until it answers; it takes far less on an idle machine.
 const START: Duration = Duration::from_mins(1);
-const MODEL_PORTS: u16 = 80;
 
 /// A program of this workspace, from `ALTIPLANO_BIN_DIR` or from the folder that this one was built into.
 pub fn program(name: &str) -> Result<PathBuf> {
@@ -116,15 +114,14 @@ impl Agent {
             Some(pod) => pod,
             None => cluster.pod_identity(NAMESPACE, "altiplano-agent", "altiplano-agent", Some(node)).await?,
         };
-        let port = free_port()?;
-        let (first, last) = free_range()?;
+        let listen = format!("127.0.0.1:{}", free_port()?);
         let mut command = Command::new(program("altiplano-agent")?);
         command
             .env("KUBECONFIG", cluster.kubeconfig_for(&pod.token)?)
-            .env("RUST_LOG", log_level())
+            .env("ALTIPLANO_LOG", log_level())
             .args(["node", "--node-name", node, "--namespace", NAMESPACE])
             .args(["--pod-name", &pod.pod, "--pod-uid", &pod.uid, "--address", "127.0.0.1"])
-            .args(["--listen-port", &port.to_string(), "--port-range", &format!("{first}-{last}")])
+            .args(["--listen", &listen])
             .arg("--state-dir")
             .arg(&state_dir);
         for root in file_roots {
@@ -132,7 +129,7 @@ impl Agent {
         }
         command.args(arguments).envs(environment);
         let mut proc = Proc::start(&format!("agent-{node}"), command)?;
-        let url = format!("http://127.0.0.1:{port}");
+        let url = format!("http://{listen}");
         answers(&mut proc, &format!("{url}/healthz")).await?;
         Ok(Self { proc, node: node.to_owned(), url, state_dir, pod })
     }
@@ -181,18 +178,4 @@ async fn get(url: &str) -> Result<String> {
     let body = response.text().await?;
     ensure!(status.is_success(), "{url}: {status}: {body}");
     Ok(body)
-}
-
-/// A range of ports of which none is in use, below those that the kernel hands out.
-fn free_range() -> Result<(u16, u16)> {
-    let random = u16::from_str_radix(&sandbox::random_hex()?[..4], 16)?;
-    for attempt in 0..100 {
-        let block = (random % 200 + attempt) % 200;
-        let first = 12_000 + block * MODEL_PORTS;
-        let last = first + MODEL_PORTS - 1;
-        if (first..=last).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
-            return Ok((first, last));
-        }
-    }
-    bail!("no {MODEL_PORTS} free ports in a row")
 }

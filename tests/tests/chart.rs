@@ -4,8 +4,9 @@ use altiplano_tests::{ControlPlane, NAMESPACE, RELEASE, render_chart, run_helm};
 use anyhow::Result;
 
 /// Values that reach every branch of the templates.
-const EVERYTHING: [&str; 21] = [
+const EVERYTHING: [&str; 24] = [
     "imagePullSecrets={pull}",
+    "listenAddress=[::]",
     "operator.replicas=3",
     "operator.image.tag=1.2.3",
     "operator.nodeSelector.zone=a",
@@ -15,6 +16,8 @@ const EVERYTHING: [&str; 21] = [
     "operator.priorityClassName=system-cluster-critical",
     "operator.podAnnotations.note=x",
     "agent.fileRoots={/srv/models,/mnt/more}",
+    "agent.denyNetworks={10.0.0.0/8,fd00::/8}",
+    "agent.storageCapacityBytes=1000000000000",
     "agent.allowHttp=true",
     "agent.allowPrivateNetworks=true",
     "agent.nodeSelector.gpu=present",

@@ -170,7 +170,7 @@ async fn rights_are_what_the_roles_say_and_no_more() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_agent_writes_its_own_node_only() -> Result<()> {
+async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
     let cluster = ControlPlane::shared_with_chart().await?;
     for name in ["policy-a", "policy-b"] {
         cluster.create_node(name, &[], &[]).await?;
