@@ -15,6 +15,9 @@ pub fn crds() -> [(&'static str, Value); 2] {
     ]
 }
 
+/// An entry of a ModelNode's `spec.models`.
+const ASSIGNMENT: &str = "/properties/spec/properties/models/items";
+
 fn normalised(crd: &CustomResourceDefinition) -> Value {
     // Plain data with string keys: cannot fail.
     let mut value = serde_json::to_value(crd).unwrap_or(Value::Null);
@@ -22,6 +25,9 @@ fn normalised(crd: &CustomResourceDefinition) -> Value {
         for version in versions {
             if let Some(schema) = version.pointer_mut("/schema/openAPIV3Schema") {
                 tidy(schema);
+                if let Some(assignment) = schema.pointer_mut(ASSIGNMENT) {
+                    relax(assignment);
+                }
                 if let Some(status) = schema.pointer_mut("/properties/status") {
                     drop_defaults(status);
                 }
@@ -67,6 +73,23 @@ fn tidy(schema: &mut Value) {
 fn whole(number: &serde_json::Number) -> Option<i64> {
     #[expect(clippy::cast_possible_truncation, reason = "checked: the bounds are small whole numbers")]
     number.as_f64().filter(|value| value.fract() == 0.0 && value.abs() < 9e15).map(|value| value as i64)
+}
+
+/// Removes what belongs to the object that a user writes: rules, enums and defaults. A newer operator may send an older
+/// ModelNode what that schema would refuse or change.
+fn relax(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            if map.remove("enum").is_some() {
+                map.insert("maxLength".into(), 64.into());
+            }
+            map.remove("x-kubernetes-validations");
+            map.remove("default");
+            map.values_mut().for_each(relax);
+        }
+        Value::Array(items) => items.iter_mut().for_each(relax),
+        _ => {}
+    }
 }
 
 /// A status has no defaults: what its writer leaves out is absent.

@@ -7,7 +7,11 @@
 //! enums in status, entries of `spec.models` are parsed one by one ([`RawAssignment::parse`]), and their schema carries
 //! no rules (a ModelDeployment's have been applied before).
 
-#![expect(unreachable_pub, reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct")]
+#![expect(clippy::duplicated_attributes, reason = "each printer column names its type")]
+#![expect(
+    unreachable_pub,
+    reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct"
+)]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -30,12 +34,39 @@ use crate::schema;
     status = "ModelNodeStatus",
     derive = "PartialEq",
     doc = "ModelNode is the contract between Altiplano's operator and the agent on the Node of the same name: the operator writes spec (what should be on the node), the agent writes status (what is). Neither is for people to edit.",
-    printcolumn(name = "Agent", type_ = "string", json_path = ".status.agent.version", description = "Version of the agent"),
-    printcolumn(name = "Devices", type_ = "string", json_path = ".status.deviceSummary", description = "Devices that hold models"),
-    printcolumn(name = "Models", type_ = "string", json_path = ".status.modelSummary", description = "Ready models of assigned ones"),
+    printcolumn(
+        name = "Agent",
+        type_ = "string",
+        json_path = ".status.agent.version",
+        description = "Version of the agent"
+    ),
+    printcolumn(
+        name = "Devices",
+        type_ = "string",
+        json_path = ".status.deviceSummary",
+        description = "Devices that hold models"
+    ),
+    printcolumn(
+        name = "Models",
+        type_ = "string",
+        json_path = ".status.modelSummary",
+        description = "Ready models of assigned ones"
+    ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "Addresses", type_ = "string", json_path = ".status.addresses[*].address", priority = 1, description = "Where the agent listens"),
-    printcolumn(name = "Memory", type_ = "string", json_path = ".status.memorySummary", priority = 1, description = "Memory reserved of all there is")
+    printcolumn(
+        name = "Addresses",
+        type_ = "string",
+        json_path = ".status.addresses[*].address",
+        priority = 1,
+        description = "Where the agent listens"
+    ),
+    printcolumn(
+        name = "Memory",
+        type_ = "string",
+        json_path = ".status.memorySummary",
+        priority = 1,
+        description = "Memory reserved of all there is"
+    )
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -69,9 +100,7 @@ impl JsonSchema for RawAssignment {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let mut value = serde_json::Value::from(ModelAssignment::json_schema(generator));
-        schema::relax(&mut value);
-        Schema::try_from(value).unwrap_or_default()
+        ModelAssignment::json_schema(generator)
     }
 
     fn inline_schema() -> bool {
@@ -257,7 +286,7 @@ pub struct AgentInfo {
     pub started_at: String,
 
     /// llama.cpp backends that it has, such as "CPU" and "Vulkan".
-    #[schemars(schema_with = "schema::atomic::<String>", length(max = 16))]
+    #[schemars(schema_with = "schema::short_names", length(max = 16))]
     pub backends: Vec<String>,
 }
 
@@ -290,7 +319,7 @@ pub struct Device {
     #[schemars(length(max = 64))]
     pub backend: String,
 
-    /// GPU, IntegratedGPU, Accelerator or CPU.
+    /// GPU, `IntegratedGPU`, Accelerator or CPU.
     #[serde(rename = "type")]
     #[schemars(length(max = 32))]
     pub kind: String,
@@ -362,7 +391,7 @@ pub struct ModelState {
 
     /// Devices that hold it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(schema_with = "schema::atomic::<String>", length(max = 32))]
+    #[schemars(schema_with = "schema::short_names", length(max = 32))]
     pub devices: Vec<String>,
 
     /// Layers on a GPU.

@@ -25,7 +25,7 @@ pub const OPERATOR_FIELD_MANAGER: &str = "altiplano-operator";
 /// Field manager of the agent's server-side applies.
 pub const AGENT_FIELD_MANAGER: &str = "altiplano-agent";
 
-/// Name of the port in a model's Service and EndpointSlices.
+/// Name of the port in a model's Service and `EndpointSlice`s.
 pub const PORT_NAME: &str = "http";
 
 /// Port of every model's Service.

@@ -9,6 +9,11 @@ pub(crate) fn atomic<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     schema
 }
 
+/// An atomic list of short names, such as devices.
+pub(crate) fn short_names(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "array", "items": {"type": "string", "maxLength": 64}, "x-kubernetes-list-type": "atomic"})
+}
+
 /// The standard conditions: a list-map keyed by `type`.
 pub(crate) fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
@@ -48,22 +53,4 @@ pub(crate) fn tolerations(_: &mut SchemaGenerator) -> Schema {
             }
         }
     })
-}
-
-/// Removes validation that belongs to the object a user writes: rules, enums and defaults. A newer operator may send
-/// an older agent's ModelNode what that schema would refuse or change.
-pub(crate) fn relax(value: &mut serde_json::Value) {
-    match value {
-        serde_json::Value::Object(map) => {
-            // A property may itself be called `default` or `enum`; those of a schema hold no schema object.
-            if !map.contains_key("properties") || map.contains_key("type") {
-                for key in ["x-kubernetes-validations", "enum", "default"] {
-                    map.remove(key);
-                }
-            }
-            map.values_mut().for_each(relax);
-        }
-        serde_json::Value::Array(items) => items.iter_mut().for_each(relax),
-        _ => {}
-    }
 }

@@ -1,5 +1,7 @@
 //! The committed YAML is what the types say, and the schema keeps Kubernetes' API conventions.
 
+#![expect(clippy::expect_used, reason = "a helper of tests fails like a test")]
+
 use std::path::Path;
 
 use altiplano_crds::generate::{crds, to_yaml};
@@ -52,7 +54,10 @@ fn the_schema_keeps_the_api_conventions() {
             if path.is_empty() {
                 return;
             }
-            if !path.ends_with("[]") && !path.ends_with("{}") && !schema.get("description").is_some_and(Value::is_string) {
+            if !path.ends_with("[]")
+                && !path.ends_with("{}")
+                && !schema.get("description").is_some_and(Value::is_string)
+            {
                 problem("no description");
             }
             if !field.starts_with(|c: char| c.is_ascii_lowercase()) || field.contains(['_', '-']) {
@@ -107,7 +112,10 @@ fn a_status_has_neither_enums_nor_defaults() {
         walk("status", status, &mut |path, schema| {
             assert!(schema.get("default").is_none(), "{name} {path}: default");
             let condition_status = path.ends_with("conditions[].status");
-            assert!(schema.get("enum").is_none() || condition_status, "{name} {path}: an unknown value would refuse the whole status");
+            assert!(
+                schema.get("enum").is_none() || condition_status,
+                "{name} {path}: an unknown value would refuse the whole status"
+            );
         });
     }
 }

@@ -1,6 +1,9 @@
 //! What a user asks for.
 
-#![expect(unreachable_pub, reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct")]
+#![expect(
+    unreachable_pub,
+    reason = "KubeSchema derives a private copy of each struct with rules, as public as the struct"
+)]
 
 use std::collections::BTreeMap;
 
@@ -302,17 +305,17 @@ pub enum RopeScaling {
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct UnloadSpec {
-    /// Never keeps it in memory; WhenIdle unloads after `idleSeconds` without a request; AfterRequest unloads
+    /// Never keeps it in memory; `WhenIdle` unloads after `idleSeconds` without a request; `AfterRequest` unloads
     /// `graceSeconds` after the last one ended.
     #[serde(default)]
     pub policy: UnloadPolicy,
 
-    /// Seconds without a request before WhenIdle unloads.
+    /// Seconds without a request before `WhenIdle` unloads.
     #[serde(default = "idle_seconds")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub idle_seconds: i32,
 
-    /// Seconds after the last request before AfterRequest unloads.
+    /// Seconds after the last request before `AfterRequest` unloads.
     #[serde(default = "two")]
     #[schemars(range(min = 0, max = 3600))]
     pub grace_seconds: i32,
@@ -374,12 +377,12 @@ pub struct EngineSpec {
     #[serde(default)]
     pub flash_attention: FlashAttention,
 
-    /// Most tokens handed to llama.cpp in one call (n_batch).
+    /// Most tokens handed to llama.cpp in one call (`n_batch`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 32, max = 65_536))]
     pub batch_tokens: Option<i32>,
 
-    /// Most tokens computed at once (n_ubatch); more is faster and takes more memory.
+    /// Most tokens computed at once (`n_ubatch`); more is faster and takes more memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 32, max = 8192))]
     pub micro_batch_tokens: Option<i32>,

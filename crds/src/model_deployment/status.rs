@@ -14,7 +14,7 @@ pub struct ModelDeploymentStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Ready, Placed, ModelAvailable, Progressing and Degraded.
+    /// Ready, Placed, `ModelAvailable`, Progressing and Degraded.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
@@ -91,7 +91,7 @@ pub struct ModelInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parameter_count: Option<i64>,
 
-    /// Quantisation of most weights, such as "Q4_K_M".
+    /// Quantisation of most weights, such as `Q4_K_M`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub quantization: Option<String>,
@@ -120,7 +120,7 @@ pub struct Placement {
 
     /// Devices that hold the model, such as "Vulkan0" or "CPU".
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(schema_with = "schema::atomic::<String>", length(max = 32))]
+    #[schemars(schema_with = "schema::short_names", length(max = 32))]
     pub devices: Vec<String>,
 
     /// Pending, Fetching, Loading, Ready, Unloaded, Draining or Failed.
