@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use super::Activity;
 use super::request::{GenerateEvent, GenerateRequest, SubmitError};
 
 /// A request that has no slot yet.
@@ -17,13 +18,13 @@ pub(super) struct Waiting {
 }
 
 /// How far the end has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Requests are taken.
     #[default]
     Open,
     /// No new requests; those that are here may end until then.
-    Draining(Option<Instant>),
+    Draining(Instant),
     /// The engine's thread has ended.
     Ended,
 }
@@ -42,13 +43,21 @@ pub(super) struct Mailbox {
     changed: Condvar,
     /// Some sequence waits for its reader.
     parked: AtomicBool,
+    activity: watch::Sender<Activity>,
     parallel: usize,
     queue_limit: usize,
 }
 
 impl Mailbox {
     pub(super) fn new(parallel: usize, queue_limit: usize) -> Self {
-        Self { state: Mutex::default(), changed: Condvar::new(), parked: AtomicBool::new(false), parallel, queue_limit }
+        Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            parked: AtomicBool::new(false),
+            activity: watch::Sender::default(),
+            parallel,
+            queue_limit,
+        }
     }
 
     // A panic elsewhere cannot leave the state half-changed: every change is one assignment or one queue operation.
@@ -74,6 +83,7 @@ impl Mailbox {
         state.waiting.push_back(waiting);
         state.woken = true;
         self.changed.notify_one();
+        self.publish(&state);
         Ok(())
     }
 
@@ -117,16 +127,11 @@ impl Mailbox {
                 continue;
             }
             state.running += 1;
+            self.publish(&state);
             return Some(waiting);
         }
+        self.publish(&state);
         None
-    }
-
-    /// Puts a request back at the head of the queue.
-    pub(super) fn put_back(&self, waiting: Waiting) {
-        let mut state = self.lock();
-        state.running = state.running.saturating_sub(1);
-        state.waiting.push_front(waiting);
     }
 
     /// Removes those who hung up or whose deadline is over from the queue.
@@ -143,6 +148,7 @@ impl Mailbox {
                 give_up(waiting);
             }
         }
+        self.publish(&state);
     }
 
     /// The earliest deadline in the queue.
@@ -150,16 +156,28 @@ impl Mailbox {
         self.lock().waiting.iter().filter_map(|waiting| waiting.request.deadline).min()
     }
 
+    /// Nobody waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().waiting.is_empty()
+    }
+
     /// A request that ran has ended.
     pub(super) fn ended(&self) {
         let mut state = self.lock();
         state.running = state.running.saturating_sub(1);
+        self.publish(&state);
     }
 
-    /// Running and waiting requests.
-    pub(super) fn counts(&self) -> (usize, usize) {
-        let state = self.lock();
-        (state.running, state.waiting.len())
+    /// Running and waiting requests, and every change of them.
+    pub(super) fn activity(&self) -> watch::Receiver<Activity> {
+        self.activity.subscribe()
+    }
+
+    // Under the lock, so that the last to publish is the last to have changed something.
+    fn publish(&self, state: &State) {
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let now = Activity { running: count(state.running), waiting: count(state.waiting.len()) };
+        self.activity.send_if_modified(|known| std::mem::replace(known, now) != now);
     }
 
     /// How far the end has come.
@@ -167,16 +185,75 @@ impl Mailbox {
         self.lock().phase
     }
 
-    /// Moves on towards the end; never back.
-    pub(super) fn advance(&self, phase: Phase) {
+    /// Takes no more requests; those that are here may end until `deadline`. A second call can only shorten the time.
+    pub(super) fn drain_until(&self, deadline: Instant) {
         let mut state = self.lock();
-        state.phase = state.phase.max(phase);
+        state.phase = match state.phase {
+            Phase::Open => Phase::Draining(deadline),
+            Phase::Draining(known) => Phase::Draining(known.min(deadline)),
+            Phase::Ended => Phase::Ended,
+        };
         state.woken = true;
         self.changed.notify_one();
     }
 
-    /// Empties the queue.
-    pub(super) fn drain(&self) -> Vec<Waiting> {
-        self.lock().waiting.drain(..).collect()
+    /// The engine's thread ends: returns those who still wait, and nobody comes any more.
+    pub(super) fn end(&self) -> Vec<Waiting> {
+        let mut state = self.lock();
+        state.phase = Phase::Ended;
+        state.running = 0;
+        let left = state.waiting.drain(..).collect();
+        self.publish(&state);
+        left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(deadline: Option<Instant>) -> (Waiting, mpsc::Receiver<GenerateEvent>) {
+        let (events, receiver) = mpsc::channel(4);
+        let request = GenerateRequest { deadline, ..GenerateRequest::default() };
+        (Waiting { request, events, submitted: Instant::now() }, receiver)
+    }
+
+    #[test]
+    fn the_queue_is_bounded_and_forgets_who_hung_up() {
+        let mailbox = Mailbox::new(1, 1);
+        let (first, _first) = waiting(None);
+        let (second, second_reader) = waiting(None);
+        mailbox.submit(first).unwrap();
+        mailbox.submit(second).unwrap();
+        let (third, _third) = waiting(None);
+        assert_eq!(mailbox.submit(third).unwrap_err(), SubmitError::QueueFull { limit: 1 });
+        drop(second_reader);
+        let (fourth, _fourth) = waiting(None);
+        mailbox.submit(fourth).unwrap();
+        assert_eq!(*mailbox.activity().borrow(), Activity { running: 0, waiting: 2 });
+        assert!(mailbox.take(Instant::now(), |_| {}).is_some());
+        assert_eq!(*mailbox.activity().borrow(), Activity { running: 1, waiting: 1 });
+    }
+
+    #[test]
+    fn deadlines_end_the_wait() {
+        let mailbox = Mailbox::new(4, 4);
+        let now = Instant::now();
+        let (late, _late) = waiting(Some(now));
+        let (patient, _patient) = waiting(Some(now + Duration::from_secs(60)));
+        mailbox.submit(late).unwrap();
+        mailbox.submit(patient).unwrap();
+        assert_eq!(mailbox.next_deadline(), Some(now));
+        let mut gone = 0;
+        mailbox.expire(now, |_| gone += 1);
+        assert_eq!((gone, mailbox.activity().borrow().waiting), (1, 1));
+        mailbox.drain_until(now + Duration::from_secs(5));
+        mailbox.drain_until(now + Duration::from_secs(9));
+        assert_eq!(mailbox.phase(), Phase::Draining(now + Duration::from_secs(5)));
+        let (another, _another) = waiting(None);
+        assert_eq!(mailbox.submit(another).unwrap_err(), SubmitError::ShuttingDown);
+        assert_eq!(mailbox.end().len(), 1);
+        let (another, _another) = waiting(None);
+        assert_eq!(mailbox.submit(another).unwrap_err(), SubmitError::EngineFailed);
     }
 }

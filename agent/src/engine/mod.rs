@@ -4,13 +4,28 @@
 //! to do next is decided by pure modules (`schedule`, `sizing`, `pool`, `prefix`), done by `step`. `ffi` holds the only
 //! unsafe code of the project.
 
+mod capability;
 mod error;
+#[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
+mod ffi;
+mod load;
 mod mailbox;
+mod pool;
+mod prefix;
 mod request;
+mod schedule;
+mod sequence;
+mod shared;
+mod sizing;
+mod step;
+mod stop;
+mod worker;
 
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 pub use error::EngineError;
 pub use request::{
@@ -18,7 +33,11 @@ pub use request::{
     SamplingParams, SubmitError, Timings, Token, TokenLogprob, TopLogprob, Usage,
 };
 
-use crate::runner::protocol::{RunnerConfig, RunnerReport};
+use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
+use ffi::Model;
+use mailbox::{Mailbox, Waiting};
+use shared::Shared;
+use worker::Worker;
 
 /// What is known about the model once it is loaded.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -62,6 +81,8 @@ pub struct EngineStats {
     pub waiting: u32,
     /// Cells of the KV cache that hold a token.
     pub cells_used: u32,
+    /// Of these, the ones of finished sequences, kept for prompts that begin the same; they go when room is needed.
+    pub cells_kept: u32,
     /// Cells of the KV cache.
     pub cells_total: u32,
     /// Prompt tokens of all requests that got a slot.
@@ -86,57 +107,202 @@ pub struct EngineStats {
     pub step_age: Duration,
 }
 
-/// Handle to the engine of this process; clones are cheap.
+/// Requests in the engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Requests that are generated.
+    pub running: u32,
+    /// Requests in the queue.
+    pub waiting: u32,
+}
+
+/// Handle to the engine of this process; clones are cheap. The engine ends when it is shut down, or when the last
+/// handle is dropped.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    model: Model,
+    facts: ModelFacts,
+    mailbox: Arc<Mailbox>,
+    shared: Arc<Shared>,
+    report: watch::Receiver<RunnerReport>,
+    ended: watch::Receiver<Option<Result<(), EngineError>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
 
 impl Engine {
     /// Loads the model, makes the context and warms up. Blocks; `progress` gets 0 to 100.
-    pub fn start(_config: &RunnerConfig, _progress: &dyn Fn(u8)) -> Result<Self, EngineError> {
-        Err(EngineError::Internal("the engine is not built yet".to_owned()))
+    pub fn start(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Self, EngineError> {
+        let started = Instant::now();
+        let mut loaded = load::load(config, progress)?;
+        loaded.report.load_milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+
+        let queue = usize::try_from(config.traffic.max_queued).unwrap_or(0);
+        let mailbox = Arc::new(Mailbox::new(loaded.plan.parallel as usize, queue));
+        let shared = Arc::new(Shared::default());
+        let (report_sender, report) = watch::channel(loaded.report.clone());
+        let (ended_sender, ended) = watch::channel(None);
+        let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
+        let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), report_sender);
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn({
+                let mailbox = Arc::clone(&mailbox);
+                move || {
+                    // Says that the engine has ended even when it panics.
+                    let mut end = End { mailbox, ended: ended_sender, result: None };
+                    end.result = Some(worker.run());
+                }
+            })
+            .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
+        progress(100);
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { inner: Arc::new(Inner { model, facts, mailbox, shared, report, ended, thread }) })
     }
 
     /// What is known about the model.
     #[must_use]
     pub fn model(&self) -> &ModelFacts {
-        unimplemented!()
+        &self.inner.facts
     }
 
     /// Size and memory as they are now.
     #[must_use]
     pub fn report(&self) -> RunnerReport {
-        RunnerReport::default()
+        self.inner.report.borrow().clone()
     }
 
     /// The same, and every change of it.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<RunnerReport> {
-        watch::channel(RunnerReport::default()).1
+        self.inner.report.clone()
+    }
+
+    /// Requests running and waiting, and every change of it.
+    #[must_use]
+    pub fn activity(&self) -> watch::Receiver<Activity> {
+        self.inner.mailbox.activity()
     }
 
     /// Text to tokens. `add_special` puts the model's own first token before it; `parse_special` reads control tokens
     /// such as `<|im_start|>` as such.
-    pub fn tokenize(&self, _text: &str, _add_special: bool, _parse_special: bool) -> Result<Vec<Token>, EngineError> {
-        Err(EngineError::Internal("the engine is not built yet".to_owned()))
+    pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, EngineError> {
+        self.inner.model.tokenize(text, add_special, parse_special).map_err(EngineError::Internal)
     }
 
-    /// Tokens to text; control tokens are left out, bytes that are no UTF-8 become U+FFFD.
+    /// Tokens to text; control tokens are left out, bytes that are no UTF-8 become U+FFFD, and tokens that the
+    /// vocabulary does not have are nothing.
     #[must_use]
-    pub fn detokenize(&self, _tokens: &[Token]) -> String {
-        String::new()
+    pub fn detokenize(&self, tokens: &[Token]) -> String {
+        let mut bytes = Vec::new();
+        for &token in tokens {
+            let known = self.inner.model.append_piece(token, false, &mut bytes);
+            if let Err(reason) = known {
+                tracing::debug!(token, reason, "a token without text");
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Puts a request into the queue.
-    pub fn submit(&self, _request: GenerateRequest) -> Result<Generation, SubmitError> {
-        Err(SubmitError::EngineFailed)
+    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        worker::check(&self.inner.model, self.inner.facts.max_tokens, &request)?;
+        let mailbox = Arc::clone(&self.inner.mailbox);
+        let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
+        mailbox.submit(Waiting { request, events: sender, submitted: Instant::now() })?;
+        Ok(Generation { events, mailbox, finished: false })
     }
 
     /// What the engine is doing and has done.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        EngineStats::default()
+        let Activity { running, waiting } = *self.inner.mailbox.activity().borrow();
+        EngineStats { running, waiting, ..self.inner.shared.stats() }
     }
 
-    /// Takes no more requests, lets those that are here end until `deadline`, then ends the engine's thread. Blocks.
-    pub fn shutdown(&self, _deadline: Instant) {}
+    /// Takes no more requests, lets those that are here end until `deadline`, then ends the engine's thread. Blocks. A
+    /// second call can only shorten the time.
+    pub fn shutdown(&self, deadline: Instant) {
+        self.inner.mailbox.drain_until(deadline);
+        let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the engine's thread panicked");
+        }
+    }
+
+    /// Resolves when the engine's thread has ended; the error says why it could not go on.
+    pub async fn ended(&self) -> Result<(), EngineError> {
+        let mut ended = self.inner.ended.clone();
+        let known = ended.wait_for(Option::is_some).await.map(|result| result.clone());
+        known.ok().flatten().unwrap_or_else(|| Err(EngineError::Internal("the engine's thread is gone".to_owned())))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Nobody can ask any more; the thread is not waited for, because this may be on a runtime.
+        self.mailbox.drain_until(Instant::now());
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Engine").field("model", &self.inner.facts.name).finish_non_exhaustive()
+    }
+}
+
+/// Tells everybody that the engine's thread has ended.
+struct End {
+    mailbox: Arc<Mailbox>,
+    ended: watch::Sender<Option<Result<(), EngineError>>>,
+    result: Option<Result<(), EngineError>>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let panicked = || Err(EngineError::Internal("the engine's thread panicked".to_owned()));
+        // Empty but for a panic; dropping the rest ends their streams.
+        drop(self.mailbox.end());
+        self.ended.send_replace(Some(self.result.take().unwrap_or_else(panicked)));
+    }
+}
+
+/// The devices that llama.cpp sees in this process, the CPU last. Opens them, so only a short-lived process should ask.
+pub fn probe() -> Result<ProbeReport, EngineError> {
+    load::probe()
+}
+
+/// What [`Engine::start`] would take of the devices that `config` grants, by llama.cpp's dry run: no weights are read.
+pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
+    load::estimate(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use crate::runner::protocol::RunnerConfig;
+
+    /// A configuration for a model on the CPU.
+    pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
+        RunnerConfig {
+            uid: "uid".to_owned(),
+            revision: "1".to_owned(),
+            namespace: "default".to_owned(),
+            name: "test".to_owned(),
+            served_name: "test".to_owned(),
+            model_path,
+            chat_template: None,
+            socket: PathBuf::new(),
+            context: Default::default(),
+            engine: Default::default(),
+            traffic: Default::default(),
+            devices: Vec::new(),
+            gpu_layers: None,
+            threads: 2,
+        }
+    }
 }

@@ -208,18 +208,26 @@ pub enum SubmitError {
 pub struct Generation {
     pub(super) events: mpsc::Receiver<GenerateEvent>,
     pub(super) mailbox: Arc<Mailbox>,
+    /// The last event has been read.
+    pub(super) finished: bool,
 }
 
 impl Stream for Generation {
     type Item = GenerateEvent;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let polled = self.events.poll_recv(context);
-        if polled.is_ready() {
-            // The engine may have parked the sequence because this channel was full.
-            self.mailbox.unpark();
+        if self.finished {
+            return Poll::Ready(None);
         }
-        polled
+        let event = std::task::ready!(self.events.poll_recv(context));
+        // The engine may have parked the sequence because this channel was full.
+        self.mailbox.unpark();
+        let event = event.unwrap_or_else(|| {
+            // Only a panic of the engine's thread leaves a stream without its last event.
+            GenerateEvent::Failed(EngineError::Internal("the engine has ended".to_owned()))
+        });
+        self.finished = !matches!(event, GenerateEvent::Token { .. });
+        Poll::Ready(Some(event))
     }
 }
 

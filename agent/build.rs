@@ -1,0 +1,36 @@
+//! Compiles the engine's C++ shim against the llama.cpp that `llama-cpp-sys-2` has built.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+fn main() -> Result<(), String> {
+    println!("cargo:rerun-if-changed=src/engine/ffi/shim.cpp");
+    println!("cargo:rerun-if-changed=src/engine/ffi/shim.h");
+    println!("cargo:rerun-if-env-changed=DEP_LLAMA_ROOT");
+
+    let root = env::var("DEP_LLAMA_ROOT").map_err(|_| "llama-cpp-sys-2 did not say where it has built llama.cpp")?;
+    let source = llama_source(Path::new(&root))?;
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .flag_if_supported("-fexceptions")
+        .include("src/engine/ffi")
+        .include(source.join("include"))
+        .include(source.join("ggml/include"))
+        .include(source.join("src"))
+        .file("src/engine/ffi/shim.cpp")
+        .opt_level(2)
+        .warnings(false)
+        .try_compile("altiplano_shim")
+        .map_err(|error| format!("cannot compile the engine's shim: {error}"))
+}
+
+/// The vendored source stands in the cache of the CMake build; the package exports no path to it.
+fn llama_source(root: &Path) -> Result<PathBuf, String> {
+    let cache = root.join("build/CMakeCache.txt");
+    let text = fs::read_to_string(&cache).map_err(|error| format!("cannot read {}: {error}", cache.display()))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL="))
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("no CMAKE_HOME_DIRECTORY in {}", cache.display()))
+}

@@ -1,0 +1,354 @@
+//! A KV cache and what computes on it.
+
+use std::ffi::CStr;
+use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
+
+use altiplano_crds::model_deployment::{CacheType, FlashAttention, RopeScaling, RopeSpec};
+use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
+
+use super::{Batch, Model, Sampler, log, shim};
+use crate::engine::request::{MAX_TOP_LOGPROBS, Token};
+use crate::runner::protocol::MemoryUse;
+
+/// What a context is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::engine) struct ContextParams {
+    /// Cells of the KV cache, for all sequences together.
+    pub(in crate::engine) cells: u32,
+    /// Tokens in one call at most.
+    pub(in crate::engine) batch: u32,
+    /// Tokens computed at once at most.
+    pub(in crate::engine) micro_batch: u32,
+    /// Sequence ids there are.
+    pub(in crate::engine) sequences: u32,
+    /// CPU threads.
+    pub(in crate::engine) threads: u32,
+    /// Whether the KV cache follows the layers to the devices.
+    pub(in crate::engine) offload: bool,
+    /// Flash attention.
+    pub(in crate::engine) flash_attention: FlashAttention,
+    /// Type of the keys.
+    pub(in crate::engine) key_type: CacheType,
+    /// Type of the values.
+    pub(in crate::engine) value_type: CacheType,
+    /// Stretching of the positions.
+    pub(in crate::engine) rope: Option<RopeSpec>,
+}
+
+/// Why a decode did not happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::engine) enum DecodeError {
+    /// The KV cache has no place for the batch; nothing has changed.
+    NoSlot,
+    /// The batch is not valid; nothing has changed.
+    Invalid(String),
+    /// The device failed; the context cannot be trusted any more.
+    Failed(String),
+}
+
+/// Log-probabilities of one row.
+#[derive(Clone, Debug, Default)]
+pub(in crate::engine) struct LogprobRow {
+    /// Of the token in question.
+    pub(in crate::engine) chosen: f32,
+    /// The most probable tokens, best first.
+    pub(in crate::engine) top: Vec<(Token, f32)>,
+}
+
+/// A llama.cpp context.
+pub(in crate::engine) struct Context {
+    raw: NonNull<llama_context>,
+    memory: NonNull<sys::llama_memory_i>,
+    /// Which rows of the last batch have logits.
+    output_rows: Vec<i8>,
+    sequences: u32,
+    /// The weights; kept alive for as long as the context.
+    model: Model,
+}
+
+// SAFETY: llama.cpp ties a context to no thread; it is used by one at a time, because every use that changes it takes
+// `&mut`.
+unsafe impl Send for Context {}
+
+impl Context {
+    /// Allocates the KV cache and the compute buffers. The error is llama.cpp's own words.
+    pub(in crate::engine) fn new(model: &Model, params: &ContextParams) -> Result<Self, String> {
+        // Creating a context with a stretched rope writes to the model.
+        static CREATING: Mutex<()> = Mutex::new(());
+        if params.sequences == 0 || params.sequences > 256 {
+            return Err(format!("{} sequences are not between 1 and 256", params.sequences));
+        }
+        if params.cells < params.sequences || params.micro_batch < params.sequences {
+            // llama.cpp asserts that a batch has room for a token of each sequence.
+            return Err(format!(
+                "{} cells or a batch of {} are too few for {} sequences",
+                params.cells, params.micro_batch, params.sequences
+            ));
+        }
+        let raw_params = raw_params(params);
+        let mut error = shim::Error::new();
+        let (raw, errors) = log::with_errors(|| {
+            let _one_at_a_time = CREATING.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the model is alive and is kept by the context.
+            unsafe { shim::altiplano_context_new(model.raw(), &raw const raw_params, &raw mut error) }
+        });
+        let Some(raw) = NonNull::new(raw) else {
+            let text = error.text();
+            return Err(if text.is_empty() { errors } else { text });
+        };
+        // SAFETY: the context is alive.
+        let Some(memory) = NonNull::new(unsafe { sys::llama_get_memory(raw.as_ptr()) }) else {
+            // SAFETY: the context is ours and is not used any more.
+            unsafe { sys::llama_free(raw.as_ptr()) };
+            return Err("the model keeps no state from token to token".to_owned());
+        };
+        Ok(Self { raw, memory, output_rows: Vec::new(), sequences: params.sequences, model: model.clone() })
+    }
+
+    /// Cells of the KV cache.
+    pub(in crate::engine) fn cells(&self) -> u32 {
+        // SAFETY: the context is alive.
+        unsafe { sys::llama_n_ctx(self.raw.as_ptr()) }
+    }
+
+    /// Tokens in one call at most.
+    pub(in crate::engine) fn batch(&self) -> u32 {
+        // SAFETY: the context is alive.
+        unsafe { sys::llama_n_batch(self.raw.as_ptr()) }
+    }
+
+    /// Tokens computed at once at most.
+    pub(in crate::engine) fn micro_batch(&self) -> u32 {
+        // SAFETY: the context is alive.
+        unsafe { sys::llama_n_ubatch(self.raw.as_ptr()) }
+    }
+
+    /// Computes a batch and waits for it.
+    pub(in crate::engine) fn decode(&mut self, batch: &mut Batch) -> Result<(), DecodeError> {
+        self.check(batch).map_err(DecodeError::Invalid)?;
+        self.output_rows.clear();
+        let raw_batch = batch.raw();
+        let mut error = shim::Error::new();
+        let (result, errors) = log::with_errors(|| {
+            // SAFETY: the context is alive, the batch lives through the call and was checked.
+            unsafe { shim::altiplano_decode(self.raw.as_ptr(), &raw const raw_batch, &raw mut error) }
+        });
+        match result {
+            0 => {
+                self.output_rows.extend_from_slice(batch.outputs());
+                Ok(())
+            }
+            1 => Err(DecodeError::NoSlot),
+            -1 => Err(DecodeError::Invalid(errors)),
+            shim::EXCEPTION => Err(DecodeError::Failed(error.text())),
+            code => Err(DecodeError::Failed(format!("code {code}: {errors}"))),
+        }
+    }
+
+    /// What llama.cpp would answer with an abort.
+    fn check(&self, batch: &Batch) -> Result<(), String> {
+        let outputs = batch.outputs().iter().filter(|&&output| output != 0).count();
+        if batch.tokens().is_empty() || batch.tokens().len() > self.batch() as usize {
+            return Err(format!("a batch of {} tokens, where 1 to {} fit", batch.tokens().len(), self.batch()));
+        }
+        if outputs > self.sequences as usize {
+            return Err(format!("{outputs} outputs, where {} fit", self.sequences));
+        }
+        if let Some(id) = batch.sequences().iter().find(|&&id| !self.has_sequence(id)) {
+            return Err(format!("sequence {id} of {}", self.sequences));
+        }
+        if let Some(token) = batch.tokens().iter().find(|&&token| !self.model.has(token)) {
+            return Err(format!("token {token} is not in the vocabulary"));
+        }
+        if self.model.is_dry_run() {
+            return Err("the weights were not read".to_owned());
+        }
+        Ok(())
+    }
+
+    fn has_sequence(&self, id: i32) -> bool {
+        u32::try_from(id).is_ok_and(|id| id < self.sequences)
+    }
+
+    fn has_output(&self, row: i32) -> bool {
+        usize::try_from(row).ok().and_then(|row| self.output_rows.get(row)).is_some_and(|&output| output != 0)
+    }
+
+    /// The next token after a row of the last batch; the sampler remembers it.
+    pub(in crate::engine) fn sample(&mut self, sampler: &mut Sampler, row: i32) -> Result<Token, String> {
+        if !self.has_output(row) {
+            return Err(format!("row {row} has no logits"));
+        }
+        let mut error = shim::Error::new();
+        let context = self.raw.as_ptr();
+        // SAFETY: context and chain are alive and the row has logits.
+        let token = unsafe {
+            match sampler.chain() {
+                None => shim::altiplano_argmax(context, row, &raw mut error),
+                Some(chain) => shim::altiplano_sample(chain, context, row, &raw mut error),
+            }
+        };
+        if self.model.has(token) { Ok(token) } else { Err(error.text()) }
+    }
+
+    /// Log-probabilities of `token` and of the `top` most probable ones after a row of the last batch.
+    pub(in crate::engine) fn logprobs(&mut self, row: i32, token: Token, top: u32) -> Result<LogprobRow, String> {
+        if !self.has_output(row) {
+            return Err(format!("row {row} has no logits"));
+        }
+        let mut out = [shim::Logprob::default(); 1 + MAX_TOP_LOGPROBS as usize];
+        let top = i32::try_from(top.min(MAX_TOP_LOGPROBS)).map_err(|error| error.to_string())?;
+        let mut error = shim::Error::new();
+        // SAFETY: the context is alive, the row has logits, and `out` has room for `top` + 1 entries.
+        let count =
+            unsafe { shim::altiplano_logprobs(self.raw.as_ptr(), row, token, top, out.as_mut_ptr(), &raw mut error) };
+        let Some(found) = usize::try_from(count).ok().and_then(|count| out.get(1..count)) else {
+            return Err(error.text());
+        };
+        Ok(LogprobRow { chosen: out[0].logprob, top: found.iter().map(|entry| (entry.token, entry.logprob)).collect() })
+    }
+
+    /// Removes the positions from `from` on (0: all) of a sequence; false where the model cannot cut there.
+    pub(in crate::engine) fn remove(&mut self, sequence: i32, from: u32) -> bool {
+        let Ok(from) = i32::try_from(from) else { return true };
+        if !self.has_sequence(sequence) {
+            return false;
+        }
+        // SAFETY: the memory lives with the context; the sequence id was checked.
+        unsafe { sys::llama_memory_seq_rm(self.memory.as_ptr(), sequence, from, -1) }
+    }
+
+    /// Makes `to` share the first `length` positions of `from`. The pool is unified, so no cell is copied.
+    pub(in crate::engine) fn share(&mut self, from: i32, to: i32, length: u32) -> bool {
+        let Ok(length) = i32::try_from(length) else { return false };
+        if !self.has_sequence(from) || !self.has_sequence(to) || from == to {
+            return false;
+        }
+        // SAFETY: the memory lives with the context; the ids were checked, and every context here is unified.
+        unsafe { sys::llama_memory_seq_cp(self.memory.as_ptr(), from, to, 0, length) };
+        true
+    }
+
+    /// Forgets all sequences.
+    pub(in crate::engine) fn clear(&mut self) {
+        // SAFETY: the memory lives with the context.
+        unsafe { sys::llama_memory_clear(self.memory.as_ptr(), false) };
+    }
+
+    /// All sequences as bytes, which a context of the same parameters but another size takes with
+    /// [`Self::set_state`]. `None` when the bytes cannot be had.
+    pub(in crate::engine) fn state(&mut self) -> Option<Vec<u8>> {
+        // SAFETY: the context is alive.
+        let size = unsafe { shim::altiplano_state_size(self.raw.as_ptr()) };
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(size).ok()?;
+        bytes.resize(size, 0);
+        // SAFETY: the context is alive and the buffer has `size` bytes.
+        let written = unsafe { shim::altiplano_state_get(self.raw.as_ptr(), bytes.as_mut_ptr(), size) };
+        bytes.truncate(written);
+        (written > 0).then_some(bytes)
+    }
+
+    /// Takes over what [`Self::state`] gave. On false the context is empty.
+    pub(in crate::engine) fn set_state(&mut self, bytes: &[u8]) -> bool {
+        // SAFETY: the context is alive; llama.cpp checks the bytes against the size.
+        let read = unsafe { shim::altiplano_state_set(self.raw.as_ptr(), bytes.as_ptr(), bytes.len()) };
+        if read == 0 {
+            self.clear();
+        }
+        read != 0
+    }
+
+    /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
+    /// on the host, the logits and the cells' metadata, stands in `other_bytes`.
+    pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
+        let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0 };
+        let mut entries = [empty; 64];
+        // SAFETY: the context is alive and the array has as many entries as is said.
+        let count = unsafe { shim::altiplano_memory_breakdown(self.raw.as_ptr(), entries.as_mut_ptr(), entries.len()) };
+        let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
+        for entry in entries.iter().take(count) {
+            // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
+            let name = if entry.device.is_null() { c"" } else { unsafe { CStr::from_ptr(entry.device) } };
+            let name = name.to_string_lossy();
+            let name = if name.is_empty() { "CPU" } else { &name };
+            let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
+                uses.push(MemoryUse { device: name.to_owned(), ..MemoryUse::default() });
+                uses.len() - 1
+            });
+            uses[index].weights_bytes += entry.model;
+            uses[index].context_bytes += entry.context;
+            uses[index].compute_bytes += entry.compute;
+        }
+        let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.sequences);
+        uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
+        uses
+    }
+}
+
+/// Host bytes that llama.cpp takes for each cell beside keys and values, as measured.
+const CELL_METADATA_BYTES: u64 = 52;
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: the context is ours; the model outlives it.
+        unsafe { sys::llama_free(self.raw.as_ptr()) };
+    }
+}
+
+fn raw_params(params: &ContextParams) -> llama_context_params {
+    let ContextParams {
+        cells,
+        batch,
+        micro_batch,
+        sequences,
+        threads,
+        offload,
+        flash_attention,
+        key_type,
+        value_type,
+        ref rope,
+    } = *params;
+    let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+    // SAFETY: returns plain values.
+    let mut raw = unsafe { sys::llama_context_default_params() };
+    raw.n_ctx = cells;
+    raw.n_batch = batch;
+    raw.n_ubatch = micro_batch;
+    raw.n_seq_max = sequences;
+    // Else llama.cpp reserves logits for a whole micro-batch.
+    raw.n_outputs_max = sequences;
+    raw.n_threads = threads;
+    raw.n_threads_batch = threads;
+    raw.offload_kqv = offload;
+    raw.op_offload = offload;
+    raw.flash_attn_type = match flash_attention {
+        FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
+        FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    };
+    raw.type_k = ggml_type(key_type);
+    raw.type_v = ggml_type(value_type);
+    raw.no_perf = true;
+    raw.swa_full = false;
+    raw.kv_unified = true;
+    if let Some(RopeSpec { scaling, factor, original_tokens }) = rope {
+        raw.rope_scaling_type = match scaling {
+            RopeScaling::Linear => sys::LLAMA_ROPE_SCALING_TYPE_LINEAR,
+            RopeScaling::Yarn => sys::LLAMA_ROPE_SCALING_TYPE_YARN,
+        };
+        let factor = u8::try_from((*factor).clamp(1, 64)).unwrap_or(1);
+        raw.rope_freq_scale = 1.0 / f32::from(factor);
+        raw.yarn_orig_ctx = original_tokens.and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
+    }
+    raw
+}
+
+fn ggml_type(cache: CacheType) -> sys::ggml_type {
+    match cache {
+        CacheType::F16 => sys::GGML_TYPE_F16,
+        CacheType::Q8_0 => sys::GGML_TYPE_Q8_0,
+        CacheType::Q4_0 => sys::GGML_TYPE_Q4_0,
+    }
+}

@@ -1,0 +1,21 @@
+//! llama.cpp: the only module that names it, and the only one with `unsafe`.
+//!
+//! Backends, devices, model parameters, model load and vocabulary come from `llama-cpp-2`. From the context on its
+//! handles hide what the engine needs (whole-state moves, memory breakdown, bounded outputs, exceptions), so context,
+//! batch and sampler are own types over the same version's `llama-cpp-sys-2` and `shim.cpp`. What is public here is
+//! safe to call with any argument: what llama.cpp would answer with an abort is checked before.
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+mod backend;
+mod batch;
+mod context;
+mod log;
+mod model;
+mod sampler;
+mod shim;
+
+pub(super) use backend::{Device, available_bytes, devices};
+pub(super) use batch::Batch;
+pub(super) use context::{Context, ContextParams, DecodeError, LogprobRow};
+pub(super) use model::{Model, ModelParams};
+pub(super) use sampler::Sampler;

@@ -1,0 +1,301 @@
+//! Weights and vocabulary.
+
+use std::ffi::{CStr, c_char};
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2::{llama_model, llama_vocab};
+
+use super::backend::backend;
+use super::{log, shim};
+use crate::engine::request::Token;
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub(in crate::engine) struct ModelParams<'path> {
+    /// The file.
+    pub(in crate::engine) path: &'path Path,
+    /// llama.cpp's indices of the devices to use; empty: the CPU alone.
+    pub(in crate::engine) devices: Vec<usize>,
+    /// Layers to offload; `None`: all.
+    pub(in crate::engine) gpu_layers: Option<u32>,
+    /// Experts stay in host memory.
+    pub(in crate::engine) experts_on_cpu: bool,
+    /// Reads no weights: memory can be predicted, nothing can be computed.
+    pub(in crate::engine) dry_run: bool,
+}
+
+/// A loaded model; clones share it. It outlives every [`Context`](super::Context) made of it.
+#[derive(Clone)]
+pub(in crate::engine) struct Model {
+    inner: Arc<LlamaModel>,
+    dry_run: bool,
+}
+
+impl Model {
+    /// Loads the model; `progress` gets 0.0 to 1.0. The error is llama.cpp's own words.
+    pub(in crate::engine) fn load(
+        params: &ModelParams<'_>,
+        mut progress: impl FnMut(f32) + 'static,
+    ) -> Result<Self, String> {
+        let ModelParams { path, ref devices, gpu_layers, experts_on_cpu, dry_run } = *params;
+        // llama-cpp-2 asserts this in debug builds.
+        std::fs::metadata(path).map_err(|error| error.to_string())?;
+        let backend = backend()?;
+        let mut model_params = LlamaModelParams::default()
+            .with_devices(devices)
+            .map_err(|error| error.to_string())?
+            .with_no_alloc(dry_run)
+            .with_progress_callback(move |fraction| {
+                progress(fraction);
+                true
+            });
+        if let Some(layers) = gpu_layers {
+            model_params = model_params.with_n_gpu_layers(layers);
+        }
+        let mut model_params = pin!(model_params);
+        if experts_on_cpu {
+            model_params.as_mut().add_cpu_moe_override();
+        }
+        let (loaded, errors) = log::with_errors(|| LlamaModel::load_from_file(backend, path, &model_params));
+        match loaded {
+            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run }),
+            Err(_) if !errors.is_empty() => Err(errors),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// The one crossing from `llama-cpp-2` to `llama-cpp-sys-2`: the handles of the former are private.
+    pub(super) fn raw(&self) -> *mut llama_model {
+        const { assert!(size_of::<LlamaModel>() == size_of::<*mut llama_model>()) };
+        // SAFETY: `LlamaModel` is `repr(transparent)` over a transparent wrapper of a `NonNull<llama_model>`; the
+        // crate is pinned to the version in which that was read, and a test compares what both sides see.
+        unsafe { *std::ptr::from_ref::<LlamaModel>(&self.inner).cast::<*mut llama_model>() }
+    }
+
+    fn vocab(&self) -> *const llama_vocab {
+        // SAFETY: the model is alive.
+        unsafe { llama_cpp_sys_2::llama_model_get_vocab(self.raw()) }
+    }
+
+    /// Whether the weights are not there.
+    pub(super) fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+
+    /// Tokens in the vocabulary.
+    pub(in crate::engine) fn n_vocab(&self) -> u32 {
+        u32::try_from(self.inner.n_vocab()).unwrap_or(0)
+    }
+
+    /// Tokens that the model was trained with.
+    pub(in crate::engine) fn trained_context(&self) -> u32 {
+        self.inner.n_ctx_train()
+    }
+
+    /// Layers without the output layer.
+    pub(in crate::engine) fn n_layer(&self) -> u32 {
+        self.inner.n_layer()
+    }
+
+    /// Bytes of all tensors.
+    pub(in crate::engine) fn size_bytes(&self) -> u64 {
+        self.inner.size()
+    }
+
+    /// Number of parameters.
+    pub(in crate::engine) fn parameter_count(&self) -> u64 {
+        self.inner.n_params()
+    }
+
+    /// A scalar of the file's metadata.
+    pub(in crate::engine) fn metadata(&self, key: &str) -> Option<String> {
+        self.inner.meta_val_str(key).ok()
+    }
+
+    /// The Jinja source in the file.
+    pub(in crate::engine) fn chat_template(&self) -> Option<String> {
+        self.inner.chat_template(None).ok()?.to_string().ok()
+    }
+
+    /// Architecture, size class and quantisation in short.
+    pub(in crate::engine) fn description(&self) -> String {
+        let mut buffer = [0 as c_char; 128];
+        // SAFETY: the model is alive; llama.cpp writes at most the given size, ended with a zero.
+        unsafe {
+            llama_cpp_sys_2::llama_model_desc(self.raw(), buffer.as_mut_ptr(), buffer.len());
+            CStr::from_ptr(buffer.as_ptr()).to_string_lossy().into_owned()
+        }
+    }
+
+    /// Whether the state of a sequence is one vector that every token overwrites (Mamba, RWKV), for all or some layers.
+    pub(in crate::engine) fn is_recurrent(&self) -> bool {
+        self.inner.is_recurrent() || self.inner.is_hybrid()
+    }
+
+    /// Tokens in the sliding window; 0: none.
+    pub(in crate::engine) fn sliding_window(&self) -> u32 {
+        // SAFETY: the model is alive.
+        u32::try_from(unsafe { llama_cpp_sys_2::llama_model_n_swa(self.raw()) }).unwrap_or(0)
+    }
+
+    /// Why the model cannot generate text one token after the other.
+    pub(in crate::engine) fn unsupported(&self) -> Option<&'static str> {
+        // SAFETY: the model is alive.
+        let (encoder, decoder, diffusion) = unsafe {
+            (
+                llama_cpp_sys_2::llama_model_has_encoder(self.raw()),
+                llama_cpp_sys_2::llama_model_has_decoder(self.raw()),
+                llama_cpp_sys_2::llama_model_is_diffusion(self.raw()),
+            )
+        };
+        if self.n_vocab() == 0 {
+            Some("it has no vocabulary")
+        } else if diffusion {
+            Some("it is a diffusion model")
+        } else if encoder || !decoder {
+            Some("it is an encoder")
+        } else {
+            None
+        }
+    }
+
+    /// Token that begins a text.
+    pub(in crate::engine) fn bos(&self) -> Option<Token> {
+        Some(self.inner.vocab().bos().0).filter(|&token| token >= 0)
+    }
+
+    /// Token that ends a text.
+    pub(in crate::engine) fn eos(&self) -> Option<Token> {
+        Some(self.inner.vocab().eos().0).filter(|&token| token >= 0)
+    }
+
+    /// Whether a prompt begins with [`Self::bos`].
+    pub(in crate::engine) fn adds_bos(&self) -> bool {
+        self.inner.vocab().should_add_bos()
+    }
+
+    /// Whether the token ends a generation.
+    pub(in crate::engine) fn is_end(&self, token: Token) -> bool {
+        self.has(token) && self.inner.vocab().is_eog(LlamaToken(token))
+    }
+
+    /// Whether the vocabulary has the token.
+    pub(in crate::engine) fn has(&self, token: Token) -> bool {
+        u32::try_from(token).is_ok_and(|token| token < self.n_vocab())
+    }
+
+    /// The token as the vocabulary writes it.
+    pub(in crate::engine) fn token_text(&self, token: Token) -> Option<String> {
+        if !self.has(token) {
+            return None;
+        }
+        Some(self.inner.vocab().text(LlamaToken(token))?.to_string_lossy().into_owned())
+    }
+
+    /// Appends the bytes that the token stands for; they may be a part of a character. Control tokens have bytes only
+    /// when `special`.
+    pub(in crate::engine) fn append_piece(&self, token: Token, special: bool, out: &mut Vec<u8>) -> Result<(), String> {
+        if !self.has(token) {
+            return Err(format!("token {token} is not in the vocabulary"));
+        }
+        let start = out.len();
+        let mut room = 64;
+        // The second call has the room that the first one asked for.
+        for _ in 0..2 {
+            out.resize(start + room, 0);
+            let size = i32::try_from(room).map_err(|error| error.to_string())?;
+            let mut error = shim::Error::new();
+            // SAFETY: the vocabulary lives with the model, the token is in it, and `out` has `size` bytes from `start`.
+            let written = unsafe {
+                shim::altiplano_token_to_piece(
+                    self.vocab(),
+                    token,
+                    out[start..].as_mut_ptr().cast(),
+                    size,
+                    special,
+                    &raw mut error,
+                )
+            };
+            if let Ok(written) = usize::try_from(written) {
+                out.truncate(start + written);
+                return Ok(());
+            }
+            if written == i32::MIN {
+                out.truncate(start);
+                return Err(error.text());
+            }
+            room = written.unsigned_abs() as usize;
+        }
+        out.truncate(start);
+        Err(format!("token {token} has no text"))
+    }
+
+    /// Text to tokens.
+    pub(in crate::engine) fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<Token>, String> {
+        let length = i32::try_from(text.len()).map_err(|_| "the text has more than 2 GiB")?;
+        let mut tokens: Vec<Token> = vec![0; text.len() / 3 + 16];
+        for _ in 0..2 {
+            let size = i32::try_from(tokens.len()).map_err(|error| error.to_string())?;
+            let mut error = shim::Error::new();
+            // SAFETY: the vocabulary lives with the model; text and tokens are as long as is said.
+            let count = unsafe {
+                shim::altiplano_tokenize(
+                    self.vocab(),
+                    text.as_ptr().cast(),
+                    length,
+                    tokens.as_mut_ptr(),
+                    size,
+                    add_special,
+                    parse_special,
+                    &raw mut error,
+                )
+            };
+            if let Ok(count) = usize::try_from(count) {
+                tokens.truncate(count);
+                return Ok(tokens);
+            }
+            if count == i32::MIN {
+                return Err(error.text());
+            }
+            tokens.resize(count.unsigned_abs() as usize, 0);
+        }
+        Err("the tokenizer asks for more room each time".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The one crossing: what the raw pointer shows is what the safe crate shows.
+    #[test]
+    fn raw_pointer_is_the_model() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("model.gguf");
+        let spec = altiplano_test_models::Spec { context: 1792, layers: 3, ..Default::default() };
+        spec.write(&path).expect("a model file");
+        let params =
+            ModelParams { path: &path, devices: vec![], gpu_layers: None, experts_on_cpu: false, dry_run: false };
+        let model = Model::load(&params, |_| {}).expect("the model loads");
+        // SAFETY: the model is alive.
+        let (context, layers, parameters) = unsafe {
+            (
+                llama_cpp_sys_2::llama_model_n_ctx_train(model.raw()),
+                llama_cpp_sys_2::llama_model_n_layer(model.raw()),
+                llama_cpp_sys_2::llama_model_n_params(model.raw()),
+            )
+        };
+        assert_eq!((context, layers, parameters), (1792, 3, spec.parameters()));
+        assert_eq!((model.trained_context(), model.n_layer()), (1792, 3));
+    }
+}

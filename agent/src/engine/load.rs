@@ -1,0 +1,349 @@
+//! From a worker's configuration to a loaded model and its context; the dry run and the device list are here too.
+
+use std::sync::mpsc;
+use std::thread;
+
+use altiplano_crds::model_deployment::ContextSpec;
+
+use super::ModelFacts;
+use super::capability::{Capability, Traits};
+use super::error::EngineError;
+use super::ffi::{self, Batch, Context, ContextParams, DecodeError, Device, Model, ModelParams};
+use super::sizing::Limits;
+use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport};
+
+/// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
+const MAX_KEPT: u32 = 4;
+
+/// Tokens computed at once unless the configuration says otherwise; llama.cpp's own default.
+const MICRO_BATCH: u32 = 512;
+
+/// Tokens in one call on a GPU, where a long prompt must not wait for the host between micro-batches.
+const GPU_BATCH: u32 = 2048;
+
+/// Percent of the progress when the weights are loaded.
+const LOADED_PERCENT: u8 = 90;
+
+/// A model that can generate.
+pub(super) struct Loaded {
+    pub(super) model: Model,
+    pub(super) context: Context,
+    pub(super) params: ContextParams,
+    pub(super) plan: Plan,
+    pub(super) facts: ModelFacts,
+    pub(super) report: RunnerReport,
+}
+
+/// What the configuration means for this model.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// Sizes of the context.
+    pub(super) limits: Limits,
+    /// Sequences generated at the same time.
+    pub(super) parallel: u32,
+    /// Finished sequences whose cells are kept.
+    pub(super) kept: u32,
+    /// What the model's state can do.
+    pub(super) capability: Capability,
+    /// Layers on a GPU.
+    pub(super) layers_offloaded: u32,
+    /// Layers in all, the output layer counted.
+    pub(super) layers_total: u32,
+}
+
+/// Loads the model, makes the context and decodes once, so that all memory is taken. `progress` gets 0 to 100.
+pub(super) fn load(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Loaded, EngineError> {
+    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
+    progress(0);
+    let model = load_model(config, devices.clone(), false, progress)?;
+    progress(LOADED_PERCENT);
+    if let Some(reason) = model.unsupported() {
+        return Err(EngineError::UnsupportedModel(reason.to_owned()));
+    }
+    let (plan, params) = plan(config, &model, !devices.is_empty());
+    let mut context = new_context(&model, &params)?;
+    warm_up(&model, &mut context, !devices.is_empty())?;
+    let report = RunnerReport {
+        context_tokens: context.cells(),
+        max_tokens: plan.limits.max_tokens,
+        parallel: plan.parallel,
+        layers_offloaded: plan.layers_offloaded,
+        layers_total: plan.layers_total,
+        memory: context.memory(),
+        load_milliseconds: 0,
+        notes: notes(config, &model, &plan),
+    };
+    let facts = facts(config, &model, &plan);
+    Ok(Loaded { model, context, params, plan, facts, report })
+}
+
+/// llama.cpp's dry run: what [`load`] would take, without reading weights.
+pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
+    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
+    let model = load_model(config, devices.clone(), true, &|_| {})?;
+    if let Some(reason) = model.unsupported() {
+        return Err(EngineError::UnsupportedModel(reason.to_owned()));
+    }
+    let (plan, params) = plan(config, &model, !devices.is_empty());
+    let context = new_context(&model, &params)?;
+    Ok(EstimateReport {
+        memory: context.memory(),
+        layers_offloaded: plan.layers_offloaded,
+        layers_total: plan.layers_total,
+        context_tokens: context.cells(),
+        max_tokens: plan.limits.max_tokens,
+    })
+}
+
+/// The devices that llama.cpp sees in this process, the CPU last.
+pub(super) fn probe() -> Result<ProbeReport, EngineError> {
+    let mut devices: Vec<_> = ffi::devices()
+        .map_err(EngineError::Internal)?
+        .into_iter()
+        .map(|device| {
+            let Device { index: _, name, description, backend, kind, total, free } = device;
+            ProbedDevice {
+                id: name,
+                description,
+                backend,
+                kind: kind.to_owned(),
+                memory_total_bytes: total,
+                memory_free_bytes: free,
+            }
+        })
+        .collect();
+    devices.sort_by_key(|device| device.kind == "CPU");
+    let mut backends: Vec<String> = Vec::new();
+    for device in &devices {
+        if !backends.contains(&device.backend) {
+            backends.push(device.backend.clone());
+        }
+    }
+    Ok(ProbeReport { backends, devices })
+}
+
+/// llama.cpp's indices of the devices that the agent granted. No layer on them means no device: a context that is not
+/// used would still take memory there.
+fn granted(config: &RunnerConfig, found: &[Device]) -> Result<Vec<usize>, EngineError> {
+    if config.gpu_layers == Some(0) {
+        return Ok(Vec::new());
+    }
+    let wanted = config.devices.iter().filter(|name| *name != "CPU");
+    wanted
+        .map(|name| {
+            let device = found.iter().find(|device| device.name == *name && device.kind != "CPU");
+            device.map(|device| device.index).ok_or_else(|| EngineError::UnknownDevice(name.clone()))
+        })
+        .collect()
+}
+
+fn load_model(
+    config: &RunnerConfig,
+    devices: Vec<usize>,
+    dry_run: bool,
+    progress: &dyn Fn(u8),
+) -> Result<Model, EngineError> {
+    let (sender, percents) = mpsc::sync_channel(128);
+    let params = ModelParams {
+        path: &config.model_path,
+        devices,
+        gpu_layers: config.gpu_layers,
+        experts_on_cpu: config.engine.experts_on_cpu == Some(true),
+        dry_run,
+    };
+    // llama.cpp's callback has to live for ever, the caller's does not: so a thread loads and this one reports.
+    let loaded = thread::scope(|scope| {
+        let loader = thread::Builder::new().name("load".to_owned()).spawn_scoped(scope, || {
+            let mut last = 0;
+            Model::load(&params, move |fraction| {
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 90")]
+                let percent = (fraction.clamp(0.0, 1.0) * f32::from(LOADED_PERCENT)) as u8;
+                if percent > last {
+                    last = percent;
+                    // Nobody reads any more: then nobody needs it.
+                    let _ = sender.try_send(percent);
+                }
+            })
+        })?;
+        // Ends when the loader drops its sender.
+        percents.iter().for_each(progress);
+        Ok::<_, std::io::Error>(loader.join())
+    });
+    match loaded {
+        Ok(Ok(result)) => result.map_err(|message| classify(&config.model_path.display().to_string(), message)),
+        Ok(Err(_)) => Err(EngineError::Internal("the loading thread panicked".to_owned())),
+        Err(error) => Err(EngineError::Internal(format!("cannot start a thread: {error}"))),
+    }
+}
+
+fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams) {
+    let architecture = model.metadata("general.architecture").unwrap_or_default();
+    let key = |name: &str| model.metadata(&format!("{architecture}.{name}"));
+    let capability = Capability::of(&Traits {
+        recurrent: model.is_recurrent(),
+        sliding_window: model.sliding_window(),
+        rope_scaling: key("rope.scaling.type"),
+        original_context: key("rope.scaling.original_context_length").and_then(|value| value.parse().ok()),
+    });
+    let ContextSpec { parallel, key_cache_type, value_cache_type, ref rope, .. } = config.context;
+    let parallel = u32::try_from(parallel).unwrap_or(1).clamp(1, 128);
+    let kept = if capability.reuse { parallel.min(MAX_KEPT) } else { 0 };
+    let sequences = parallel + kept;
+    let limits = Limits::new(&config.context, model.trained_context());
+
+    let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
+    let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH);
+    let batch = tokens(config.engine.batch_tokens).unwrap_or(if gpu { GPU_BATCH } else { micro_batch });
+    // Every sequence must find room for a token in a batch.
+    let batch = batch.max(sequences);
+    let micro_batch = micro_batch.clamp(sequences, batch);
+
+    let layers_total = model.n_layer() + 1;
+    let layers_offloaded = if gpu { config.gpu_layers.unwrap_or(layers_total).min(layers_total) } else { 0 };
+    let plan = Plan { limits, parallel, kept, capability, layers_offloaded, layers_total };
+    let params = ContextParams {
+        cells: limits.initial,
+        batch,
+        micro_batch,
+        sequences,
+        threads: config.threads.max(1),
+        offload: gpu,
+        flash_attention: config.engine.flash_attention,
+        key_type: key_cache_type,
+        value_type: value_cache_type,
+        rope: rope.clone(),
+    };
+    (plan, params)
+}
+
+fn new_context(model: &Model, params: &ContextParams) -> Result<Context, EngineError> {
+    Context::new(model, params).map_err(|message| {
+        if speaks_of_memory(&message) {
+            EngineError::InsufficientMemory(message)
+        } else {
+            EngineError::ContextFailed(message)
+        }
+    })
+}
+
+/// A GPU takes memory when it computes for the first time, so it computes a whole micro-batch; a CPU does not, and two
+/// tokens bring the first weights into memory.
+fn warm_up(model: &Model, context: &mut Context, gpu: bool) -> Result<(), EngineError> {
+    let count = if gpu { context.micro_batch().min(context.cells() / 2) } else { 2 };
+    let token = model.bos().unwrap_or(0);
+    let mut batch = Batch::new(count);
+    for position in 0..count {
+        let position = i32::try_from(position).unwrap_or(i32::MAX);
+        batch.add(token, position, 0, position == 0);
+    }
+    context.decode(&mut batch).map_err(|error| match error {
+        DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
+        DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
+    })?;
+    context.clear();
+    Ok(())
+}
+
+fn facts(config: &RunnerConfig, model: &Model, plan: &Plan) -> ModelFacts {
+    let text = |token: Option<i32>| token.and_then(|token| model.token_text(token)).unwrap_or_default();
+    ModelFacts {
+        name: model.metadata("general.name"),
+        architecture: model.metadata("general.architecture").unwrap_or_default(),
+        description: model.description(),
+        n_vocab: model.n_vocab(),
+        trained_context: model.trained_context(),
+        max_tokens: plan.limits.max_tokens,
+        bos: model.bos(),
+        bos_text: text(model.bos()),
+        eos: model.eos(),
+        eos_text: text(model.eos()),
+        adds_bos: model.adds_bos(),
+        chat_template: config.chat_template.clone().or_else(|| model.chat_template()),
+        parameter_count: model.parameter_count(),
+        size_bytes: model.size_bytes(),
+    }
+}
+
+fn notes(config: &RunnerConfig, model: &Model, plan: &Plan) -> Vec<String> {
+    let mut notes = Vec::new();
+    let trained = model.trained_context();
+    if trained > 0 && plan.limits.max_tokens > trained && config.context.rope.is_none() {
+        notes.push(format!(
+            "maxTokens is {}, but the model was trained with {trained}; answers beyond that may be poor",
+            plan.limits.max_tokens
+        ));
+    }
+    if !plan.capability.reuse {
+        notes.push("the model's state cannot be cut, so prompts that begin alike are each read in full".to_owned());
+    }
+    if config.engine.gpu_layers.is_some_and(|layers| i64::from(layers) > i64::from(plan.layers_total)) {
+        notes.push(format!("gpuLayers is more than the model's {} layers", plan.layers_total));
+    }
+    notes
+}
+
+/// Bytes on all devices together.
+pub(super) fn total_context_bytes(memory: &[MemoryUse]) -> u64 {
+    memory.iter().map(|device| device.context_bytes).sum()
+}
+
+fn speaks_of_memory(message: &str) -> bool {
+    let message = message.to_lowercase();
+    ["failed to allocate", "unable to allocate", "out of memory", "outofdevicememory", "bad_alloc", "cudamalloc failed"]
+        .iter()
+        .any(|words| message.contains(words))
+}
+
+/// llama.cpp gives no codes, only words.
+fn classify(path: &str, message: String) -> EngineError {
+    let path = path.to_owned();
+    if message.contains("unknown model architecture") {
+        EngineError::UnknownArchitecture { path, message }
+    } else if speaks_of_memory(&message) {
+        EngineError::InsufficientMemory(format!("loading {path}: {message}"))
+    } else {
+        EngineError::LoadFailed { path, message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_become_reasons() {
+        let cases = [
+            ("error loading model architecture: unknown model architecture: 'llama9'", "UnknownArchitecture"),
+            ("unable to allocate Vulkan0 buffer", "InsufficientMemory"),
+            ("ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 7", "InsufficientMemory"),
+            ("invalid magic characters: 'nope', expected 'GGUF'", "LoadFailed"),
+        ];
+        for (message, reason) in cases {
+            assert_eq!(classify("x.gguf", message.to_owned()).reason(), reason, "{message}");
+        }
+    }
+
+    #[test]
+    fn devices_are_granted_by_name() {
+        let device = |index, name: &str, kind| Device {
+            index,
+            name: name.to_owned(),
+            description: String::new(),
+            backend: String::new(),
+            kind,
+            total: 1,
+            free: 1,
+        };
+        let found = [device(0, "CPU", "CPU"), device(1, "Vulkan0", "GPU"), device(2, "Vulkan1", "GPU")];
+        let config = |devices: &[&str], gpu_layers| RunnerConfig {
+            devices: devices.iter().map(|&name| name.to_owned()).collect(),
+            gpu_layers,
+            ..super::super::tests::config("/nowhere".into())
+        };
+        assert_eq!(granted(&config(&[], None), &found), Ok(vec![]));
+        assert_eq!(granted(&config(&["CPU"], None), &found), Ok(vec![]));
+        assert_eq!(granted(&config(&["Vulkan1", "Vulkan0"], None), &found), Ok(vec![2, 1]));
+        assert_eq!(granted(&config(&["Vulkan1"], Some(0)), &found), Ok(vec![]));
+        assert_eq!(granted(&config(&["CUDA0"], None), &found), Err(EngineError::UnknownDevice("CUDA0".to_owned())));
+    }
+}

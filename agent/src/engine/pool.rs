@@ -1,0 +1,311 @@
+//! Pure: which sequence ids are in use, how many cells of the unified KV cache they take, and who may be dropped.
+//!
+//! A cell can belong to several sequences (a shared prefix), so a sequence is a chain of segments, each a run of cells
+//! that were made together: what is used is, for every segment, the longest part that anyone still holds.
+
+use super::request::Token;
+
+/// llama.cpp's sequence id.
+pub(super) type SeqId = i32;
+
+/// The sequences of one context.
+#[derive(Debug, Default)]
+pub(super) struct Pool {
+    sequences: Vec<Sequence>,
+    next_segment: u64,
+    clock: u64,
+    used: u32,
+}
+
+#[derive(Debug, Default)]
+struct Sequence {
+    state: State,
+    chain: Vec<Link>,
+    /// The last link ends where its segment ends and nobody else continues it.
+    open: bool,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Free,
+    Running,
+    /// A finished sequence whose cells stay for the next prompt that begins the same.
+    Kept {
+        tokens: Vec<Token>,
+        used_at: u64,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    segment: u64,
+    length: u32,
+}
+
+impl Pool {
+    /// A pool of `sequences` ids, all free.
+    pub(super) fn new(sequences: u32) -> Self {
+        let mut pool = Self::default();
+        pool.sequences.resize_with(sequences as usize, Sequence::default);
+        pool
+    }
+
+    /// Takes the lowest free id for a running sequence: low ids keep llama.cpp's masks small.
+    pub(super) fn take(&mut self) -> Option<SeqId> {
+        let index = self.sequences.iter().position(|sequence| matches!(sequence.state, State::Free))?;
+        self.sequences[index].state = State::Running;
+        SeqId::try_from(index).ok()
+    }
+
+    /// Cells that a sequence holds, shared ones counted.
+    #[cfg(test)]
+    pub(super) fn length(&self, id: SeqId) -> u32 {
+        self.get(id).map_or(0, Sequence::length)
+    }
+
+    /// Cells in use.
+    pub(super) fn used(&self) -> u32 {
+        self.used
+    }
+
+    /// Cells in use by running sequences.
+    pub(super) fn used_by_running(&self) -> u32 {
+        distinct(self.sequences.iter().filter(|sequence| matches!(sequence.state, State::Running)))
+    }
+
+    /// `count` new cells at the end of a sequence.
+    pub(super) fn append(&mut self, id: SeqId, count: u32) {
+        let segment = self.next_segment;
+        let Some(sequence) = self.get_mut(id) else { return };
+        match sequence.chain.last_mut() {
+            Some(last) if sequence.open => last.length += count,
+            _ => {
+                sequence.chain.push(Link { segment, length: count });
+                sequence.open = true;
+                self.next_segment += 1;
+            }
+        }
+        self.used += count;
+    }
+
+    /// Keeps the first `length` cells of a sequence.
+    pub(super) fn cut(&mut self, id: SeqId, length: u32) {
+        let Some(sequence) = self.get_mut(id) else { return };
+        if length < sequence.length() {
+            sequence.chain = sequence.first(length);
+            sequence.open = false;
+            self.count();
+        }
+    }
+
+    /// Makes `to`, which is empty, share the first `length` cells of `from`.
+    pub(super) fn share(&mut self, from: SeqId, to: SeqId, length: u32) {
+        let Some(chain) = self.get(from).map(|sequence| sequence.first(length)) else { return };
+        let Some(sequence) = self.get_mut(to) else { return };
+        sequence.chain = chain;
+        sequence.open = false;
+        self.count();
+    }
+
+    /// A running sequence has ended; its cells stay.
+    pub(super) fn keep(&mut self, id: SeqId, tokens: Vec<Token>) {
+        self.clock += 1;
+        let used_at = self.clock;
+        if let Some(sequence) = self.get_mut(id) {
+            sequence.state = State::Kept { tokens, used_at };
+        }
+    }
+
+    /// A kept sequence runs again.
+    pub(super) fn revive(&mut self, id: SeqId) {
+        if let Some(sequence) = self.get_mut(id) {
+            sequence.state = State::Running;
+        }
+    }
+
+    /// A kept sequence was of use.
+    pub(super) fn touch(&mut self, id: SeqId) {
+        self.clock += 1;
+        let now = self.clock;
+        if let Some(State::Kept { used_at, .. }) = self.get_mut(id).map(|sequence| &mut sequence.state) {
+            *used_at = now;
+        }
+    }
+
+    /// Frees an id and the cells that only it holds.
+    pub(super) fn release(&mut self, id: SeqId) {
+        if let Some(sequence) = self.get_mut(id) {
+            *sequence = Sequence::default();
+            self.count();
+        }
+    }
+
+    /// Frees everything.
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(u32::try_from(self.sequences.len()).unwrap_or(u32::MAX));
+    }
+
+    /// The kept sequence that was of no use for longest.
+    pub(super) fn oldest_kept(&self) -> Option<SeqId> {
+        let oldest = self.sequences.iter().enumerate().filter_map(|(index, sequence)| match sequence.state {
+            State::Kept { used_at, .. } => Some((used_at, index)),
+            State::Free | State::Running => None,
+        });
+        oldest.min().and_then(|(_, index)| SeqId::try_from(index).ok())
+    }
+
+    /// The kept sequences and their tokens.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (SeqId, &[Token])> {
+        self.sequences.iter().enumerate().filter_map(|(index, sequence)| match &sequence.state {
+            State::Kept { tokens, .. } => Some((SeqId::try_from(index).ok()?, tokens.as_slice())),
+            State::Free | State::Running => None,
+        })
+    }
+
+    /// Whether an id is free.
+    pub(super) fn has_free(&self) -> bool {
+        self.sequences.iter().any(|sequence| matches!(sequence.state, State::Free))
+    }
+
+    fn get(&self, id: SeqId) -> Option<&Sequence> {
+        self.sequences.get(usize::try_from(id).ok()?)
+    }
+
+    fn get_mut(&mut self, id: SeqId) -> Option<&mut Sequence> {
+        self.sequences.get_mut(usize::try_from(id).ok()?)
+    }
+
+    fn count(&mut self) {
+        self.used = distinct(self.sequences.iter());
+    }
+}
+
+impl Sequence {
+    fn length(&self) -> u32 {
+        self.chain.iter().map(|link| link.length).sum()
+    }
+
+    fn first(&self, length: u32) -> Vec<Link> {
+        let mut left = length;
+        let mut chain = Vec::with_capacity(self.chain.len());
+        for link in &self.chain {
+            let taken = link.length.min(left);
+            if taken > 0 {
+                chain.push(Link { segment: link.segment, length: taken });
+            }
+            left -= taken;
+        }
+        chain
+    }
+}
+
+fn distinct<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> u32 {
+    let mut links: Vec<(u64, u32)> =
+        sequences.flat_map(|sequence| sequence.chain.iter().map(|link| (link.segment, link.length))).collect();
+    links.sort_unstable();
+    // The longest link of a segment is the last of its run.
+    let ends = links.iter().zip(links.iter().skip(1).map(Some).chain([None]));
+    ends.filter(|(link, next)| next.is_none_or(|next| next.0 != link.0)).map(|(link, _)| link.1).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_shared_prefix_counts_once() {
+        let mut pool = Pool::new(3);
+        let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
+        pool.append(a, 100);
+        pool.share(a, b, 60);
+        assert_eq!((pool.used(), pool.length(b)), (100, 60));
+        pool.append(b, 10);
+        pool.append(a, 5);
+        assert_eq!((pool.used(), pool.length(a), pool.length(b)), (115, 105, 70));
+        pool.release(a);
+        assert_eq!((pool.used(), pool.used_by_running()), (70, 70));
+        pool.keep(b, vec![1; 70]);
+        assert_eq!((pool.used(), pool.used_by_running()), (70, 0));
+        assert_eq!(pool.oldest_kept(), Some(b));
+        pool.release(b);
+        assert_eq!((pool.used(), pool.oldest_kept()), (0, None));
+    }
+
+    #[test]
+    fn the_oldest_kept_is_the_least_recently_used() {
+        let mut pool = Pool::new(3);
+        for token in 0..3 {
+            let id = pool.take().unwrap();
+            pool.append(id, 4);
+            pool.keep(id, vec![token; 4]);
+        }
+        assert!(!pool.has_free());
+        pool.touch(0);
+        assert_eq!(pool.oldest_kept(), Some(1));
+        pool.revive(1);
+        assert_eq!(pool.oldest_kept(), Some(2));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Append(u8, u8),
+        Cut(u8, u8),
+        Share(u8, u8, u8),
+        Release(u8),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            4 => (0u8..4, 1u8..20).prop_map(|(id, count)| Op::Append(id, count)),
+            2 => (0u8..4, 0u8..40).prop_map(|(id, length)| Op::Cut(id, length)),
+            2 => (0u8..4, 0u8..4, 0u8..40).prop_map(|(from, to, length)| Op::Share(from, to, length)),
+            1 => (0u8..4).prop_map(Op::Release),
+        ]
+    }
+
+    proptest! {
+        /// The pool counts as llama.cpp does: a cell is used while any sequence holds it.
+        #[test]
+        fn counts_like_cells(ops in proptest::collection::vec(op(), 0..60)) {
+            let mut pool = Pool::new(4);
+            while pool.take().is_some() {}
+            let mut cells: Vec<Vec<u32>> = vec![Vec::new(); 4];
+            let mut next = 0;
+            for op in ops {
+                match op {
+                    Op::Append(id, count) => {
+                        pool.append(id.into(), count.into());
+                        cells[id as usize].extend(next..next + u32::from(count));
+                        next += u32::from(count);
+                    }
+                    Op::Cut(id, length) => {
+                        pool.cut(id.into(), length.into());
+                        cells[id as usize].truncate(length.into());
+                    }
+                    Op::Share(from, to, length) => {
+                        if from == to || !cells[to as usize].is_empty() {
+                            continue;
+                        }
+                        pool.share(from.into(), to.into(), length.into());
+                        let length = cells[from as usize].len().min(length.into());
+                        cells[to as usize] = cells[from as usize][..length].to_vec();
+                    }
+                    Op::Release(id) => {
+                        pool.release(id.into());
+                        cells[id as usize].clear();
+                    }
+                }
+                let distinct: BTreeSet<u32> = cells.iter().flatten().copied().collect();
+                prop_assert_eq!(pool.used() as usize, distinct.len());
+                for (id, cells) in (0..).zip(&cells) {
+                    prop_assert_eq!(pool.length(id) as usize, cells.len());
+                }
+            }
+        }
+    }
+}

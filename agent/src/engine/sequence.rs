@@ -1,0 +1,235 @@
+//! One request while it is generated.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::Instant;
+
+use tokio::sync::mpsc::{OwnedPermit, Sender};
+
+use super::error::EngineError;
+use super::ffi::{LogprobRow, Model, Sampler};
+use super::mailbox::Waiting;
+use super::pool::SeqId;
+use super::request::{
+    FinishReason, GenerateEvent, GenerateRequest, PENALTY_WINDOW, Timings, Token, TokenLogprob, TopLogprob, Usage,
+};
+use super::sizing::CELLS_STEP;
+use super::stop::TextAssembler;
+
+/// Events that a reader may be behind before its sequence is parked; two more are reserved for the end.
+pub(super) const CHANNEL: usize = 64;
+
+/// A request that has a slot.
+pub(super) struct Sequence {
+    /// Identity, for logs.
+    pub(super) id: String,
+    /// llama.cpp's sequence; `None` while preempted.
+    pub(super) cells: Option<SeqId>,
+    /// The prompt and what was generated.
+    pub(super) tokens: Vec<Token>,
+    /// Tokens whose keys and values are in the cache.
+    pub(super) resident: usize,
+    pub(super) sampler: Sampler,
+    /// Alternatives per token that the reader wants.
+    pub(super) logprobs: Option<u32>,
+    /// Tokens to aim for, prompt and answer.
+    pub(super) need: u32,
+    prompt: usize,
+    /// Tokens at most, prompt and answer.
+    limit: usize,
+    cached: usize,
+    ignore_eos: bool,
+    text: TextAssembler,
+    events: Sender<GenerateEvent>,
+    /// For the last text and the last event, so that a full channel cannot lose them.
+    last: [OwnedPermit<GenerateEvent>; 2],
+    submitted: Instant,
+    /// When it got a slot.
+    pub(super) started: Instant,
+    /// When it leaves, should it not have begun.
+    deadline: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl Sequence {
+    /// A request begins. `max_tokens` is what a request may use, prompt and answer.
+    pub(super) fn new(
+        model: &Model,
+        waiting: Waiting,
+        max_tokens: u32,
+        need: u32,
+        now: Instant,
+    ) -> Result<Self, String> {
+        let Waiting { request, events, submitted } = waiting;
+        let GenerateRequest { id, prompt, max_tokens: wanted, sampling, stop, ignore_eos, logprobs, deadline } =
+            request;
+        let seed = sampling.seed.unwrap_or_else(random_seed);
+        let mut sampler = Sampler::new(model, &sampling, seed)?;
+        let window = usize::try_from(PENALTY_WINDOW).unwrap_or(0);
+        for &token in &prompt[prompt.len().saturating_sub(window)..] {
+            sampler.accept(token)?;
+        }
+        let limit = (max_tokens as usize).min(prompt.len().saturating_add(wanted.map_or(usize::MAX, |n| n as usize)));
+        let reserve = || events.clone().try_reserve_owned().map_err(|_| "the reader has gone".to_owned());
+        Ok(Self {
+            id,
+            cells: None,
+            resident: 0,
+            sampler,
+            logprobs,
+            need,
+            prompt: prompt.len(),
+            limit,
+            cached: 0,
+            ignore_eos,
+            text: TextAssembler::new(stop),
+            last: [reserve()?, reserve()?],
+            events,
+            submitted,
+            started: now,
+            deadline,
+            first_token: None,
+            tokens: prompt,
+        })
+    }
+
+    /// A slot was found: its cells, and how many tokens are in them already.
+    pub(super) fn place(&mut self, cells: SeqId, resident: usize) {
+        self.cells = Some(cells);
+        self.resident = resident;
+        if self.first_token.is_none() {
+            self.cached = resident.min(self.prompt);
+        }
+    }
+
+    /// Its cells are gone; all tokens have to be read again.
+    pub(super) fn unplace(&mut self) -> Option<SeqId> {
+        self.resident = 0;
+        self.cells.take()
+    }
+
+    /// Tokens to compute.
+    pub(super) fn todo(&self) -> usize {
+        self.tokens.len() - self.resident
+    }
+
+    /// The tokens whose keys and values are in the cache.
+    pub(super) fn resident_tokens(&self) -> &[Token] {
+        &self.tokens[..self.resident]
+    }
+
+    /// Prompt tokens, and how many of them needed no computing.
+    pub(super) fn prompt_tokens(&self) -> (usize, usize) {
+        (self.prompt, self.cached)
+    }
+
+    /// Cells without which it cannot go on: what it has to compute and a little more.
+    pub(super) fn next_cells(&self) -> u32 {
+        let todo = u32::try_from(self.todo()).unwrap_or(u32::MAX);
+        let left = u32::try_from(self.limit.saturating_sub(self.tokens.len())).unwrap_or(u32::MAX);
+        todo.saturating_add(left.min(CELLS_STEP))
+    }
+
+    /// Cells that are aimed for beside those it has.
+    pub(super) fn aimed_cells(&self) -> u32 {
+        let resident = u32::try_from(self.resident).unwrap_or(u32::MAX);
+        self.need.saturating_sub(resident).max(self.next_cells())
+    }
+
+    /// Nobody reads any more.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// It has waited for its first cells until its deadline.
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        self.first_token.is_none() && self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Its reader is behind.
+    pub(super) fn is_parked(&self) -> bool {
+        self.events.capacity() == 0
+    }
+
+    /// No token may be generated at all.
+    pub(super) fn is_complete(&self) -> Option<FinishReason> {
+        (self.tokens.len() >= self.limit).then_some(FinishReason::Length)
+    }
+
+    /// Takes a sampled token and passes on what may be shown. `Some`: the generation ends.
+    pub(super) fn accept(
+        &mut self,
+        model: &Model,
+        token: Token,
+        logprobs: Option<&LogprobRow>,
+        now: Instant,
+    ) -> Result<Option<FinishReason>, String> {
+        self.first_token.get_or_insert(now);
+        self.tokens.push(token);
+        if !self.ignore_eos && model.is_end(token) {
+            return Ok(Some(FinishReason::Stop));
+        }
+        let logprob = logprobs.map(|row| described(model, token, row)).transpose()?;
+        model.append_piece(token, false, self.text.buffer())?;
+        let passed = self.text.advance();
+        if !passed.text.is_empty() || logprob.is_some() {
+            // The channel has room, because a sequence whose channel is full takes no part in a step; a reader that
+            // has gone is seen before the next one.
+            let _ = self.events.try_send(GenerateEvent::Token { text: passed.text, token, logprob });
+        }
+        if passed.stopped {
+            return Ok(Some(FinishReason::Stop));
+        }
+        Ok(self.is_complete())
+    }
+
+    /// Sends the end.
+    pub(super) fn finish(mut self, finish_reason: FinishReason, now: Instant) {
+        let [text_permit, done_permit] = self.last;
+        let rest = self.text.finish();
+        if !rest.is_empty() {
+            let token = self.tokens.last().copied().unwrap_or_default();
+            text_permit.send(GenerateEvent::Token { text: rest, token, logprob: None });
+        }
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let usage = Usage {
+            prompt_tokens: count(self.prompt),
+            cached_tokens: count(self.cached),
+            completion_tokens: count(self.tokens.len() - self.prompt),
+        };
+        let first_token = self.first_token.unwrap_or(now);
+        let timings = Timings {
+            queue: self.started - self.submitted,
+            prefill: first_token - self.started,
+            time_to_first_token: first_token - self.submitted,
+            decode: now - first_token,
+        };
+        done_permit.send(GenerateEvent::Done { finish_reason, usage, timings });
+    }
+
+    /// Sends the failure.
+    pub(super) fn fail(self, error: EngineError) {
+        let [_, permit] = self.last;
+        permit.send(GenerateEvent::Failed(error));
+    }
+}
+
+/// Ends a request that has no slot.
+pub(super) fn give_up(waiting: Waiting, error: EngineError) {
+    // The channel of a request that has got no slot is empty; a reader that has gone needs no reason.
+    let _ = waiting.events.try_send(GenerateEvent::Failed(error));
+}
+
+fn described(model: &Model, token: Token, row: &LogprobRow) -> Result<TokenLogprob, String> {
+    let bytes = |token| {
+        let mut bytes = Vec::new();
+        model.append_piece(token, true, &mut bytes).map(|()| bytes)
+    };
+    let top = row.top.iter().map(|&(token, logprob)| Ok(TopLogprob { token, logprob, bytes: bytes(token)? }));
+    Ok(TokenLogprob { logprob: row.chosen, bytes: bytes(token)?, top: top.collect::<Result<_, String>>()? })
+}
+
+fn random_seed() -> u32 {
+    // The standard library's keys are random and differ each time.
+    let number = RandomState::new().build_hasher().finish();
+    u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default()
+}

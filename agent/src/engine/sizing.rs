@@ -1,0 +1,202 @@
+//! Pure: how large the context should be.
+//!
+//! The pool of cells is shared by all sequences. It starts with room for one request and grows with what runs, along
+//! a ladder of sizes, so that a conversation does not resize it at every turn.
+
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
+
+/// llama.cpp pads a context to a multiple of this.
+pub(super) const CELLS_STEP: u32 = 256;
+
+/// What the configuration and the model allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Cells to begin with.
+    pub(super) initial: u32,
+    /// Cells at most.
+    pub(super) cap: u32,
+    /// Tokens aimed for with each request at least.
+    pub(super) min_tokens: u32,
+    /// Tokens of one request at most.
+    pub(super) max_tokens: u32,
+}
+
+impl Limits {
+    /// Limits for a model that was trained with `trained` tokens.
+    pub(super) fn new(context: &ContextSpec, trained: u32) -> Self {
+        let positive = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
+        let parallel = u32::try_from(context.parallel).unwrap_or(1).max(1);
+        // A model that does not say what it was trained with gets llama.cpp's smallest common size.
+        let trained = if trained == 0 { 2048 } else { trained };
+        let max_tokens = positive(context.max_tokens).unwrap_or(trained).max(1);
+        let min_tokens = positive(context.min_tokens).unwrap_or(4096).min(max_tokens);
+        let cap = pad(max_tokens.saturating_mul(parallel));
+        let initial = match context.sizing {
+            ContextSizing::Fixed => cap,
+            ContextSizing::Dynamic => rung(min_tokens).min(cap),
+        };
+        Self { initial, cap, min_tokens, max_tokens }
+    }
+
+    /// Tokens to aim for with a request of `prompt` tokens that may generate `generate` more.
+    pub(super) fn need(&self, prompt: u32, generate: Option<u32>) -> u32 {
+        let doubled = 1024 * prompt.saturating_mul(2).div_ceil(1024);
+        let asked = prompt.saturating_add(generate.unwrap_or(0).min(1024));
+        self.min_tokens.max(doubled).max(asked).min(self.max_tokens)
+    }
+}
+
+/// The next multiple of [`CELLS_STEP`].
+pub(super) fn pad(cells: u32) -> u32 {
+    cells.div_ceil(CELLS_STEP).saturating_mul(CELLS_STEP).max(CELLS_STEP)
+}
+
+/// The smallest size of the ladder with at least `cells`: powers of two from 256 on, and the middles between them.
+pub(super) fn rung(cells: u32) -> u32 {
+    let power = cells.max(CELLS_STEP).checked_next_power_of_two().unwrap_or(1 << 31);
+    let middle = power / 4 * 3;
+    if middle >= cells && middle.is_multiple_of(CELLS_STEP) { middle } else { power }
+}
+
+/// What the sequences take and want, the one to be admitted counted, in cells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Demand {
+    /// Without these somebody cannot go on.
+    pub(super) hard: u32,
+    /// Aimed for.
+    pub(super) aim: u32,
+}
+
+/// What to do about a demand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sizing {
+    /// There is room (kept prefixes may have to go).
+    Fits,
+    /// A larger context; if that fails and `hard` fits, go on without.
+    Grow {
+        /// Cells of the new context.
+        to: u32,
+    },
+    /// No room: wait for others to end.
+    Wait,
+}
+
+/// Decides for a pool of `cells`. `calm` says that the last growth is long enough ago for one that is only wished for.
+pub(super) fn decide(cells: u32, cap: u32, demand: Demand, calm: bool) -> Sizing {
+    let Demand { hard, aim } = demand;
+    if aim <= cells {
+        return Sizing::Fits;
+    }
+    let to = rung(aim).min(cap);
+    if to > cells && to >= hard && (calm || hard > cells) {
+        return Sizing::Grow { to };
+    }
+    if hard <= cells { Sizing::Fits } else { Sizing::Wait }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limits(min: u32, max: u32) -> Limits {
+        Limits { initial: rung(min), cap: 1 << 20, min_tokens: min, max_tokens: max }
+    }
+
+    /// need(n, m) = min(max, max(min, 1024·ceil(2n/1024), n + min(m, 1024)))
+    #[test]
+    fn need_follows_the_formula() {
+        let cases = [
+            // min, max, prompt, generate, need
+            (4096, 131_072, 1, None, 4096),
+            (4096, 131_072, 2000, None, 4096),
+            (4096, 131_072, 2048, None, 4096),
+            (4096, 131_072, 2049, None, 5120),
+            (4096, 131_072, 10_000, None, 20_480),
+            (4096, 131_072, 10_000, Some(4000), 20_480),
+            (256, 131_072, 100, Some(1), 1024),
+            (256, 131_072, 512, Some(900), 1412),
+            (256, 131_072, 512, Some(90_000), 1536),
+            (4096, 8192, 7000, Some(500), 8192),
+            (4096, 8192, 8191, None, 8192),
+        ];
+        for (min, max, prompt, generate, expected) in cases {
+            assert_eq!(
+                limits(min, max).need(prompt, generate),
+                expected,
+                "need({prompt}, {generate:?}) in {min}..{max}"
+            );
+        }
+    }
+
+    #[test]
+    fn limits_come_from_the_spec() {
+        let spec = |sizing, min_tokens, max_tokens, parallel| ContextSpec {
+            sizing,
+            min_tokens,
+            max_tokens,
+            parallel,
+            ..ContextSpec::default()
+        };
+        let cases = [
+            // spec, trained, initial, cap, min, max
+            (spec(ContextSizing::Dynamic, None, None, 4), 131_072, 4096, 524_288, 4096, 131_072),
+            (spec(ContextSizing::Dynamic, None, None, 4), 2048, 2048, 8192, 2048, 2048),
+            (spec(ContextSizing::Dynamic, Some(300), Some(1000), 2), 2048, 512, 2048, 300, 1000),
+            (spec(ContextSizing::Fixed, None, Some(8192), 4), 131_072, 32_768, 32_768, 4096, 8192),
+            (spec(ContextSizing::Dynamic, None, None, 1), 0, 2048, 2048, 2048, 2048),
+        ];
+        for (spec, trained, initial, cap, min_tokens, max_tokens) in cases {
+            let expected = Limits { initial, cap, min_tokens, max_tokens };
+            assert_eq!(Limits::new(&spec, trained), expected, "{spec:?} {trained}");
+        }
+    }
+
+    #[test]
+    fn the_ladder() {
+        let rungs: Vec<u32> = [1, 256, 257, 512, 600, 768, 769, 1025, 3000, 4096, 4097, 100_000].map(rung).to_vec();
+        assert_eq!(rungs, [256, 256, 512, 512, 768, 768, 1024, 1536, 3072, 4096, 6144, 131_072]);
+    }
+
+    #[test]
+    fn decides() {
+        let cases = [
+            // cells, cap, hard, aim, calm, decision
+            (4096, 16_384, 300, 4096, true, Sizing::Fits),
+            (4096, 16_384, 600, 8192, true, Sizing::Grow { to: 8192 }),
+            (4096, 16_384, 600, 8192, false, Sizing::Fits),
+            (4096, 16_384, 5000, 8192, false, Sizing::Grow { to: 8192 }),
+            (4096, 4096, 600, 8192, true, Sizing::Fits),
+            (4096, 4096, 5000, 8192, true, Sizing::Wait),
+            (4096, 5120, 5000, 8192, false, Sizing::Grow { to: 5120 }),
+        ];
+        for (cells, cap, hard, aim, calm, expected) in cases {
+            assert_eq!(decide(cells, cap, Demand { hard, aim }, calm), expected, "{cells} {cap} {hard} {aim} {calm}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn growth_is_enough_and_never_too_much(
+            cells in 1u32..100, cap in 1u32..1000, hard in 0u32..200_000, more in 0u32..200_000, calm: bool,
+        ) {
+            let (cells, cap) = (cells * CELLS_STEP, cap * CELLS_STEP);
+            match decide(cells, cap, Demand { hard, aim: hard + more }, calm) {
+                Sizing::Fits => prop_assert!(hard <= cells),
+                Sizing::Grow { to } => {
+                    prop_assert!(to > cells && to <= cap && to >= hard);
+                    prop_assert_eq!(to % CELLS_STEP, 0);
+                }
+                Sizing::Wait => prop_assert!(hard > cells.max(cap)),
+            }
+        }
+
+        #[test]
+        fn a_rung_is_enough(cells in 0u32..(1 << 31)) {
+            prop_assert!(rung(cells) >= cells);
+            prop_assert_eq!(rung(cells) % CELLS_STEP, 0);
+            prop_assert!(cells < 512 || u64::from(rung(cells)) <= u64::from(cells) * 2);
+        }
+    }
+}
