@@ -20,6 +20,7 @@ mod process;
 mod programs;
 pub mod report;
 pub mod sandbox;
+pub mod scenario;
 mod wait;
 
 pub use audit::Write;

@@ -1,0 +1,85 @@
+//! The accept and reject table of crds/tests/validation.yaml against a real API server, as `kubectl apply` sees it.
+
+use altiplano_tests::ControlPlane;
+use anyhow::Result;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Case {
+    case: String,
+    name: Option<String>,
+    spec: Value,
+    refused: Option<String>,
+    #[serde(default, rename = "strictOnly")]
+    _strict_only: bool,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accept_and_reject_table() -> Result<()> {
+    let cluster = ControlPlane::shared_with_chart().await?;
+    let namespace = cluster.namespace("validation").await?;
+    let cases: Vec<Case> = serde_saphyr::from_str(include_str!("../../crds/tests/validation.yaml"))?;
+    let mut wrong = Vec::new();
+    for Case { case, name, spec, refused, _strict_only } in cases {
+        let object = json!({
+            "apiVersion": "altiplano.dev/v1alpha1",
+            "kind": "ModelDeployment",
+            "metadata": {"name": name.as_deref().unwrap_or("m"), "namespace": namespace},
+            "spec": spec,
+        });
+        // Server-side dry run: nothing stays, and every case starts from nothing.
+        let answer =
+            cluster.kubectl_with(&["create", "--dry-run=server", "--validate=strict", "-f", "-"], &object.to_string());
+        match (refused, answer) {
+            (None, Err(error)) => wrong.push(format!("{case}: refused: {error:#}")),
+            (Some(expected), Ok(_)) => wrong.push(format!("{case}: accepted, expected `{expected}`")),
+            (Some(expected), Err(error)) if !format!("{error:#}").contains(&expected) => {
+                wrong.push(format!("{case}: expected `{expected}`, got: {error:#}"));
+            }
+            _ => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubectl_explains_the_fields() -> Result<()> {
+    let cluster = ControlPlane::shared_with_chart().await?;
+    let text = cluster.kubectl(&["explain", "mdep.spec.context"])?;
+    for expected in ["maxTokens", "Tokens that one request (prompt and answer) may use", "Dynamic", "overflow"] {
+        assert!(text.contains(expected), "`{expected}` is missing:\n{text}");
+    }
+    let all = cluster.kubectl(&["api-resources", "--categories=altiplano", "-o", "name"])?;
+    assert_eq!(all.lines().count(), 2, "{all}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn defaults_stand_in_the_stored_object() -> Result<()> {
+    let cluster = ControlPlane::shared_with_chart().await?;
+    let namespace = cluster.namespace("defaults").await?;
+    let manifest = format!(
+        "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: m, namespace: {namespace}}}\n\
+         spec: {{model: {{source: {{uri: 'https://example.com/m.gguf'}}}}}}\n"
+    );
+    let stored: Value = serde_json::from_str(&cluster.kubectl_with(&["create", "-o", "json", "-f", "-"], &manifest)?)?;
+    let expected = json!({
+        "model": {"source": {"uri": "https://example.com/m.gguf"}},
+        "replicas": 1,
+        "context": {"sizing": "Dynamic", "parallel": 4, "keyCacheType": "F16", "valueCacheType": "F16", "overflow": "Reject"},
+        "unload": {"policy": "WhenIdle", "idleSeconds": 300, "graceSeconds": 2, "minResidentSeconds": 30},
+        "engine": {"gpu": "Preferred", "flashAttention": "Auto"},
+        "placement": {"priority": 0},
+        "rollout": {"maxSurge": 1, "maxUnavailable": 1, "drainSeconds": 30},
+        "traffic": {"maxQueued": 64, "queueTimeoutSeconds": 60, "requestTimeoutSeconds": 600},
+    });
+    assert_eq!(stored["spec"], expected);
+    cluster.kubectl(&["-n", &namespace, "scale", "mdep/m", "--replicas=0"])?;
+    let replicas = cluster.kubectl(&["-n", &namespace, "get", "mdep/m", "-o", "jsonpath={.spec.replicas}"])?;
+    assert_eq!(replicas, "0");
+    cluster.kubectl(&["-n", &namespace, "delete", "mdep/m"])?;
+    Ok(())
+}

@@ -1,0 +1,426 @@
+//! The contract between operator and agent (ARCHITECTURE.md), rule by rule, on a real API server.
+
+use std::time::{Duration, Instant};
+
+use altiplano_crds::conditions::{reasons, types};
+use altiplano_crds::{ModelDeployment, ModelNode, names};
+use altiplano_tests::scenario::{SOON, Scenario, chat, content, http, toy_question};
+use altiplano_tests::{NAMESPACE, Operator, wait_for};
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use rustix::process::Signal;
+use serde_json::json;
+
+/// Rule 1 and 6: own status and own Lease, and nothing else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
+    let world = Scenario::start("tokens", 2).await?;
+    let mine = world.cluster.client_with(&world.agents[0].pod.token).await?;
+    let nodes = Api::<ModelNode>::all(mine.clone());
+    let status = |node: &str| {
+        Patch::Merge(json!({"apiVersion": "altiplano.dev/v1alpha1", "kind": "ModelNode",
+                            "metadata": {"name": node}, "status": {"deviceSummary": "forged"}}))
+    };
+    let refused = |what: &str, result: Result<(), kube::Error>| match result {
+        Err(kube::Error::Api(answer)) if answer.code == 403 || answer.code == 422 => Ok(()),
+        other => Err(anyhow::anyhow!("{what}: expected a refusal, got {other:?}")),
+    };
+    let params = PatchParams::default();
+    // Its own status may be written (the agent puts the truth back with its next write) …
+    nodes.patch_status(&world.node(0), &params, &status(&world.node(0))).await?;
+    // … another node's may not, nor any spec, nor a new object, nor another's Lease, nor any Secret.
+    refused("another status", nodes.patch_status(&world.node(1), &params, &status(&world.node(1))).await.map(drop))?;
+    let spec = Patch::Merge(json!({"spec": {"epoch": 999}}));
+    refused("own spec", nodes.patch(&world.node(0), &params, &spec).await.map(drop))?;
+    let made = ModelNode::new("made-by-an-agent", altiplano_crds::ModelNodeSpec { epoch: 1, models: vec![] });
+    refused("create", nodes.create(&kube::api::PostParams::default(), &made).await.map(drop))?;
+    refused("delete", nodes.delete(&world.node(0), &DeleteParams::default()).await.map(drop))?;
+    let leases = Api::<Lease>::namespaced(mine.clone(), NAMESPACE);
+    let renew = Patch::Merge(json!({"spec": {"holderIdentity": "forged"}}));
+    refused("another Lease", leases.patch(&names::agent_lease(&world.node(1)), &params, &renew).await.map(drop))?;
+    refused("the leader's Lease", leases.patch(names::LEADER_LEASE, &params, &renew).await.map(drop))?;
+    let secrets = Api::<k8s_openapi::api::core::v1::Secret>::namespaced(mine, NAMESPACE);
+    refused("Secrets", secrets.list(&ListParams::default()).await.map(drop))
+}
+
+/// Rule 2: SIGSTOP the leader, let another lead, SIGCONT: nothing changes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_leader_changes_nothing() -> Result<()> {
+    const SHORT: [&str; 2] = ["--lease-seconds", "6"];
+    let mut world = Scenario::start_with("fence", 1, &SHORT).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let first_epoch = world.model_node(0).await?.spec.epoch;
+
+    world.operator.proc.signal(Signal::STOP)?;
+    let mut second = Operator::start(world.cluster, &SHORT).await?;
+    second.ready().await?;
+    // The new leader shows that it leads by changing something.
+    world.cluster.kubectl(&["-n", &world.namespace, "scale", "mdep/toy", "--replicas=0"])?;
+    world.wait_for_condition("toy", types::READY, "False", reasons::SCALED_TO_ZERO).await?;
+    world.cluster.kubectl(&["-n", &world.namespace, "scale", "mdep/toy", "--replicas=1"])?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let node = world.model_node(0).await?;
+    ensure!(node.spec.epoch > first_epoch, "epoch {} after {first_epoch}", node.spec.epoch);
+    let settled = (node.spec.clone(), world.get("toy").await?.status);
+
+    world.operator.proc.signal(Signal::CONT)?;
+    let status = world.operator.proc.ended(SOON).await?;
+    ensure!(!status.success(), "a leader that lost its Lease ended with {status}");
+    let node = world.model_node(0).await?;
+    assert_eq!((node.spec, world.get("toy").await?.status), settled, "the stale leader changed something");
+
+    // Even by hand, with the operator's own rights: the API server refuses a lower epoch.
+    let operator = world.cluster.client_with(&second.pod.token).await?;
+    let back = Patch::Merge(json!({"spec": {"epoch": first_epoch}}));
+    let refused = Api::<ModelNode>::all(operator).patch(&world.node(0), &PatchParams::default(), &back).await;
+    let text = format!("{:?}", refused.err().context("a lower epoch was accepted")?);
+    ensure!(text.contains("epoch must not go back"), "{text}");
+    world.operator = second;
+    world.delete("toy").await
+}
+
+/// Rule 3.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strangers_entry_does_not_stay() -> Result<()> {
+    let world = Scenario::start("stranger", 1).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let nodes = Api::<ModelNode>::all(world.client.clone());
+    let mut forged = world.model_node(0).await?.spec.models[0].clone();
+    forged.0["uid"] = "stranger".into();
+    let models = [world.model_node(0).await?.spec.models, vec![forged]].concat();
+    let patch = Patch::Merge(json!({"spec": {"models": models}}));
+    nodes.patch(&world.node(0), &PatchParams::default(), &patch).await?;
+    wait_for("the end of the stranger's entry", SOON, || async {
+        let node = world.model_node(0).await.map_err(|error| error.to_string())?;
+        let status = node.status.unwrap_or_default();
+        if node.spec.models.len() == 1 && status.models.len() == 1 {
+            Ok(())
+        } else {
+            Err(format!("{:?}", node.spec.models))
+        }
+    })
+    .await?;
+    world.wait_for_ready("toy", "1/1").await?;
+    world.delete("toy").await
+}
+
+/// Rules 4 and 5: an absent ModelNode and a Node made again are no reason to unload.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deleted_model_node_interrupts_nothing() -> Result<()> {
+    let world = Scenario::start("deleted", 1).await?;
+    let (prompt, answer) = toy_question(0)?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
+    let worker = world.agents[0].proc.processes();
+
+    let nodes = Api::<ModelNode>::all(world.client.clone());
+    let old = world.model_node(0).await?.metadata.uid;
+    nodes.delete(&world.node(0), &DeleteParams::default()).await?;
+    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    wait_for("another ModelNode with the model in it", SOON, || async {
+        let node = world.model_node(0).await.map_err(|error| error.to_string())?;
+        let states: Vec<_> = node.status.iter().flat_map(|status| &status.models).map(|m| m.state.clone()).collect();
+        if node.metadata.uid != old && states == ["Ready"] { Ok(()) } else { Err(format!("{node:?}")) }
+    })
+    .await?;
+    assert_eq!(world.agents[0].proc.processes(), worker, "the worker is the same process");
+    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    world.wait_for_ready("toy", "1/1").await?;
+    world.delete("toy").await
+}
+
+/// Rule 5.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_made_again_keeps_its_models() -> Result<()> {
+    let world = Scenario::start("again", 1).await?;
+    let (prompt, answer) = toy_question(0)?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
+    let worker = world.agents[0].proc.processes();
+    let model_node = world.model_node(0).await?.metadata.uid;
+
+    Api::<Node>::all(world.client.clone()).delete(&world.node(0), &DeleteParams::default()).await?;
+    world.cluster.create_node(&world.node(0), &[("test", &world.namespace)], &[]).await?;
+    // Longer than the garbage collector takes for an owner that is gone.
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until {
+        assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    assert_eq!(world.model_node(0).await?.metadata.uid, model_node, "the ModelNode went with the Node");
+    assert_eq!(world.agents[0].proc.processes(), worker, "the worker is the same process");
+    world.wait_for_ready("toy", "1/1").await?;
+    world.delete("toy").await
+}
+
+/// Rule 7: an agent whose clock is ten minutes off is as fresh as any other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agents_wrong_clock_is_no_matter() -> Result<()> {
+    let world = Scenario::start_with("clock", 1, &["--agent-lease-seconds", "8"]).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    // What such an agent would write: its Lease's times, moved by ten minutes, back and forth.
+    let leases = Api::<Lease>::namespaced(world.client.clone(), NAMESPACE);
+    let name = names::agent_lease(&world.node(0));
+    let mut moves = Vec::new();
+    for round in 0..24 {
+        let minutes: i64 = if round % 2 == 0 { -10 } else { 10 };
+        let lease = leases.get(&name).await?;
+        let renewed = lease.spec.and_then(|spec| spec.renew_time).context("a Lease without renewTime")?;
+        let shifted = renewed.0 + k8s_openapi::jiff::SignedDuration::from_mins(minutes);
+        let patch = Patch::Merge(
+            json!({"spec": {"renewTime": k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(shifted)}}),
+        );
+        leases.patch(&name, &PatchParams::default(), &patch).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let ready = world.endpoints("toy").await?.iter().all(|endpoint| endpoint.ready);
+        if !ready {
+            moves.push(round);
+        }
+    }
+    ensure!(moves.is_empty(), "unready in rounds {moves:?}");
+    world.wait_for_ready("toy", "1/1").await?;
+    world.delete("toy").await
+}
+
+/// Rule 8: the API server gone for three minutes under load: not one move, not one failed request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_outage_moves_nothing() -> Result<()> {
+    const OUTAGE: Duration = Duration::from_secs(180);
+    // A grace period far below the outage: only the rules can keep the models where they are.
+    let arguments = ["--node-loss-grace-seconds", "10", "--agent-lease-seconds", "15"];
+    let mut world = Scenario::start_with("outage", 3, &arguments).await?;
+    let (prompt, answer) = toy_question(0)?;
+    world.apply(&world.toy("toy", "replicas: 2"))?;
+    world.wait_for_ready("toy", "2/2").await?;
+    let endpoints = world.wait_for_endpoints("toy", 2).await?;
+    let before = specs(&world).await?;
+    let workers: Vec<_> = world.agents.iter().map(|agent| agent.proc.processes()).collect();
+
+    world.cluster.kill_api_server()?;
+    let end = Instant::now() + OUTAGE;
+    let load: Vec<_> = endpoints
+        .iter()
+        .map(|endpoint| {
+            let (url, prompt, answer) = (endpoint.url.clone(), prompt.clone(), answer.clone());
+            tokio::spawn(async move {
+                let mut answered = 0_u32;
+                while Instant::now() < end {
+                    let whole = chat(&url, "toy", &prompt).await?;
+                    ensure!(content(&whole)? == answer, "{whole}");
+                    answered += 1;
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                Ok(answered)
+            })
+        })
+        .collect();
+    let mut answered = 0;
+    for task in load {
+        answered += task.await??;
+    }
+    world.cluster.restart_api_server().await?;
+    println!("{answered} requests in the outage, none failed");
+    ensure!(answered > 100, "only {answered} requests: no load");
+    for agent in &mut world.agents {
+        agent.proc.assert_running()?;
+    }
+    // The leader may have ended, as it must when it cannot renew; a Deployment would start it again.
+    if world.operator.proc.try_wait()?.is_some() {
+        world.operator = Operator::start(world.cluster, &arguments).await?;
+    }
+    world.operator.ready().await?;
+    // Watch for moves for as long as stale agents would need to be given up.
+    let until = Instant::now() + Duration::from_secs(40);
+    while Instant::now() < until {
+        let now = specs(&world).await?;
+        ensure!(now == before, "a model was moved: {before:?} -> {now:?}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let workers_now: Vec<_> = world.agents.iter().map(|agent| agent.proc.processes()).collect();
+    assert_eq!(workers_now, workers, "no worker was started or ended");
+    world.wait_for_ready("toy", "2/2").await?;
+    world.delete("toy").await
+}
+
+/// Rule 8: a node that stays away loses its model to another one, after the grace period.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_nodes_models_move() -> Result<()> {
+    let mut world =
+        Scenario::start_with("lost", 3, &["--node-loss-grace-seconds", "3", "--agent-lease-seconds", "6"]).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let first = world.wait_for_endpoints("toy", 1).await?.remove(0).node;
+    let index = (0..3).find(|index| world.node(*index) == first).context("a node of ours")?;
+    world.agents[index].proc.kill()?;
+    wait_for("an endpoint on another node", SOON, || async {
+        let endpoints = world.endpoints("toy").await.map_err(|error| error.to_string())?;
+        let ready = endpoints.iter().find(|endpoint| endpoint.ready && endpoint.node != first);
+        ready.map(|_| ()).ok_or(format!("{endpoints:?}"))
+    })
+    .await?;
+    // Two of three away: more than half. Nothing moves any more.
+    let second = world.endpoints("toy").await?.into_iter().find(|e| e.ready).context("ready")?.node;
+    let index = (0..3).find(|index| world.node(*index) == second).context("a node of ours")?;
+    world.agents[index].proc.kill()?;
+    wait_for("no ready endpoint", SOON, || async {
+        let endpoints = world.endpoints("toy").await.map_err(|error| error.to_string())?;
+        if endpoints.iter().all(|endpoint| !endpoint.ready) { Ok(()) } else { Err(format!("{endpoints:?}")) }
+    })
+    .await?;
+    let before = specs(&world).await?;
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(specs(&world).await?, before, "a model moved although most nodes are stale");
+    // They come back, and so does the model.
+    world.restart_agent(index).await?;
+    world.wait_for_ready("toy", "1/1").await?;
+    world.delete("toy").await
+}
+
+/// Rule 9.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_unreadable_entry_stops_no_other() -> Result<()> {
+    let mut world = Scenario::start("unreadable", 1).await?;
+    let (prompt, answer) = toy_question(0)?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
+    // A newer operator's entry: the operator of today must not put it right, so it goes first.
+    world.operator.proc.kill()?;
+    let mut newer = world.model_node(0).await?.spec.models[0].clone();
+    newer.0["uid"] = "newer".into();
+    newer.0["mode"] = "Hibernate".into();
+    let models = [vec![newer], world.model_node(0).await?.spec.models].concat();
+    let patch = Patch::Merge(json!({"spec": {"models": models}}));
+    Api::<ModelNode>::all(world.client.clone()).patch(&world.node(0), &PatchParams::default(), &patch).await?;
+    let message = wait_for("Failed/UnsupportedSpec", SOON, || async {
+        let node = world.model_node(0).await.map_err(|error| error.to_string())?;
+        let models = node.status.unwrap_or_default().models;
+        let newer = models.iter().find(|m| m.uid == "newer" && m.reason.as_deref() == Some(reasons::UNSUPPORTED_SPEC));
+        let toy = models.iter().any(|m| m.uid != "newer" && m.state == "Ready");
+        match newer {
+            Some(found) if toy && found.state == "Failed" => Ok(found.message.clone().unwrap_or_default()),
+            _ => Err(format!("{models:?}")),
+        }
+    })
+    .await?;
+    ensure!(message.contains("Hibernate"), "the message names what cannot be read: {message}");
+    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    world.operator = Operator::start(world.cluster, &[]).await?;
+    world.operator.ready().await?;
+    world.delete("toy").await
+}
+
+/// Rule 10: the status of an agent one contract older, and of one with states of the future.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_agent_is_understood() -> Result<()> {
+    let mut world = Scenario::start("older", 1).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    let uid = world.get("toy").await?.metadata.uid.context("uid")?;
+    let node = world.model_node(0).await?;
+    let state = node.status.context("status")?.models[0].clone();
+    // The agent stands still: what follows is written in its name, with its own rights.
+    world.agents[0].proc.signal(Signal::STOP)?;
+    let mine = world.cluster.client_with(&world.agents[0].pod.token).await?;
+    let nodes = Api::<ModelNode>::all(mine);
+    let write = |contract: u32, state_name: &str, extra: serde_json::Value| {
+        let mut entry = json!({"uid": uid, "revision": state.revision, "state": state_name, "port": state.port});
+        if let (Some(entry), Some(extra)) = (entry.as_object_mut(), extra.as_object()) {
+            entry.extend(extra.clone());
+        }
+        Patch::Merge(json!({"status": {"agent": {"contract": contract}, "models": [entry]}}))
+    };
+    let older = write(names::CONTRACT_VERSION - 1, "Ready", json!({}));
+    nodes.patch_status(&world.node(0), &PatchParams::default(), &older).await?;
+    world.wait_for_ready("toy", "1/1").await?;
+    world.wait_for_endpoints("toy", 1).await?;
+    // A state that this operator does not know is "not ready", and no error.
+    let future = write(names::CONTRACT_VERSION + 1, "Hibernating", json!({}));
+    nodes.patch_status(&world.node(0), &PatchParams::default(), &future).await?;
+    wait_for("an endpoint that is not ready", SOON, || async {
+        let endpoints = world.endpoints("toy").await.map_err(|error| error.to_string())?;
+        if endpoints.iter().all(|endpoint| !endpoint.ready) { Ok(()) } else { Err(format!("{endpoints:?}")) }
+    })
+    .await?;
+    world.operator.proc.assert_running()?;
+    world.agents[0].proc.signal(Signal::CONT)?;
+    world.delete("toy").await
+}
+
+/// Rule 13: a namespace deleted while the operator is away ends when one comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_goes_even_with_the_operator_away() -> Result<()> {
+    let mut world = Scenario::start("away", 1).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    world.operator.proc.kill()?;
+    let namespaces = Api::<Namespace>::all(world.client.clone());
+    namespaces.delete(&world.namespace, &DeleteParams::default()).await?;
+    let models = Api::<ModelDeployment>::namespaced(world.client.clone(), &world.namespace);
+    wait_for("the deletion to reach the model", SOON, || async {
+        let model = models.get("toy").await.map_err(|error| error.to_string())?;
+        model.metadata.deletion_timestamp.map(|_| ()).ok_or("not deleted yet".to_owned())
+    })
+    .await?;
+    world.operator = Operator::start(world.cluster, &[]).await?;
+    wait_for("the namespace's end", SOON * 2, || async {
+        match namespaces.get_opt(&world.namespace).await {
+            Ok(None) => Ok(()),
+            other => Err(format!("{:?}", other.map(|found| found.and_then(|n| n.status)))),
+        }
+    })
+    .await?;
+    wait_for("no worker", SOON, || {
+        let processes = world.agents[0].proc.processes();
+        std::future::ready(if processes.len() == 1 { Ok(()) } else { Err(format!("{processes:?}")) })
+    })
+    .await
+}
+
+/// Endpoints are the operator's, named and labelled as Kubernetes' own conventions have it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoint_slices_are_what_load_balancers_expect() -> Result<()> {
+    let world = Scenario::start("slices", 1).await?;
+    world.apply(&world.toy("toy", ""))?;
+    world.wait_for_ready("toy", "1/1").await?;
+    world.wait_for_endpoints("toy", 1).await?;
+    let slices = Api::<EndpointSlice>::namespaced(world.client.clone(), &world.namespace);
+    let slice = slices.list(&ListParams::default()).await?.items.into_iter().next().context("a slice")?;
+    let labels = slice.metadata.labels.clone().unwrap_or_default();
+    assert_eq!(labels.get("kubernetes.io/service-name").map(String::as_str), Some("toy"));
+    assert_eq!(labels.get("endpointslice.kubernetes.io/managed-by").map(String::as_str), Some(names::MANAGED_BY));
+    let owners = slice.metadata.owner_references.clone().unwrap_or_default();
+    assert_eq!((owners.len(), owners[0].kind.as_str(), owners[0].controller), (1, "ModelDeployment", Some(true)));
+    let port = &slice.ports.as_ref().context("ports")?[0];
+    assert_eq!(port.name.as_deref(), Some(names::PORT_NAME));
+    assert_eq!(slice.endpoints[0].node_name.as_deref(), Some(world.node(0).as_str()));
+    // The model's own port serves that model and no other.
+    let url = world.endpoints("toy").await?.remove(0).url;
+    let response = http()?
+        .post(format!("{url}/v1/chat/completions"))
+        .json(&json!({"model": "another", "messages": [{"role": "user", "content": "hi"}]}))
+        .send()
+        .await?;
+    assert_eq!(response.status(), 404);
+    world.delete("toy").await
+}
+
+/// What should be on each node: uid and revision of every entry, node by node.
+async fn specs(world: &Scenario) -> Result<Vec<Vec<(String, String)>>> {
+    let mut all = Vec::new();
+    for index in 0..world.agents.len() {
+        let node = world.model_node(index).await?;
+        let entries = node.spec.models.iter().filter_map(|entry| entry.parse().ok());
+        all.push(entries.map(|entry| (entry.uid, entry.revision)).collect());
+    }
+    Ok(all)
+}
