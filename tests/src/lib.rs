@@ -13,6 +13,7 @@
 
 mod audit;
 mod chart;
+mod chat;
 mod control_plane;
 mod identity;
 mod pki;
@@ -25,6 +26,7 @@ mod wait;
 
 pub use audit::Write;
 pub use chart::{CRDS, NAMESPACE, RELEASE, render_chart, run_helm};
+pub use chat::{Answer, chat};
 pub use control_plane::{ControlPlane, free_port};
 pub use identity::PodIdentity;
 pub use process::Proc;
