@@ -24,6 +24,7 @@ pub(super) fn control_plane() -> Result<()> {
     let version = xtask::kubernetes_version();
     let ready = || xtask::CONTROL_PLANE_TOOLS.iter().all(|name| xtask::control_plane_tool(name).is_some());
     folder_once(&xtask::control_plane_dir(), ready, |dir| {
+        let toolchain = toolchain()?;
         step(&format!("building etcd and Kubernetes {version} (ten minutes on two cores, once)"), || {
             let (major, minor) = major_minor(version).context("no version of k8s.io/kubernetes in go.mod")?;
             let flags = format!(
@@ -33,7 +34,7 @@ pub(super) fn control_plane() -> Result<()> {
             // What KUBEBUILDER_ASSETS has is not built; envtest's folder lacks the controller manager, say.
             let missing = PACKAGES.iter().filter(|(name, _)| !xtask::is_control_plane_asset(name));
             let packages: Vec<_> = missing.map(|(_, package)| *package).collect();
-            build_tools("tests/cluster", &packages, &flags, dir)?;
+            build_tools(toolchain, "tests/cluster", &packages, &flags, dir)?;
             // Go names etcd's server after the last folder of its import path.
             for name in ["server", "v3"].map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
                 fs::rename(name, dir.join("etcd"))?;
@@ -50,6 +51,7 @@ pub(super) fn helm() -> Result<()> {
         &xtask::helm_dir(),
         || xtask::helm().is_some(),
         |dir| {
+            let toolchain = toolchain()?;
             step(&format!("building Helm {version}"), || {
                 // Without these `helm template` believes in Kubernetes 1.20 and refuses the chart's kubeVersion.
                 let (major, minor) = major_minor(xtask::kubernetes_version()).unwrap_or_default();
@@ -58,14 +60,13 @@ pub(super) fn helm() -> Result<()> {
                     format!("-X {package}.k8sVersionMajor={major} -X {package}.k8sVersionMinor={minor}")
                 });
                 let flags = format!("-X helm.sh/helm/v3/internal/version.version={version} {}", kubernetes.join(" "));
-                build_tools("tests/cluster/helm", &["helm.sh/helm/v3/cmd/helm"], &flags, dir)
+                build_tools(toolchain, "tests/cluster/helm", &["helm.sh/helm/v3/cmd/helm"], &flags, dir)
             })
         },
     )
 }
 
-fn build_tools(module: &str, packages: &[&str], link_flags: &str, into: &Path) -> Result<()> {
-    let toolchain = toolchain()?;
+fn build_tools(toolchain: &str, module: &str, packages: &[&str], link_flags: &str, into: &Path) -> Result<()> {
     let mut go = command("go");
     go.current_dir(xtask::repository().join(module))
         .env("CGO_ENABLED", "0")
@@ -78,8 +79,9 @@ fn build_tools(module: &str, packages: &[&str], link_flags: &str, into: &Path) -
 
 /// What to set `GOTOOLCHAIN` to.
 fn toolchain() -> Result<&'static str> {
-    let needed = "the control plane for tests is built with Go 1.26: install it from https://go.dev/dl/ (or set \
-                  KUBEBUILDER_ASSETS to a folder with etcd, kube-apiserver, kube-controller-manager and kubectl)";
+    let needed = "Go 1.26 builds the control plane and Helm for the tests: install it from https://go.dev/dl/ (a control \
+                  plane of your own: set KUBEBUILDER_ASSETS to a folder with etcd, kube-apiserver, \
+                  kube-controller-manager and kubectl)";
     if find("go").is_none() {
         bail!("Go is missing; {needed}");
     }
