@@ -68,6 +68,8 @@ pub mod reasons {
     pub const NODE_STALE: &str = "NodeStale";
     /// A GPU is required and the node's agent has none.
     pub const GPU_REQUIRED: &str = "GPURequired";
+    /// It runs on the CPU although it prefers a GPU.
+    pub const ON_CPU: &str = "OnCPU";
     /// Deletion went on after the time for draining was over.
     pub const DRAIN_TIMED_OUT: &str = "DrainTimedOut";
 }

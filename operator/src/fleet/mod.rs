@@ -1,0 +1,237 @@
+//! The fleet: one serial planner for all models and nodes.
+//!
+//! Serial, because two models that are placed at the same time could take the same gap. What it writes is in its
+//! mirrors before it plans again.
+
+pub mod announce;
+pub mod apply;
+pub mod capacity;
+pub mod children;
+pub mod diff;
+pub mod events;
+pub mod filter;
+pub mod memory;
+pub mod observe;
+mod place;
+pub mod plan;
+mod replicas;
+pub mod seen;
+pub mod status;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use altiplano_crds::ModelDeploymentStatus;
+use altiplano_crds::conditions::{reasons, types};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use announce::{Announcement, Announcer};
+use apply::{Pauses, Throttle, WriteError, Writer};
+use diff::Write;
+use events::Note;
+use memory::Memory;
+use observe::Fleet;
+use plan::{FinalizerStep, ModelPlan, Plan, Settings};
+use seen::{Model, ModelSeen};
+
+use crate::clock::Now;
+
+/// The planner with what it needs to act.
+pub struct Planner {
+    writer: Writer,
+    announcer: Announcer,
+    settings: Settings,
+    url_suffix: String,
+    memory: Memory,
+    pauses: Pauses,
+    throttle: Throttle,
+    unreadable: BTreeSet<(String, String)>,
+}
+
+/// What a round has found to do.
+#[derive(Default)]
+struct Round {
+    writes: Vec<Write>,
+    /// What to announce once the write to that object has been done, by uid.
+    notes: BTreeMap<String, Vec<Note>>,
+    next: Option<Duration>,
+}
+
+impl Planner {
+    /// A planner that leads. `cluster_domain` may be empty.
+    #[must_use]
+    pub fn new(writer: Writer, announcer: Announcer, settings: Settings, cluster_domain: &str) -> Self {
+        let url_suffix = if cluster_domain.is_empty() { String::new() } else { format!(".{cluster_domain}") };
+        Self {
+            writer,
+            announcer,
+            settings,
+            url_suffix,
+            memory: Memory::default(),
+            pauses: Pauses::default(),
+            throttle: Throttle::default(),
+            unreadable: BTreeSet::new(),
+        }
+    }
+
+    /// Plans and acts whenever something has changed or a deadline has come, until `shutdown`.
+    ///
+    /// # Errors
+    /// When this process must not lead any more.
+    pub async fn run(&mut self, wake: &Notify, shutdown: &CancellationToken) -> Result<(), WriteError> {
+        loop {
+            let next = self.round().await?;
+            let now = self.writer.clock.mono();
+            let sleep = async {
+                match next {
+                    Some(at) => tokio::time::sleep(at.saturating_sub(now)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = wake.notified() => {}
+                () = sleep => {}
+            }
+        }
+    }
+
+    /// One round; answers when the next one is due even if nothing happens.
+    async fn round(&mut self) -> Result<Option<Duration>, WriteError> {
+        let metrics = Arc::clone(&self.writer.metrics);
+        let timer = metrics.round();
+        let now = self.writer.clock.now();
+        let fleet = Fleet::observe(&self.writer.mirrors);
+        let (plan, memory) = plan::plan(&fleet, &self.settings, std::mem::take(&mut self.memory), now);
+        self.memory = memory;
+        let round = self.decide(&fleet, &plan, now);
+        timer.observe_duration();
+        self.announce_unreadable();
+        self.act(round).await
+    }
+
+    /// All writes that are due.
+    fn decide(&self, fleet: &Fleet, plan: &Plan, now: Now) -> Round {
+        let mut round = Round { next: plan.next, ..Round::default() };
+        for write in diff::nodes(fleet, plan, self.writer.leadership.epoch()) {
+            round.add(&self.pauses, write, now.mono);
+        }
+        for model in fleet.models() {
+            if let Some(model_plan) = plan.models.get(&model.uid) {
+                self.decide_model(fleet, model, model_plan, &mut round, now);
+            }
+        }
+        round
+    }
+
+    fn decide_model(&self, fleet: &Fleet, model: &Model, plan: &ModelPlan, round: &mut Round, now: Now) {
+        let mut notes = Vec::new();
+        if let Some(write) = diff::finalizer(model, plan)
+            && round.add(&self.pauses, write, now.mono)
+            && !plan.drain_timed_out.is_empty()
+        {
+            let note = format!("deleted without waiting any longer for {}", plan.drain_timed_out.join(", "));
+            notes.push(Note { warning: true, reason: reasons::DRAIN_TIMED_OUT.to_owned(), note });
+        }
+        let children = children::children(fleet, model, plan);
+        for write in diff::children(fleet, model, &children) {
+            round.add(&self.pauses, write, now.mono);
+        }
+        let status = status::status(fleet, model, plan, &children.service, &self.url_suffix, now);
+        let urgent = readiness(&model.status) != readiness(&status);
+        let news = events::events(&model.status, &status);
+        // With its finalizer goes the model: there is no status to be written any more.
+        let gone = model.deleting && plan.finalizer == FinalizerStep::Remove;
+        if let Some(write) = diff::status(model, status).filter(|_| !gone) {
+            match self.throttle.due(&model.uid, urgent, now.mono) {
+                Ok(()) if round.add(&self.pauses, write, now.mono) => notes.extend(news),
+                Ok(()) => {}
+                Err(at) => round.look_again(at),
+            }
+        }
+        if !notes.is_empty() {
+            round.notes.insert(model.uid.clone(), notes);
+        }
+    }
+
+    /// Does the writes. A failure is tried again later; only the loss of leadership ends the round.
+    async fn act(&mut self, round: Round) -> Result<Option<Duration>, WriteError> {
+        let Round { writes, mut notes, mut next } = round;
+        for (write, result) in self.writer.write_all(writes).await {
+            let now = self.writer.clock.mono();
+            if let Err(error) = &result {
+                self.writer.metrics.error(error.reason());
+            }
+            if let Some(at) = self.pauses.note(&write, &result, now) {
+                next = earlier(next, at);
+            }
+            match result {
+                Err(error) if error.ends_leadership() => return Err(error),
+                Err(_) => {}
+                Ok(()) => {
+                    if let Write::Status { target, .. } = &write {
+                        self.throttle.wrote(&target.uid, now);
+                    }
+                    if let Write::Status { target, .. } | Write::Finalizers { target, .. } = &write {
+                        for note in notes.remove(&target.uid).into_iter().flatten() {
+                            self.announcer.announce(Announcement::about(target, note));
+                        }
+                    }
+                }
+            }
+        }
+        self.pauses.prune(self.writer.clock.mono());
+        Ok(next)
+    }
+
+    /// A ModelDeployment that this build cannot read blocks no other; it is told of once.
+    fn announce_unreadable(&mut self) {
+        let mut there = BTreeSet::new();
+        for (_, seen) in self.writer.mirrors.models.all() {
+            let ModelSeen::Unreadable(unreadable) = &*seen else { continue };
+            let key = (unreadable.uid.clone(), unreadable.error.clone());
+            if !self.unreadable.contains(&key) {
+                let seen::Unreadable { uid, namespace, name, error } = unreadable.clone();
+                warn!(namespace, name, error, "cannot read this ModelDeployment; what runs of it is left alone");
+                self.writer.metrics.error("Unreadable");
+                let note = format!("this operator cannot read it; what runs of it is left alone: {error}");
+                let note = altiplano_crds::names::clip(&note, events::LONGEST_NOTE);
+                let note = Note { warning: true, reason: reasons::UNSUPPORTED_SPEC.to_owned(), note };
+                let target = diff::Target { namespace, name, uid };
+                self.announcer.announce(Announcement::about(&target, note));
+            }
+            there.insert(key);
+        }
+        self.unreadable = there;
+    }
+}
+
+impl Round {
+    /// Takes the write in, if it is not to be tried later only.
+    fn add(&mut self, pauses: &Pauses, write: Write, now: Duration) -> bool {
+        match pauses.due(&write, now) {
+            Ok(()) => self.writes.push(write),
+            Err(at) => {
+                self.look_again(at);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn look_again(&mut self, at: Duration) {
+        self.next = earlier(self.next, at);
+    }
+}
+
+fn earlier(next: Option<Duration>, at: Duration) -> Option<Duration> {
+    Some(next.map_or(at, |next| next.min(at)))
+}
+
+/// Status of the condition that others wait for.
+fn readiness(status: &ModelDeploymentStatus) -> Option<&str> {
+    status.conditions.iter().find(|condition| condition.type_ == types::READY).map(|ready| ready.status.as_str())
+}

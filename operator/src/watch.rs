@@ -1,0 +1,224 @@
+//! Watches: a small mirror of each kind that the operator looks at, and the wake-up of the planner.
+//!
+//! Objects are reduced to what the planner reads as they arrive ([`Seen`]), so that a cluster with thousands of
+//! Services costs little, and a heartbeat that changes nothing wakes nobody. What the operator itself writes goes into
+//! the mirror at once: the planner never decides on a state older than its own last write.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+
+/// What the operator keeps of an object.
+pub trait Seen: Clone + PartialEq + Send + Sync + 'static {
+    /// The object.
+    type Object: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static;
+
+    /// Name of the kind in metrics and logs.
+    const KIND: &'static str;
+
+    /// Reduces the object; `now` is the operator's monotonic time.
+    fn see(object: Self::Object, previous: Option<&Self>, now: Duration) -> Self;
+
+    /// Whether the planner must look again.
+    fn is_news(&self, previous: &Self) -> bool {
+        self != previous
+    }
+
+    /// Nothing could be seen for a while, and now it can: time during which nobody looked must not count.
+    fn outage_over(&mut self, _now: Duration) {}
+}
+
+/// Namespace (empty for kinds of the cluster) and name.
+pub type Key = (String, String);
+
+/// The last seen state of all objects of a kind.
+#[derive(Debug)]
+pub struct Mirror<S> {
+    state: RwLock<State<S>>,
+}
+
+#[derive(Debug)]
+struct State<S> {
+    objects: HashMap<Key, Kept<S>>,
+    listed: bool,
+    last_event: Option<Duration>,
+}
+
+#[derive(Clone, Debug)]
+struct Kept<S> {
+    version: u64,
+    uid: Option<String>,
+    seen: Arc<S>,
+}
+
+impl<S> Default for Mirror<S> {
+    fn default() -> Self {
+        Self { state: RwLock::new(State { objects: HashMap::new(), listed: false, last_event: None }) }
+    }
+}
+
+/// Resource versions are numbers that grow, by Kubernetes' documentation since 1.35 and in practice since etcd 3.
+fn version(object: &impl Resource) -> u64 {
+    object.meta().resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(u64::MAX)
+}
+
+fn key(object: &impl Resource) -> Key {
+    let meta = object.meta();
+    (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+}
+
+impl<S: Seen> Mirror<S> {
+    /// Everything, in no order.
+    pub fn all(&self) -> Vec<(Key, Arc<S>)> {
+        self.read(|state| state.objects.iter().map(|(key, kept)| (key.clone(), Arc::clone(&kept.seen))).collect())
+    }
+
+    /// Whether the first list has come.
+    pub fn listed(&self) -> bool {
+        self.read(|state| state.listed)
+    }
+
+    /// Time of the last event, list or bookmark.
+    pub fn last_event(&self) -> Option<Duration> {
+        self.read(|state| state.last_event)
+    }
+
+    /// Takes in what the API server has answered to a write. True when the planner must look again.
+    pub fn insert(&self, object: S::Object, now: Duration) -> bool {
+        self.write(|state| state.insert(object, now))
+    }
+
+    /// Forgets an object that the operator has deleted. True when the planner must look again.
+    pub fn forget(&self, namespace: &str, name: &str, uid: &str) -> bool {
+        let key = (namespace.to_owned(), name.to_owned());
+        self.write(|state| {
+            let ours = state.objects.get(&key).is_some_and(|kept| kept.uid.as_deref() == Some(uid));
+            ours && state.objects.remove(&key).is_some()
+        })
+    }
+
+    fn outage_over(&self, now: Duration) {
+        self.write(|state| {
+            for kept in state.objects.values_mut() {
+                let mut seen = S::clone(&kept.seen);
+                seen.outage_over(now);
+                kept.seen = Arc::new(seen);
+            }
+        });
+    }
+
+    // A poisoned lock holds a whole state all the same: every change of it is one insert or remove.
+    fn read<T>(&self, read: impl FnOnce(&State<S>) -> T) -> T {
+        read(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<T>(&self, write: impl FnOnce(&mut State<S>) -> T) -> T {
+        write(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<S: Seen> State<S> {
+    fn insert(&mut self, object: S::Object, now: Duration) -> bool {
+        let (key, version, uid) = (key(&object), version(&object), object.uid());
+        let previous = self.objects.get(&key);
+        if previous.is_some_and(|kept| kept.version > version && version != u64::MAX) {
+            return false;
+        }
+        let seen = S::see(object, previous.map(|kept| &*kept.seen), now);
+        let news = previous.is_none_or(|kept| kept.uid != uid || seen.is_news(&kept.seen));
+        self.objects.insert(key, Kept { version, uid, seen: Arc::new(seen) });
+        news
+    }
+
+    fn remove(&mut self, object: &S::Object) -> bool {
+        let (key, version) = (key(object), version(object));
+        let newer = self.objects.get(&key).is_some_and(|kept| kept.version > version);
+        !newer && self.objects.remove(&key).is_some()
+    }
+
+    /// Everything that a whole list did not hold is gone.
+    fn retain_listed(&mut self, listed: &HashMap<Key, ()>) -> bool {
+        let before = self.objects.len();
+        self.objects.retain(|key, _| listed.contains_key(key));
+        let first = !std::mem::replace(&mut self.listed, true);
+        first || self.objects.len() != before
+    }
+}
+
+/// Pauses between tries of a broken watch. A short cap: after an outage of the API server, seconds count more than its
+/// load by a handful of watches.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Follows a kind for ever and wakes the planner when something has changed. Ends only when dropped.
+pub async fn follow<S: Seen>(
+    api: Api<S::Object>,
+    config: watcher::Config,
+    mirror: Arc<Mirror<S>>,
+    clock: Clock,
+    wake: Arc<Notify>,
+    metrics: Arc<Metrics>,
+) {
+    let events = watcher(api, config).map_ok(|event| {
+        event.modify(|object| {
+            object.managed_fields_mut().clear();
+            object.meta_mut().managed_fields = None;
+        })
+    });
+    let mut events = Box::pin(events);
+    let mut pause = FIRST_PAUSE;
+    let mut listed: HashMap<Key, ()> = HashMap::new();
+    let mut outage = false;
+    while let Some(event) = events.next().await {
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                if !outage {
+                    warn!(kind = S::KIND, error = %crate::fleet::apply::chain(&error), "watch broke off; trying again");
+                }
+                outage = true;
+                metrics.error("Watch");
+                // The stream starts again when polled again.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                continue;
+            }
+        };
+        pause = FIRST_PAUSE;
+        let now = clock.mono();
+        if outage && !matches!(event, Event::Init) {
+            info!(kind = S::KIND, "watch is back");
+            mirror.outage_over(now);
+            outage = false;
+        }
+        let news = mirror.write(|state| {
+            state.last_event = Some(now);
+            match event {
+                Event::Init => {
+                    listed.clear();
+                    false
+                }
+                Event::InitApply(object) => {
+                    listed.insert(key(&object), ());
+                    state.insert(object, now)
+                }
+                Event::InitDone => state.retain_listed(&std::mem::take(&mut listed)),
+                Event::Apply(object) => state.insert(object, now),
+                Event::Delete(object) => state.remove(&object),
+            }
+        });
+        if news {
+            wake.notify_one();
+        }
+    }
+}
