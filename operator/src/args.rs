@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::leader::Times;
+
 /// Places ModelDeployments on the nodes of a cluster and keeps their Services.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "altiplano-operator", version, about)]
@@ -23,16 +25,18 @@ pub struct Args {
     pub listen: SocketAddr,
 
     /// Seconds that others wait after the leader's last sign of life before one of them leads.
-    #[arg(long, env = "ALTIPLANO_LEASE_SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(2..))]
+    #[arg(long, env = "ALTIPLANO_LEASE_SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(3..))]
     pub lease_seconds: u16,
 
-    /// Seconds after which a leader that could not renew ends itself. Must be less than --lease-seconds.
-    #[arg(long, env = "ALTIPLANO_RENEW_DEADLINE_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
-    pub renew_deadline_seconds: u16,
+    /// Seconds after which a leader that could not renew ends itself; less than --lease-seconds. Default: two thirds of
+    /// it, which is 10.
+    #[arg(long, env = "ALTIPLANO_RENEW_DEADLINE_SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
+    pub renew_deadline_seconds: Option<u16>,
 
-    /// Seconds between two tries to take or renew the leader's Lease. Must be less than the renew deadline.
-    #[arg(long, env = "ALTIPLANO_RETRY_SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
-    pub retry_seconds: u16,
+    /// Seconds between two tries to take or renew the leader's Lease; less than the renew deadline. Default: a fifth of
+    /// it, which is 2.
+    #[arg(long, env = "ALTIPLANO_RETRY_SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
+    pub retry_seconds: Option<u16>,
 
     /// Seconds without a renewal of its Lease after which an agent counts as stale and its endpoints go unready.
     #[arg(long, env = "ALTIPLANO_AGENT_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(2..))]
@@ -82,19 +86,22 @@ pub enum ArgsError {
 }
 
 impl Args {
-    /// Checks what clap cannot: that the three times of the election fit together.
+    /// The three times of the election, which must fit together.
     ///
     /// # Errors
     /// Which two do not.
-    pub fn check(&self) -> Result<(), ArgsError> {
-        let (lease, renew, retry) = (self.lease_seconds, self.renew_deadline_seconds, self.retry_seconds);
+    pub fn times(&self) -> Result<Times, ArgsError> {
+        let lease = self.lease_seconds;
+        let renew = self.renew_deadline_seconds.unwrap_or(lease * 2 / 3);
+        let retry = self.retry_seconds.unwrap_or((renew / 5).max(1));
         if renew >= lease {
             return Err(ArgsError::RenewDeadline { renew, lease });
         }
         if retry >= renew {
             return Err(ArgsError::Retry { retry, renew });
         }
-        Ok(())
+        let [lease, renew_deadline, retry] = [lease, renew, retry].map(|seconds| Duration::from_secs(seconds.into()));
+        Ok(Times { lease, renew_deadline, retry })
     }
 
     /// Time without a renewal after which an agent is stale.
@@ -120,15 +127,19 @@ mod tests {
 
     #[test]
     fn defaults_fit_together() {
-        assert_eq!(parse(&[]).check(), Ok(()));
+        for lease in ["3", "6", "15", "60"] {
+            assert!(parse(&["--lease-seconds", lease]).times().is_ok(), "{lease}");
+        }
+        let seconds = |times: Times| [times.lease, times.renew_deadline, times.retry].map(|time| time.as_secs());
+        assert_eq!(parse(&[]).times().map(seconds), Ok([15, 10, 2]));
     }
 
     #[test]
     fn times_of_the_election_must_nest() {
-        let error = parse(&["--lease-seconds", "10"]).check();
-        assert_eq!(error, Err(ArgsError::RenewDeadline { renew: 10, lease: 10 }));
-        let error = parse(&["--renew-deadline-seconds", "2"]).check();
-        assert_eq!(error, Err(ArgsError::Retry { retry: 2, renew: 2 }));
+        let error = parse(&["--lease-seconds", "10", "--renew-deadline-seconds", "10"]).times().err();
+        assert_eq!(error, Some(ArgsError::RenewDeadline { renew: 10, lease: 10 }));
+        let error = parse(&["--renew-deadline-seconds", "2", "--retry-seconds", "2"]).times().err();
+        assert_eq!(error, Some(ArgsError::Retry { retry: 2, renew: 2 }));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::watch::follow;
 /// # Errors
 /// What ended it: a port that is taken, no way to the API server, the loss of the lead, a task that ended on its own.
 pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> {
-    args.check()?;
+    let times = args.times()?;
     let clock = Clock::start();
     let metrics = Arc::new(Metrics::new().context("cannot register the metrics")?);
     let config = Config::infer().await.context("no way to the API server is configured")?;
@@ -44,7 +44,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(serve(listener, state, shutdown.clone()));
     follow_all(&mut tasks, &client, &args.namespace, &mirrors, clock, &wake, &metrics);
 
-    let lead = lead(&args, &client, &mirrors, clock, &wake, &metrics, &shutdown);
+    let lead = lead(&args, times, &client, &mirrors, clock, &wake, &metrics, &shutdown);
     let result = tokio::select! {
         result = lead => result,
         ended = tasks.join_next() => match ended {
@@ -98,6 +98,7 @@ fn follow_all(
 
 async fn lead(
     args: &Args,
+    times: Times,
     client: &Client,
     mirrors: &Arc<Mirrors>,
     clock: Clock,
@@ -106,12 +107,6 @@ async fn lead(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let identity = args.identity.clone().unwrap_or_else(own_identity);
-    let seconds = |seconds: u16| std::time::Duration::from_secs(seconds.into());
-    let times = Times {
-        lease: seconds(args.lease_seconds),
-        renew_deadline: seconds(args.renew_deadline_seconds),
-        retry: seconds(args.retry_seconds),
-    };
     // Everything must have been seen before the first decision, and before the term is chosen.
     while !mirrors.missing().is_empty() {
         tokio::select! {

@@ -214,6 +214,13 @@ pub fn toleration_ends(model: &Model, node: &FleetNode, now: Timestamp) -> Optio
     ends.min().map(Duration::from_secs)
 }
 
+/// Whether the node's labels are what the model asks for.
+#[must_use]
+pub fn selects(model: &Model, node: &FleetNode) -> bool {
+    let selector = &model.spec.placement.node_selector;
+    node.object.as_ref().is_some_and(|object| missing_label(selector, &object.labels).is_none())
+}
+
 fn missing_label(selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> Option<String> {
     let missing = selector.iter().find(|(key, value)| labels.get(*key) != Some(value));
     missing.map(|(key, value)| format!("{key}={value}"))
@@ -250,6 +257,9 @@ fn taint_text(taint: &Taint) -> String {
     }
 }
 
+/// Nodes that are named for one and the same reason.
+const MOST_NAMED: usize = 10;
+
 /// The nodes that were not chosen, alike ones together, the most telling first: "gpu-1: needs …; gpu-2, gpu-3: is
 /// cordoned".
 #[must_use]
@@ -258,8 +268,12 @@ pub fn explain(rejections: &BTreeMap<String, Why>) -> String {
     for (node, why) in rejections {
         groups.entry(why).or_default().push(node);
     }
-    let texts: Vec<String> = groups.iter().map(|(why, nodes)| format!("{}: {why}", nodes.join(", "))).collect();
-    texts.join("; ")
+    let texts = groups.iter().map(|(why, nodes)| {
+        let more = nodes.len().saturating_sub(MOST_NAMED);
+        let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+        format!("{}{more}: {why}", nodes.iter().take(MOST_NAMED).copied().collect::<Vec<_>>().join(", "))
+    });
+    texts.collect::<Vec<_>>().join("; ")
 }
 
 /// Prefers nodes without an untolerated `PreferNoSchedule` taint.

@@ -7,7 +7,7 @@ use altiplano_crds::model_node::ModelState;
 use altiplano_crds::names;
 
 use super::capacity::{Claim, fits};
-use super::filter::{Why, rather_not, unsuitable};
+use super::filter::{Why, rather_not, selects, unsuitable};
 use super::plan::{Draft, Round, Slot};
 use super::seen::Model;
 
@@ -34,6 +34,10 @@ impl<'a> Round<'a> {
         let spread = self.spread(model, counting);
         for (name, draft) in &self.nodes {
             if draft.serves(&model.uid) {
+                continue;
+            }
+            // A node that neither matches nor has a living agent is no candidate that anyone would miss.
+            if draft.stale && !selects(model, draft.node) {
                 continue;
             }
             let verdict = self.look_at(model, draft, &spread);

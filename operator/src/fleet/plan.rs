@@ -102,7 +102,7 @@ pub struct Holder {
     pub updated: bool,
     /// Why the model is to leave it.
     pub leaving: Option<String>,
-    /// Whether its agent is stale. False while moves are braked: then nobody can tell.
+    /// Whether its agent is stale.
     pub stale: bool,
     /// Whether a request would be accepted there, in whatever revision.
     pub accepts: bool,
@@ -327,7 +327,9 @@ impl Round<'_> {
             deadlines.extend([stale_at, lost_at]);
             draft.stale = now >= stale_at || draft.node.agent.as_ref().is_some_and(|agent| agent.released);
             draft.lost = now >= lost_at;
-            if draft.node.models.is_some() && draft.node.object.is_some() {
+            // A machine that was dead before this process came and holds nothing says nothing about today.
+            let of_today = !draft.stale || !draft.slots.is_empty() || draft.node.agent.as_ref().is_some_and(|a| a.alive);
+            if draft.node.models.is_some() && draft.node.object.is_some() && of_today {
                 known += 1;
                 silent += usize::from(draft.stale);
             }

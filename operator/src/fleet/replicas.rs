@@ -119,7 +119,7 @@ impl<'a> Round<'a> {
             let updated = revision == model.revision;
             let state = draft.state(&model.uid, revision);
             let accepts = self.accepts(draft, &model.uid, updated.then_some(revision));
-            let stale = draft.stale && !self.braked;
+            let stale = draft.stale;
             counted.push(Held {
                 name,
                 accepts: accepts && !stale,
@@ -250,8 +250,8 @@ impl<'a> Round<'a> {
                 node: name.clone(),
                 updated,
                 leaving: leave.map(|(_, leave)| leave.to_string()),
-                stale: draft.stale && !self.braked,
-                accepts: (!draft.stale || self.braked) && self.accepts(draft, &model.uid, None),
+                stale: draft.stale,
+                accepts: !draft.stale && self.accepts(draft, &model.uid, None),
             })
         });
         holders.collect()

@@ -187,6 +187,8 @@ pub struct AgentSeen {
     pub changed: Duration,
     /// The agent has said goodbye.
     pub released: bool,
+    /// This process has seen the Lease change.
+    pub alive: bool,
     renewed: Option<MicroTime>,
 }
 
@@ -194,7 +196,7 @@ impl AgentSeen {
     /// For tests and tools: an agent last seen at `changed`.
     #[must_use]
     pub fn at(changed: Duration, contract: u32) -> Self {
-        Self { contract: Some(contract), pod_uid: None, changed, released: false, renewed: None }
+        Self { contract: Some(contract), pod_uid: None, changed, released: false, alive: true, renewed: None }
     }
 }
 
@@ -212,6 +214,7 @@ impl Seen for AgentSeen {
         let holder = object.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
         Self {
             released: holder.is_none_or(str::is_empty),
+            alive: previous.is_some_and(|previous| previous.alive || previous.renewed != renewed),
             contract: label(names::AGENT_CONTRACT_LABEL).and_then(|text| text.parse().ok()),
             pod_uid: label(names::AGENT_POD_UID_LABEL),
             changed,

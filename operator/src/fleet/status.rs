@@ -110,7 +110,9 @@ pub fn status(
     let ready = held.iter().filter(|site| site.is_ready()).count();
     let stays = |site: &&Site<'_>| site.holder.is_some_and(|holder| holder.leaving.is_none());
     let available = held.iter().filter(|site| site.is_ready()).filter(stays).count();
-    let updated = plan.holders.iter().filter(|holder| holder.updated).count();
+    let serves_newest = |state: &ModelState| state.revision == model.revision && states::accepts_requests(&state.state);
+    let holding = held.iter().filter(|site| site.holder.is_some());
+    let updated = holding.filter(|site| site.state.is_some_and(serves_newest)).count();
     let verdicts = [
         (types::READY, ready_verdict(model, plan, &held, &asked, service)),
         (types::PLACED, placed_verdict(plan, &asked)),
@@ -329,7 +331,7 @@ fn placed_verdict(plan: &ModelPlan, asked: &[Site<'_>]) -> Verdict {
     // The most telling one comes first in the order of `Why`.
     let reason = plan.rejections.values().min().map_or(reasons::NO_NODE_MATCHES, Why::reason);
     if plan.rejections.is_empty() && plan.placed == 0 && plan.holders.is_empty() {
-        text.push_str("; the cluster has no nodes with an agent");
+        text.push_str("; no node with a living agent matches");
     }
     Verdict::no(reason, text)
 }
