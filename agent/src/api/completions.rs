@@ -1,0 +1,150 @@
+//! `POST /v1/completions`.
+
+use serde_json::Value;
+
+use super::ApiState;
+use super::error::ApiError;
+use super::fields::{Fields, wrong_type};
+use super::params::Params;
+use crate::engine::{MAX_TOP_LOGPROBS, SamplingParams, Token};
+
+/// Prompts that one request may have.
+pub const MAX_PROMPTS: usize = 16;
+
+/// Tokens when none are said, as with OpenAI.
+pub const DEFAULT_MAX_TOKENS: u32 = 16;
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Prompt {
+    Text(String),
+    Tokens(Vec<Token>),
+}
+
+/// A completion request, checked.
+#[derive(Debug)]
+pub(crate) struct CompletionRequest {
+    pub(crate) params: Params,
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) logprobs: Option<u32>,
+    pub(crate) echo: bool,
+}
+
+impl CompletionRequest {
+    pub(crate) fn read(mut fields: Fields, defaults: &SamplingParams) -> Result<Self, ApiError> {
+        let mut params = Params::read(&fields, defaults)?;
+        if fields.get("max_tokens").is_none() && fields.get("max_completion_tokens").is_none() {
+            params.max_tokens = Some(DEFAULT_MAX_TOKENS);
+        }
+        let echo = fields.boolean("echo")?.unwrap_or(false);
+        let logprobs =
+            fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?.and_then(|top| u32::try_from(top).ok());
+        if echo && logprobs.is_some() {
+            return Err(ApiError::unsupported("echo", "'echo' together with 'logprobs' is not supported by this server"));
+        }
+        let prompts = match fields.take("prompt") {
+            None => return Err(ApiError::missing("prompt")),
+            Some(prompt) => prompts(prompt)?,
+        };
+        if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+            let message = format!("'prompt' must have 1 to {MAX_PROMPTS} prompts, not {}", prompts.len());
+            return Err(ApiError::invalid("prompt", message));
+        }
+        Ok(Self { params, prompts, logprobs, echo })
+    }
+}
+
+impl Prompt {
+    /// Tokens, and the text to echo.
+    pub(crate) fn resolve(self, state: &ApiState, echo: bool) -> Result<(Vec<Token>, String), ApiError> {
+        match self {
+            Self::Text(text) => {
+                let tokens = state.engine().tokenize(&text, true, true);
+                let tokens = tokens.map_err(|error| ApiError::internal(error.to_string()))?;
+                Ok((tokens, if echo { text } else { String::new() }))
+            }
+            Self::Tokens(tokens) => {
+                let n_vocab = state.engine().model().n_vocab;
+                let known = |token: &&Token| u32::try_from(**token).is_ok_and(|token| token < n_vocab);
+                if let Some(stranger) = tokens.iter().find(|token| !known(token)) {
+                    let message = format!("token {stranger} is not in the vocabulary of {n_vocab}");
+                    return Err(ApiError::invalid("prompt", message));
+                }
+                let text = if echo { state.engine().detokenize(&tokens) } else { String::new() };
+                Ok((tokens, text))
+            }
+        }
+    }
+}
+
+/// A string, strings, tokens, or arrays of tokens.
+fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+    const EXPECTED: &str = "a string, an array of strings, or one or more arrays of token ids";
+    let items = match value {
+        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
+        Value::Array(items) => items,
+        other => return Err(wrong_type("prompt", EXPECTED, &other)),
+    };
+    if items.first().is_some_and(Value::is_number) {
+        return Ok(vec![Prompt::Tokens(tokens(&items)?)]);
+    }
+    let one = |item: Value| match item {
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(items) => Ok(Prompt::Tokens(tokens(&items)?)),
+        other => Err(wrong_type("prompt", EXPECTED, &other)),
+    };
+    items.into_iter().map(one).collect()
+}
+
+fn tokens(items: &[Value]) -> Result<Vec<Token>, ApiError> {
+    let one = |item: &Value| {
+        let token = item.as_i64().and_then(|token| Token::try_from(token).ok());
+        token.ok_or_else(|| ApiError::invalid("prompt", format!("'prompt' has {item} where a token id is expected")))
+    };
+    items.iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::body::parse_object;
+
+    fn read(json: &str) -> Result<CompletionRequest, ApiError> {
+        CompletionRequest::read(Fields(parse_object(json.as_bytes()).unwrap()), &SamplingParams::default())
+    }
+
+    #[test]
+    fn prompts_in_every_form() {
+        let text = |text: &str| Prompt::Text(text.to_owned());
+        for (json, expected) in [
+            (r#""hi""#, vec![text("hi")]),
+            (r#"["a", "b"]"#, vec![text("a"), text("b")]),
+            ("[1, 2]", vec![Prompt::Tokens(vec![1, 2])]),
+            ("[[1, 2], [3]]", vec![Prompt::Tokens(vec![1, 2]), Prompt::Tokens(vec![3])]),
+        ] {
+            let request = read(&format!(r#"{{"prompt": {json}}}"#)).unwrap();
+            assert_eq!(request.prompts, expected);
+            assert_eq!(request.params.max_tokens, Some(16));
+        }
+        assert_eq!(read(r#"{"prompt": "a", "max_tokens": -1}"#).unwrap().params.max_tokens, None);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let seventeen = format!(r#"{{"prompt": {:?}}}"#, vec!["x"; 17]);
+        for (json, param, code) in [
+            ("{}", "prompt", "missing_required_parameter"),
+            (r#"{"prompt": 5}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": []}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": [1, "a"]}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": [[1], {}]}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": [99999999999]}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": "a", "logprobs": 21}"#, "logprobs", "invalid_value"),
+            (r#"{"prompt": "a", "logprobs": 1, "echo": true}"#, "echo", "unsupported_parameter"),
+            (r#"{"prompt": "a", "suffix": "b"}"#, "suffix", "unsupported_parameter"),
+            (seventeen.as_str(), "prompt", "invalid_value"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert_eq!((error.param.as_deref(), error.code.as_deref()), (Some(param), Some(code)), "{json}");
+        }
+    }
+}

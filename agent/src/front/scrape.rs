@@ -1,0 +1,64 @@
+//! `/metrics`: the agent's own families and those of its workers, merged.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use http::{HeaderMap, Method};
+
+use super::relay;
+use super::shared::Shared;
+use super::table::Route;
+use crate::metrics::Exposition;
+
+/// Bytes of one worker's metrics.
+const WORKER_LIMIT: usize = 1 << 20;
+
+/// Workers asked at the same time.
+const AT_ONCE: usize = 16;
+
+/// The exposition; a worker that does not answer in time is missing from it, and counted.
+pub(super) async fn exposition(shared: &Arc<Shared>) -> String {
+    let sockets: Vec<PathBuf> = shared.read(|table| {
+        let sockets = table.sorted().into_iter().filter_map(|model| match &*model.route().borrow() {
+            Route::Ready { socket } => Some(socket.clone()),
+            _ => None,
+        });
+        sockets.collect()
+    });
+    let scrapes = futures::stream::iter(sockets).map(|socket| worker(shared, socket)).buffered(AT_ONCE);
+    let texts: Vec<Option<String>> = scrapes.collect().await;
+
+    let mut exposition = Exposition::default();
+    for text in texts {
+        match text.map(|text| exposition.add(&text)) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a worker's metrics cannot be merged");
+                shared.metrics.worker_scrape_failed();
+            }
+            None => shared.metrics.worker_scrape_failed(),
+        }
+    }
+    // Last, so that the failures above are in it.
+    match shared.metrics.render() {
+        Ok(own) => {
+            if let Err(error) = exposition.add(&own) {
+                tracing::error!(%error, "the agent's metrics cannot be merged");
+            }
+        }
+        Err(error) => tracing::error!(%error, "the agent's metrics cannot be rendered"),
+    }
+    exposition.render()
+}
+
+async fn worker(shared: &Shared, socket: PathBuf) -> Option<String> {
+    let scrape = async {
+        let headers = HeaderMap::new();
+        let sent = shared.upstream.send(&socket, Method::GET, "/metrics", headers, bytes::Bytes::new());
+        let response = sent.await.ok().filter(|response| response.status().is_success())?;
+        let bytes = relay::whole(response.into_body(), WORKER_LIMIT).await?;
+        String::from_utf8(bytes.into()).ok()
+    };
+    tokio::time::timeout(shared.limits.scrape_timeout, scrape).await.ok().flatten()
+}

@@ -1,0 +1,253 @@
+//! What the agent measures: models, devices, workers, and its own listeners.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use prometheus::{
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
+
+use super::{LOAD_SECONDS_BUCKETS, code_class};
+
+/// State of a model, as `altiplano_model_state{state}` counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "ModelNode's states, documented there")]
+pub enum ModelState {
+    Pending,
+    Fetching,
+    Loading,
+    Ready,
+    Unloaded,
+    Draining,
+    Failed,
+}
+
+impl ModelState {
+    /// Every state.
+    pub const ALL: [Self; 7] = [
+        Self::Pending,
+        Self::Fetching,
+        Self::Loading,
+        Self::Ready,
+        Self::Unloaded,
+        Self::Draining,
+        Self::Failed,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Fetching => "Fetching",
+            Self::Loading => "Loading",
+            Self::Ready => "Ready",
+            Self::Unloaded => "Unloaded",
+            Self::Draining => "Draining",
+            Self::Failed => "Failed",
+        }
+    }
+}
+
+/// The metrics of one agent. Every setter is cheap and may be called from anywhere.
+pub struct AgentMetrics {
+    registry: Registry,
+    state: IntGaugeVec,
+    predicted: GaugeVec,
+    measured: GaugeVec,
+    restarts: IntCounterVec,
+    load: HistogramVec,
+    wakes: IntCounterVec,
+    answers: IntCounterVec,
+    retries: IntCounterVec,
+    device_total: GaugeVec,
+    device_reserved: GaugeVec,
+    connections: IntGauge,
+    buffered: Gauge,
+    scrape_failures: IntCounter,
+}
+
+const MODEL: [&str; 2] = ["namespace", "model_name"];
+
+impl AgentMetrics {
+    /// Makes the registry. `version` is the agent's.
+    pub fn new(version: &str) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new_custom(Some("altiplano".to_owned()), None)?;
+        let opts = |name: &str, help: &str| Opts::new(name, help);
+        let with = |more: &[&'static str]| -> Vec<&str> { MODEL.iter().chain(more).copied().collect() };
+        let info = IntGaugeVec::new(opts("agent_info", "The agent; always 1."), &["version"])?;
+        info.with_label_values(&[version]).set(1);
+        registry.register(Box::new(info))?;
+        let metrics = Self {
+            state: IntGaugeVec::new(opts("model_state", "1 for the state that the model is in."), &with(&["state"]))?,
+            predicted: GaugeVec::new(
+                opts("model_memory_predicted_bytes", "Bytes that the model was expected to take on a device."),
+                &with(&["device"]),
+            )?,
+            measured: GaugeVec::new(
+                opts("model_memory_measured_bytes", "Bytes that the model takes on a device, measured after warm-up."),
+                &with(&["device"]),
+            )?,
+            restarts: IntCounterVec::new(opts("worker_restarts_total", "Workers that ended by themselves."), &MODEL)?,
+            load: HistogramVec::new(
+                HistogramOpts::new("model_load_seconds", "Seconds from a worker's start to Ready.")
+                    .buckets(LOAD_SECONDS_BUCKETS.to_vec()),
+                &MODEL,
+            )?,
+            wakes: IntCounterVec::new(opts("model_wakes_total", "Loads that a waiting request asked for."), &MODEL)?,
+            answers: IntCounterVec::new(
+                opts("agent_http_requests_total", "Requests that the agent answered or passed on, by class of code."),
+                &with(&["code"]),
+            )?,
+            retries: IntCounterVec::new(
+                opts("agent_http_retries_total", "Requests sent again because the worker ended before it answered."),
+                &MODEL,
+            )?,
+            device_total: GaugeVec::new(opts("device_memory_bytes", "Bytes that a device has."), &["device"])?,
+            device_reserved: GaugeVec::new(
+                opts("device_memory_reserved_bytes", "Bytes that the ledger has given away on a device."),
+                &["device"],
+            )?,
+            connections: IntGauge::new("agent_connections", "Connections that clients hold open to the agent.")?,
+            buffered: Gauge::new("agent_buffered_bytes", "Bytes of request bodies that the agent holds.")?,
+            scrape_failures: IntCounter::new(
+                "worker_scrape_failures_total",
+                "Workers that did not answer /metrics in time and are missing from one exposition.",
+            )?,
+            registry,
+        };
+        let registry = &metrics.registry;
+        registry.register(Box::new(metrics.state.clone()))?;
+        registry.register(Box::new(metrics.predicted.clone()))?;
+        registry.register(Box::new(metrics.measured.clone()))?;
+        registry.register(Box::new(metrics.restarts.clone()))?;
+        registry.register(Box::new(metrics.load.clone()))?;
+        registry.register(Box::new(metrics.wakes.clone()))?;
+        registry.register(Box::new(metrics.answers.clone()))?;
+        registry.register(Box::new(metrics.retries.clone()))?;
+        registry.register(Box::new(metrics.device_total.clone()))?;
+        registry.register(Box::new(metrics.device_reserved.clone()))?;
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.buffered.clone()))?;
+        registry.register(Box::new(metrics.scrape_failures.clone()))?;
+        Ok(metrics)
+    }
+
+    /// Registry, for metrics of other rooms (the node's store, the Kubernetes client).
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The model is in `state` now, and in no other.
+    pub fn model_state(&self, namespace: &str, name: &str, state: ModelState) {
+        for each in ModelState::ALL {
+            self.state.with_label_values(&[namespace, name, each.label()]).set(i64::from(each == state));
+        }
+    }
+
+    /// Bytes that the model was expected to take on `device`, and takes as measured; `None`: not known.
+    pub fn model_memory(&self, namespace: &str, name: &str, device: &str, predicted: Option<u64>, measured: Option<u64>) {
+        let labels = [namespace, name, device];
+        for (gauge, value) in [(&self.predicted, predicted), (&self.measured, measured)] {
+            match value {
+                Some(bytes) => gauge.with_label_values(&labels).set(float(bytes)),
+                // An absent series is the normal case here.
+                None => drop(gauge.remove_label_values(&labels)),
+            }
+        }
+    }
+
+    /// A device as the ledger sees it.
+    pub fn device_memory(&self, device: &str, total: u64, reserved: u64) {
+        self.device_total.with_label_values(&[device]).set(float(total));
+        self.device_reserved.with_label_values(&[device]).set(float(reserved));
+    }
+
+    /// A worker ended by itself.
+    pub fn worker_restarted(&self, namespace: &str, name: &str) {
+        self.restarts.with_label_values(&[namespace, name]).inc();
+    }
+
+    /// A worker became Ready after `took`.
+    pub fn model_loaded(&self, namespace: &str, name: &str, took: Duration) {
+        self.load.with_label_values(&[namespace, name]).observe(took.as_secs_f64());
+    }
+
+    /// A request asked for an unloaded model.
+    pub fn model_woken(&self, namespace: &str, name: &str) {
+        self.wakes.with_label_values(&[namespace, name]).inc();
+    }
+
+    /// Removes the series of a model that left this node.
+    pub fn forget_model(&self, namespace: &str, name: &str, devices: &[&str]) {
+        let model = [namespace, name];
+        for state in ModelState::ALL {
+            drop(self.state.remove_label_values(&[namespace, name, state.label()]));
+        }
+        for device in devices {
+            self.model_memory(namespace, name, device, None, None);
+        }
+        for class in ["1xx", "2xx", "3xx", "4xx", "5xx"] {
+            drop(self.answers.remove_label_values(&[namespace, name, class]));
+        }
+        drop(self.restarts.remove_label_values(&model));
+        drop(self.load.remove_label_values(&model));
+        drop(self.wakes.remove_label_values(&model));
+        drop(self.retries.remove_label_values(&model));
+    }
+
+    /// The agent answered a request for the model (both empty: for none in particular).
+    pub(crate) fn answered(&self, namespace: &str, name: &str, status: StatusCode) {
+        self.answers.with_label_values(&[namespace, name, code_class(status)]).inc();
+    }
+
+    pub(crate) fn retried(&self, namespace: &str, name: &str) {
+        self.retries.with_label_values(&[namespace, name]).inc();
+    }
+
+    pub(crate) fn connections(&self) -> &IntGauge {
+        &self.connections
+    }
+
+    pub(crate) fn buffered(&self) -> &Gauge {
+        &self.buffered
+    }
+
+    pub(crate) fn worker_scrape_failed(&self) {
+        self.scrape_failures.inc();
+    }
+
+    /// The text exposition of the agent's own metrics.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        super::render(&self.registry)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "Prometheus has floats only; bytes are exact up to 8 PiB")]
+fn float(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_in_one_state_and_leaves_nothing_behind() {
+        let metrics = AgentMetrics::new("1.2.3").unwrap();
+        let empty = metrics.render().unwrap();
+        metrics.model_state("ml", "toy", ModelState::Loading);
+        metrics.model_state("ml", "toy", ModelState::Ready);
+        metrics.model_memory("ml", "toy", "Vulkan0", Some(100), Some(90));
+        metrics.model_loaded("ml", "toy", Duration::from_millis(700));
+        metrics.worker_restarted("ml", "toy");
+        metrics.model_woken("ml", "toy");
+        metrics.answered("ml", "toy", StatusCode::NOT_FOUND);
+        metrics.retried("ml", "toy");
+        let text = metrics.render().unwrap();
+        let states: Vec<_> = text.lines().filter(|line| line.starts_with("altiplano_model_state") && line.ends_with(" 1")).collect();
+        assert_eq!(states, [r#"altiplano_model_state{model_name="toy",namespace="ml",state="Ready"} 1"#]);
+        assert!(text.contains(r#"altiplano_model_memory_measured_bytes{device="Vulkan0",model_name="toy",namespace="ml"} 90"#), "{text}");
+        metrics.forget_model("ml", "toy", &["Vulkan0"]);
+        assert_eq!(metrics.render().unwrap(), empty);
+    }
+}

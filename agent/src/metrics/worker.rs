@@ -1,0 +1,290 @@
+//! What a worker measures: its requests, and the engine's counters.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
+
+use super::{INTER_TOKEN_BUCKETS, REQUEST_SECONDS_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, TOKEN_BUCKETS};
+use crate::engine::{EngineStats, FinishReason, Timings, Usage};
+
+/// How a request ended, for `altiplano_request_success_total{finished_reason}` as vLLM has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// The model ended, or a stop text came.
+    Stop,
+    /// The limit of tokens was reached.
+    Length,
+    /// The client went away.
+    Abort,
+    /// The engine failed, or the request took too long.
+    Error,
+}
+
+impl EndReason {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+impl From<FinishReason> for EndReason {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+        }
+    }
+}
+
+/// The metrics of one worker.
+pub struct WorkerMetrics {
+    registry: Registry,
+    time_to_first_token: Histogram,
+    inter_token: Histogram,
+    end_to_end: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    prompt_tokens: Histogram,
+    generation_tokens: Histogram,
+    success: IntCounterVec,
+    http_errors: IntCounterVec,
+    running: Gauge,
+    waiting: Gauge,
+    cache_usage: Gauge,
+    prompt_total: IntCounter,
+    generation_total: IntCounter,
+    cache_queries: IntCounter,
+    cache_hits: IntCounter,
+    resizes: IntCounter,
+    /// Held while the engine's counters are copied, so that two scrapes do not count the same difference twice.
+    scrape: Mutex<()>,
+}
+
+impl WorkerMetrics {
+    /// Metrics of the model `namespace/name`.
+    pub fn new(namespace: &str, name: &str) -> Result<Self, prometheus::Error> {
+        let labels = HashMap::from([
+            ("namespace".to_owned(), namespace.to_owned()),
+            ("model_name".to_owned(), name.to_owned()),
+        ]);
+        let registry = Registry::new_custom(Some("altiplano".to_owned()), Some(labels))?;
+        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
+            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+            registry.register(Box::new(histogram.clone()))?;
+            Ok(histogram)
+        };
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
+        };
+        let counters = |name: &str, help: &str, label: &str, values: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            for value in values {
+                // A series that is there from the start lets rate() see its first increment.
+                counters.with_label_values(&[*value]).reset();
+            }
+            registry.register(Box::new(counters.clone()))?;
+            Ok::<_, prometheus::Error>(counters)
+        };
+        let gauge = |name: &str, help: &str| -> Result<Gauge, prometheus::Error> {
+            let gauge = Gauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        Ok(Self {
+            time_to_first_token: histogram(
+                "time_to_first_token_seconds",
+                "Seconds from the arrival of a request at the worker to its first token.",
+                TIME_TO_FIRST_TOKEN_BUCKETS,
+            )?,
+            inter_token: histogram(
+                "inter_token_latency_seconds",
+                "Seconds between two tokens of one answer.",
+                INTER_TOKEN_BUCKETS,
+            )?,
+            end_to_end: histogram(
+                "e2e_request_latency_seconds",
+                "Seconds from the arrival of a request at the worker to its last token.",
+                REQUEST_SECONDS_BUCKETS,
+            )?,
+            queue: histogram(
+                "request_queue_time_seconds",
+                "Seconds that a request waited for a slot.",
+                REQUEST_SECONDS_BUCKETS,
+            )?,
+            prefill: histogram(
+                "request_prefill_time_seconds",
+                "Seconds from the slot to the first token.",
+                REQUEST_SECONDS_BUCKETS,
+            )?,
+            decode: histogram(
+                "request_decode_time_seconds",
+                "Seconds from the first token to the last.",
+                REQUEST_SECONDS_BUCKETS,
+            )?,
+            prompt_tokens: histogram("request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)?,
+            generation_tokens: histogram("request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS)?,
+            success: counters(
+                "request_success_total",
+                "Generations that ended, by how: stop, length, abort (the client went away) or error.",
+                "finished_reason",
+                &["stop", "length", "abort", "error"],
+            )?,
+            http_errors: counters(
+                "http_errors_total",
+                "Answers of the worker with an error status, by class.",
+                "code",
+                &["4xx", "5xx"],
+            )?,
+            running: gauge("num_requests_running", "Generations that run.")?,
+            waiting: gauge("num_requests_waiting", "Generations that wait for a slot.")?,
+            cache_usage: gauge("kv_cache_usage_perc", "Part of the KV cache's cells that hold a token; 1 is full.")?,
+            prompt_total: counter("prompt_tokens_total", "Prompt tokens of all generations that got a slot.")?,
+            generation_total: counter("generation_tokens_total", "Tokens generated.")?,
+            cache_queries: counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")?,
+            cache_hits: counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
+            resizes: counter("context_resizes_total", "Times that the context got another size.")?,
+            scrape: Mutex::new(()),
+            registry,
+        })
+    }
+
+    /// Counts an answer with an error status.
+    pub fn http_answered(&self, status: http::StatusCode) {
+        if status.is_client_error() || status.is_server_error() {
+            self.http_errors.with_label_values(&[super::code_class(status)]).inc();
+        }
+    }
+
+    /// Mean seconds of a request so far; `None` before the first.
+    #[must_use]
+    pub fn mean_request_seconds(&self) -> Option<f64> {
+        let count = self.end_to_end.get_sample_count();
+        #[expect(clippy::cast_precision_loss, reason = "an estimate for Retry-After")]
+        (count > 0).then(|| self.end_to_end.get_sample_sum() / count as f64)
+    }
+
+    /// The text exposition, with the engine's counters as they are in `stats`.
+    pub fn render(&self, stats: &EngineStats) -> Result<String, prometheus::Error> {
+        let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        self.running.set(f64::from(stats.running));
+        self.waiting.set(f64::from(stats.waiting));
+        self.cache_usage.set(match stats.cells_total {
+            0 => 0.0,
+            total => f64::from(stats.cells_used) / f64::from(total),
+        });
+        for (counter, now) in [
+            (&self.prompt_total, stats.prompt_tokens),
+            (&self.generation_total, stats.generated_tokens),
+            (&self.cache_queries, stats.prompt_tokens),
+            (&self.cache_hits, stats.cached_prompt_tokens),
+            (&self.resizes, stats.resizes),
+        ] {
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
+        super::render(&self.registry)
+    }
+}
+
+/// Follows one generation; whatever happens to it is counted once.
+pub struct RequestMetrics {
+    metrics: std::sync::Arc<WorkerMetrics>,
+    arrived: Instant,
+    last_token: Option<Instant>,
+    ended: bool,
+}
+
+impl RequestMetrics {
+    /// Begins with a request that arrived at `arrived`.
+    #[must_use]
+    pub fn new(metrics: std::sync::Arc<WorkerMetrics>, arrived: Instant) -> Self {
+        Self { metrics, arrived, last_token: None, ended: false }
+    }
+
+    /// A token came.
+    pub fn token(&mut self, now: Instant) {
+        match self.last_token.replace(now) {
+            None => self.metrics.time_to_first_token.observe(seconds(now, self.arrived)),
+            Some(last) => self.metrics.inter_token.observe(seconds(now, last)),
+        }
+    }
+
+    /// The generation ended well.
+    pub fn done(&mut self, now: Instant, reason: FinishReason, usage: &Usage, timings: &Timings) {
+        let metrics = &self.metrics;
+        metrics.end_to_end.observe(seconds(now, self.arrived));
+        metrics.queue.observe(timings.queue.as_secs_f64());
+        metrics.prefill.observe(timings.prefill.as_secs_f64());
+        metrics.decode.observe(timings.decode.as_secs_f64());
+        metrics.prompt_tokens.observe(f64::from(usage.prompt_tokens));
+        metrics.generation_tokens.observe(f64::from(usage.completion_tokens));
+        self.end(reason.into());
+    }
+
+    /// The generation ended otherwise.
+    pub fn end(&mut self, reason: EndReason) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.metrics.success.with_label_values(&[reason.label()]).inc();
+        }
+    }
+}
+
+impl Drop for RequestMetrics {
+    fn drop(&mut self) {
+        self.end(EndReason::Abort);
+    }
+}
+
+fn seconds(now: Instant, since: Instant) -> f64 {
+    now.checked_duration_since(since).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn line<'t>(text: &'t str, start: &str) -> &'t str {
+        text.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("no {start} in:\n{text}"))
+    }
+
+    #[test]
+    fn a_generation_is_counted_once_however_it_ends() {
+        let metrics = Arc::new(WorkerMetrics::new("ml", "toy").unwrap());
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut good = RequestMetrics::new(metrics.clone(), start);
+        good.token(at(30));
+        good.token(at(50));
+        let usage = Usage { prompt_tokens: 12, cached_tokens: 4, completion_tokens: 2 };
+        good.done(at(60), FinishReason::Length, &usage, &Timings::default());
+        drop(good);
+        drop(RequestMetrics::new(metrics.clone(), start));
+        let mut failed = RequestMetrics::new(metrics.clone(), start);
+        failed.end(EndReason::Error);
+        drop(failed);
+
+        let stats = EngineStats { cells_used: 64, cells_total: 256, prompt_tokens: 12, ..EngineStats::default() };
+        let text = metrics.render(&stats).unwrap();
+        let again = metrics.render(&stats).unwrap();
+        assert_eq!(text, again, "counters of the engine are copied, not added up");
+        let labels = r#"model_name="toy",namespace="ml""#;
+        for (reason, count) in [("stop", 0), ("length", 1), ("abort", 1), ("error", 1)] {
+            let series = format!(r#"altiplano_request_success_total{{finished_reason="{reason}",{labels}}} {count}"#);
+            assert!(text.contains(&series), "{series} in:\n{text}");
+        }
+        assert!(line(&text, "altiplano_time_to_first_token_seconds_sum").ends_with(" 0.03"));
+        assert!(line(&text, "altiplano_inter_token_latency_seconds_sum").ends_with(" 0.02"));
+        assert!(line(&text, "altiplano_kv_cache_usage_perc").ends_with(" 0.25"));
+        assert!(line(&text, "altiplano_prompt_tokens_total").ends_with(" 12"));
+    }
+}
