@@ -20,9 +20,8 @@ pub use worker::{EndReason, RequestMetrics, WorkerMetrics};
 pub const TEXT_FORMAT: &str = prometheus::TEXT_FORMAT;
 
 /// Seconds to the first token: from a cached prompt on a GPU to a long one behind a cold start.
-pub const TIME_TO_FIRST_TOKEN_BUCKETS: &[f64] = &[
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
-];
+pub const TIME_TO_FIRST_TOKEN_BUCKETS: &[f64] =
+    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0];
 
 /// Seconds between two tokens of one answer.
 pub const INTER_TOKEN_BUCKETS: &[f64] =

@@ -129,7 +129,13 @@ impl Node {
 
 fn published(name: &str, traffic: TrafficSpec) -> PublishedModel {
     let own = str::to_owned;
-    PublishedModel { uid: own(name), namespace: own("ml"), name: own(name), served_name: format!("{name}-served"), traffic }
+    PublishedModel {
+        uid: own(name),
+        namespace: own("ml"),
+        name: own(name),
+        served_name: format!("{name}-served"),
+        traffic,
+    }
 }
 
 async fn error(response: reqwest::Response, status: u16, code: &str) -> Value {
@@ -161,7 +167,8 @@ async fn bytes_and_headers_pass_unchanged() {
     let url = node.model("toy", |_| ()).await;
     let echo = |request: Request| async move {
         let (parts, body) = request.into_parts();
-        let headers: Vec<String> = parts.headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+        let headers: Vec<String> =
+            parts.headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
         let mut response = Response::new(body);
         response.headers_mut().insert("x-saw", headers.join("; ").parse().unwrap());
         response
@@ -327,9 +334,8 @@ async fn tokens_are_passed_on_as_they_come() {
     let url = node.model("toy", |_| ()).await;
     let (sender, receiver) = mpsc::channel::<Result<Bytes, std::io::Error>>(1);
     let receiver = Arc::new(std::sync::Mutex::new(Some(receiver)));
-    let worker = chat(move |_| {
-        events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap()))
-    });
+    let worker =
+        chat(move |_| events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap())));
     let _worker = node.worker("toy", worker);
     let mut pieces = node.ask(&url, &json!({"stream": true})).await.bytes_stream();
     for turn in 0..20 {
@@ -473,7 +479,11 @@ async fn routes_that_send_away() {
         assert_eq!(node.client.get(format!("{url}/health")).send().await.unwrap().status(), health);
     }
     node.front.route("toy", Route::Unloaded);
-    assert_eq!(node.client.get(format!("{url}/health")).send().await.unwrap().status(), 200, "a request would be taken");
+    assert_eq!(
+        node.client.get(format!("{url}/health")).send().await.unwrap().status(),
+        200,
+        "a request would be taken"
+    );
 }
 
 #[tokio::test]
@@ -483,9 +493,10 @@ async fn ports_are_stable_and_withdrawing_waits_for_requests() {
     assert_eq!(node.model("toy", |traffic| traffic.max_queued = 1).await, url, "idempotent");
     let (sender, receiver) = mpsc::channel::<Result<Bytes, std::io::Error>>(1);
     let receiver = Arc::new(std::sync::Mutex::new(Some(receiver)));
-    let _worker = node.worker("toy", chat(move |_| {
-        events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap()))
-    }));
+    let _worker = node.worker(
+        "toy",
+        chat(move |_| events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap()))),
+    );
     sender.send(Ok("data: 1\n\n".into())).await.unwrap();
     let mut pieces = node.ask(&url, &json!({"stream": true})).await.bytes_stream();
     within("the first event", pieces.next()).await.unwrap().unwrap();
@@ -529,7 +540,12 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
         error(response, 401, "invalid_api_key").await;
     }
     let models: Value = get("/v1/models", Some("s3cret")).await.unwrap().json().await.unwrap();
-    let listed: Vec<_> = models["data"].as_array().unwrap().iter().map(|model| (&model["id"], &model["root"], &model["state"])).collect();
+    let listed: Vec<_> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| (&model["id"], &model["root"], &model["state"]))
+        .collect();
     assert_eq!(
         format!("{listed:?}"),
         r#"[(String("other-served"), String("ml/other"), String("Unloaded")), (String("toy-served"), String("ml/toy"), String("Loading"))]"#
@@ -549,7 +565,11 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
 #[tokio::test]
 async fn metrics_of_agent_and_workers_are_one_exposition() {
     let node = Node::start(|config| config.limits.scrape_timeout = Duration::from_millis(300)).await;
-    let family = |name: &str| format!("# HELP altiplano_x_total Xs.\n# TYPE altiplano_x_total counter\naltiplano_x_total{{model_name=\"{name}\"}} 1\n");
+    let family = |name: &str| {
+        format!(
+            "# HELP altiplano_x_total Xs.\n# TYPE altiplano_x_total counter\naltiplano_x_total{{model_name=\"{name}\"}} 1\n"
+        )
+    };
     let mut workers = Vec::new();
     for name in ["a", "b"] {
         node.model(name, |_| ()).await;
@@ -607,9 +627,12 @@ async fn shutting_down_lets_requests_end_and_then_ends_them() {
         let url = node.model("toy", |_| ()).await;
         let (sender, receiver) = mpsc::channel::<Result<Bytes, std::io::Error>>(1);
         let receiver = Arc::new(std::sync::Mutex::new(Some(receiver)));
-        let _worker = node.worker("toy", chat(move |_| {
-            events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap()))
-        }));
+        let _worker = node.worker(
+            "toy",
+            chat(move |_| {
+                events(tokio_stream::wrappers::ReceiverStream::new(receiver.lock().unwrap().take().unwrap()))
+            }),
+        );
         sender.send(Ok("data: 1\n\n".into())).await.unwrap();
         let mut pieces = node.ask(&url, &json!({"stream": true})).await.bytes_stream();
         within("the first event", pieces.next()).await.unwrap().unwrap();

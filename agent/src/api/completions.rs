@@ -39,7 +39,10 @@ impl CompletionRequest {
         let logprobs =
             fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?.and_then(|top| u32::try_from(top).ok());
         if echo && logprobs.is_some() {
-            return Err(ApiError::unsupported("echo", "'echo' together with 'logprobs' is not supported by this server"));
+            return Err(ApiError::unsupported(
+                "echo",
+                "'echo' together with 'logprobs' is not supported by this server",
+            ));
         }
         let prompts = match fields.take("prompt") {
             None => return Err(ApiError::missing("prompt")),

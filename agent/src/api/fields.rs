@@ -22,13 +22,7 @@ impl Fields {
     }
 
     pub(crate) fn boolean(&self, name: &'static str) -> Result<Option<bool>, ApiError> {
-        self.get(name)
-            .map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "true or false", value)))
-            .transpose()
-    }
-
-    pub(crate) fn string(&self, name: &'static str) -> Result<Option<&str>, ApiError> {
-        self.get(name).map(|value| value.as_str().ok_or_else(|| wrong_type(name, "a string", value))).transpose()
+        self.get(name).map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "true or false", value))).transpose()
     }
 
     pub(crate) fn integer(&self, name: &'static str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {

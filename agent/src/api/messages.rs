@@ -131,9 +131,17 @@ mod tests {
             (Some(json!([{"role": "user"}])), "messages[0].content", "invalid_value"),
             (Some(json!([{"role": "user", "content": 1}])), "messages[0].content", "invalid_value"),
             (Some(image), "messages[0].content[1]", "unsupported_parameter"),
-            (Some(json!([{"role": "user", "content": [{"type": "text"}]}])), "messages[0].content[0].text", "invalid_value"),
+            (
+                Some(json!([{"role": "user", "content": [{"type": "text"}]}])),
+                "messages[0].content[0].text",
+                "invalid_value",
+            ),
             (Some(json!([{"role": "user", "content": ["x"]}])), "messages[0].content[0].type", "invalid_value"),
-            (Some(json!([{"role": "assistant", "tool_calls": [{}]}])), "messages[0].tool_calls", "unsupported_parameter"),
+            (
+                Some(json!([{"role": "assistant", "tool_calls": [{}]}])),
+                "messages[0].tool_calls",
+                "unsupported_parameter",
+            ),
             (Some(json!(vec![json!({"role": "user", "content": "x"}); 4097])), "messages", "invalid_value"),
         ];
         for (given, param, code) in cases {

@@ -10,12 +10,12 @@
 //! | `GET /metrics` | this worker's metrics |
 //!
 //! What the API takes and what it refuses is said where it is read: [`params`] for both APIs, `messages`, `chat` and
-//! `completions` for their own. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`. Errors have
+//! [`completions`] for their own. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`. Errors have
 //! OpenAI's form; one that happens after a stream began is an `error` event.
 
 mod body;
 mod chat;
-mod completions;
+pub mod completions;
 mod error;
 mod fields;
 mod messages;
@@ -124,7 +124,8 @@ struct Inner {
 impl ApiState {
     /// The API of the model that `engine` holds.
     pub fn new(engine: Engine, config: &RunnerConfig, options: ApiOptions) -> Result<Self, ApiStateError> {
-        let TrafficSpec { max_queued, queue_timeout_seconds, request_timeout_seconds, rate_limits: _ } = &config.traffic;
+        let TrafficSpec { max_queued, queue_timeout_seconds, request_timeout_seconds, rate_limits: _ } =
+            &config.traffic;
         let seconds = |number: i32| Duration::from_secs(u64::try_from(number).unwrap_or(0).max(1));
         let max_queued = u32::try_from(*max_queued).unwrap_or(0);
         let parallel = engine.report().parallel.max(1);

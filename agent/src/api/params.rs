@@ -126,12 +126,17 @@ fn logit_bias(value: &Value) -> Result<Vec<(Token, f32)>, ApiError> {
     }
     let entry = |(token, bias): (&String, &Value)| {
         let token: Token = token.parse().ok().filter(|token| *token >= 0).ok_or_else(|| {
-            ApiError::invalid(NAME, format!("'{NAME}' has the key '{}', which is no token id", super::error::clip(token)))
+            ApiError::invalid(
+                NAME,
+                format!("'{NAME}' has the key '{}', which is no token id", super::error::clip(token)),
+            )
         })?;
         match bias.as_f64() {
             #[expect(clippy::cast_possible_truncation, reason = "llama.cpp samples with f32")]
             Some(number) if (-100.0..=100.0).contains(&number) => Ok((token, number as f32)),
-            _ => Err(ApiError::invalid(NAME, format!("'{NAME}' of token {token} must be from -100 to 100, not {bias}"))),
+            _ => {
+                Err(ApiError::invalid(NAME, format!("'{NAME}' of token {token} must be from -100 to 100, not {bias}")))
+            }
         }
     };
     entries.iter().map(entry).collect()
@@ -319,7 +324,9 @@ mod tests {
 
     #[test]
     fn seeds_keep_32_bits() {
-        for (seed, expected) in [(0, Some(0)), (7, Some(7)), (-1, None), (1 << 32, Some(1)), (4_294_967_295, Some(4_294_967_294))] {
+        for (seed, expected) in
+            [(0, Some(0)), (7, Some(7)), (-1, None), (1 << 32, Some(1)), (4_294_967_295, Some(4_294_967_294))]
+        {
             assert_eq!(fold_seed(seed), expected, "{seed}");
         }
         assert_ne!(fold_seed(i64::MIN), None);
@@ -353,7 +360,11 @@ mod tests {
             (r#"{"logit_bias": [1]}"#, "logit_bias", "an object"),
             (r#"{"stream": "yes"}"#, "stream", "true or false"),
             (r#"{"stream_options": {"include_usage": true}}"#, "stream_options", "only allowed when 'stream' is true"),
-            (r#"{"stream": true, "stream_options": {"include_usage": 1}}"#, "stream_options.include_usage", "true or false"),
+            (
+                r#"{"stream": true, "stream_options": {"include_usage": 1}}"#,
+                "stream_options.include_usage",
+                "true or false",
+            ),
         ];
         for (json, param, says) in cases {
             let error = read(json).unwrap_err();

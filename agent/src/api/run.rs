@@ -194,23 +194,17 @@ impl Run {
             choice.text.push_str(&text);
             choice.logprobs.extend(logprob);
         }
-        let body = |(index, choice): (usize, &'_ Choice)| -> ChoiceBody<'_> {
-            ChoiceBody {
-                index,
-                said: match self.shape {
-                    Shape::Chat => Said::Message(Message { role: Some("assistant"), content: Some(&choice.text) }),
-                    Shape::Text => Said::Text(&choice.text),
-                },
-                logprobs: self.wants_logprobs.then(|| wire::logprobs(self.shape, &choice.logprobs, 0)),
-                finish_reason: choice.end.map(|(reason, _, _)| wire::finish_word(reason)),
-            }
-        };
         let (usage, timings) = self.totals();
-        // Not `iter().map(body)`: the closure's lifetimes are those of `self`.
-        let mut choices = Vec::with_capacity(self.choices.len());
-        for each in self.choices.iter().enumerate() {
-            choices.push(body(each));
-        }
+        let choices = self.choices.iter().enumerate().map(|(index, choice)| ChoiceBody {
+            index,
+            said: match self.shape {
+                Shape::Chat => Said::Message(Message { role: Some("assistant"), content: Some(&choice.text) }),
+                Shape::Text => Said::Text(&choice.text),
+            },
+            logprobs: self.wants_logprobs.then(|| wire::logprobs(self.shape, &choice.logprobs, 0)),
+            finish_reason: choice.end.map(|(reason, _, _)| wire::finish_word(reason)),
+        });
+        let choices = choices.collect();
         let mut answer = self.head(false, choices);
         answer.usage = Some(Some(usage));
         answer.timings = Some(timings);

@@ -59,7 +59,9 @@ mod tests {
         assert_eq!(data(&"a\nb\r\n\u{2028}").unwrap(), "data: \"a\\nb\\r\\n\u{2028}\"\n\n");
         let error = error(&ApiError::internal("one\ntwo"));
         let text = std::str::from_utf8(&error).unwrap();
-        assert!(text.starts_with("event: error\ndata: {\"error\":{\"message\":\"one\\ntwo\"") && text.ends_with("}\n\n"));
+        assert!(
+            text.starts_with("event: error\ndata: {\"error\":{\"message\":\"one\\ntwo\"") && text.ends_with("}\n\n")
+        );
         assert_eq!(text.matches('\n').count(), 3);
     }
 }

@@ -1,7 +1,7 @@
 //! Chat templates: the model's own Jinja source, rendered as Hugging Face's `apply_chat_template` renders it.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::Serialize;
 
@@ -59,9 +59,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", python_json);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| syntax_error(&error))?;
+        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| syntax_error(&error))?;
         Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
@@ -75,14 +73,14 @@ impl ChatTemplate {
     ) -> Result<String, TemplateError> {
         // Hugging Face passes `none` for what is not there, and templates ask `is not none`.
         let given = context! {
-            messages => messages,
+            messages => Serde(messages),
             add_generation_prompt => add_generation_prompt,
-            bos_token => self.bos,
-            eos_token => self.eos,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
             tools => Value::from(()),
             documents => Value::from(()),
         };
-        let all = context! { ..given, ..Value::from_serialize(variables) };
+        let all = context! { ..given, ..Value::from(Serde(variables)) };
         let template = self.environment.get_template(NAME).map_err(|error| failure(&error))?;
         template.render(all).map_err(|error| failure(&error))
     }
@@ -197,7 +195,11 @@ mod tests {
         {%- if add_generation_prompt %}\n\
         {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n";
 
-    fn render(source: &str, messages: serde_json::Value, variables: serde_json::Value) -> Result<String, TemplateError> {
+    fn render(
+        source: &str,
+        messages: serde_json::Value,
+        variables: serde_json::Value,
+    ) -> Result<String, TemplateError> {
         let messages: Vec<_> = messages.as_array().unwrap().clone();
         let variables: Map<_, _> = variables.as_object().unwrap().clone();
         ChatTemplate::compile(source, "<s>", "</s>")?.render(&messages, true, &variables)
@@ -205,7 +207,8 @@ mod tests {
 
     #[test]
     fn chatml() {
-        let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Hi</b> & \"you\""}]);
+        let messages =
+            json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Hi</b> & \"you\""}]);
         assert_eq!(
             render(CHATML, messages, json!({})).unwrap(),
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<b>Hi</b> & \"you\"<|im_end|>\n<|im_start|>assistant\n"
@@ -236,7 +239,11 @@ mod tests {
             ("one\n{% if %}", "the chat template cannot be read: ", "(line 2)"),
             ("one\n\n{{ messages | nothing }}", "the chat template failed: unknown filter", "(line 3)"),
             ("one\n{{ messages.nothing.more }}", "the chat template failed: undefined value", "(line 2)"),
-            ("{% for i in range(100000) %}{% for j in range(100000) %}\n{% endfor %}{% endfor %}", "the chat template failed: engine ran out of fuel", "line"),
+            (
+                "{% for i in range(100000) %}{% for j in range(100000) %}\n{% endfor %}{% endfor %}",
+                "the chat template failed: engine ran out of fuel",
+                "line",
+            ),
             ("{{ strftime_now('%Q%!') }}", "the chat template failed: ", "strftime_now"),
         ];
         for (source, begins, has) in cases {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::Json;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 use futures::StreamExt;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use hyper::body::Incoming;
@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::buffer::Buffered;
 use super::proxy::{self, Ask};
+use super::scrape;
 use super::shared::Shared;
 use super::table::{self, InFlight, Lookup, Model, Route};
-use super::scrape;
 use crate::api::{
     ApiError, REQUEST_ID, check_content_length, check_content_type, clip, collect, is_stream, malformed, request_id,
 };
@@ -81,7 +81,8 @@ async fn route(
     }
     if let Door::Shared = visit.door {
         let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let token = given.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let token =
+            given.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         if !shared.lets_in(token.map(|(_, token)| token.trim())) {
             return Err(ApiError::unauthorized());
         }
@@ -122,9 +123,9 @@ async fn probes(shared: &Arc<Shared>, door: &Door, request: &Request<Incoming>) 
             Ok(()) => "ok\n".into_response(),
             Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
         }),
-        ("/metrics", Door::Shared) => {
-            Some(([(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)], scrape::exposition(shared).await).into_response())
-        }
+        ("/metrics", Door::Shared) => Some(
+            ([(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)], scrape::exposition(shared).await).into_response(),
+        ),
         _ => None,
     }
 }

@@ -200,7 +200,7 @@ impl Front {
 
     /// What `/readyz` answers: 200, or 503 with the reason.
     pub fn set_ready(&self, readiness: Result<(), String>) {
-        self.shared.readiness.send_replace(readiness);
+        let _before = self.shared.readiness.send_replace(readiness);
     }
 
     /// Closes all ports and lets requests end for at most `grace`. To be sent away gently, clients must have been told

@@ -54,7 +54,10 @@ mod tests {
         sorted.sort_unstable();
         assert_eq!(sorted, range.clone().collect::<Vec<_>>());
         assert_eq!(candidates("uid-1", None, Some(&range)), ports, "the same after a restart");
-        assert!((0..50).any(|uid| candidates(&uid.to_string(), None, Some(&range))[0] != ports[0]), "models are spread");
+        assert!(
+            (0..50).any(|uid| candidates(&uid.to_string(), None, Some(&range))[0] != ports[0]),
+            "models are spread"
+        );
         assert_eq!(candidates("uid-1", Some(107), Some(&range))[0], 107);
         assert_eq!(candidates("uid-1", Some(31000), None), [31000, 0]);
         assert_eq!(candidates("uid-1", None, None), [0]);

@@ -16,9 +16,7 @@ use super::buffer::Buffered;
 use super::relay;
 use super::shared::Shared;
 use super::table::{InFlight, Route};
-use crate::api::{
-    ApiError, PING, QUEUE_BUDGET, REQUEST_ID, error_event, error_event_json, event_stream, is_stream,
-};
+use crate::api::{ApiError, PING, QUEUE_BUDGET, REQUEST_ID, error_event, error_event_json, event_stream, is_stream};
 
 /// How much later than the worker the agent gives a request up: the worker's own answer is the better one.
 const REQUEST_GRACE: Duration = Duration::from_secs(5);
@@ -267,9 +265,9 @@ mod tests {
             ("x-request-id", "theirs"),
             ("user-agent", "curl"),
         ];
-        let given = HeaderMap::from_iter(given.map(|(name, value)| {
-            (HeaderName::from_static(name), HeaderValue::from_static(value))
-        }));
+        let given = HeaderMap::from_iter(
+            given.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))),
+        );
         let out = outgoing(&given, "ours");
         let mut names: Vec<_> = out.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();

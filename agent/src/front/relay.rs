@@ -28,7 +28,10 @@ pub(super) fn events(
     })
 }
 
-fn whole_events<E>(pieces: impl Stream<Item = Result<Bytes, E>> + Unpin, silence: Duration) -> impl Stream<Item = Bytes> {
+fn whole_events<E>(
+    pieces: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    silence: Duration,
+) -> impl Stream<Item = Bytes> {
     let state = Some((pieces, BytesMut::new()));
     futures::stream::unfold(state, move |state| async move {
         let (mut pieces, mut held) = state?;

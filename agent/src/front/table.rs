@@ -244,10 +244,11 @@ impl Table {
         if let Some(model) = full {
             return Ok(Arc::clone(model));
         }
-        for matches in [
-            (|model, asked| model.served_name == *asked) as fn(&PublishedModel, &str) -> bool,
-            |model, asked| model.name == *asked,
-        ] {
+        for matches in
+            [(|model, asked| model.served_name == *asked) as fn(&PublishedModel, &str) -> bool, |model, asked| {
+                model.name == *asked
+            }]
+        {
             let found: Vec<_> = self.models.values().filter(|model| matches(&model.published(), asked)).collect();
             match found.as_slice() {
                 [] => {}
@@ -282,7 +283,13 @@ mod tests {
     fn published(uid: &str, namespace: &str, name: &str, served_name: &str) -> PublishedModel {
         let own = str::to_owned;
         let traffic = TrafficSpec::default();
-        PublishedModel { uid: own(uid), namespace: own(namespace), name: own(name), served_name: own(served_name), traffic }
+        PublishedModel {
+            uid: own(uid),
+            namespace: own(namespace),
+            name: own(name),
+            served_name: own(served_name),
+            traffic,
+        }
     }
 
     fn model(published: PublishedModel) -> Arc<Model> {

@@ -24,15 +24,8 @@ pub enum ModelState {
 
 impl ModelState {
     /// Every state.
-    pub const ALL: [Self; 7] = [
-        Self::Pending,
-        Self::Fetching,
-        Self::Loading,
-        Self::Ready,
-        Self::Unloaded,
-        Self::Draining,
-        Self::Failed,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Pending, Self::Fetching, Self::Loading, Self::Ready, Self::Unloaded, Self::Draining, Self::Failed];
 
     fn label(self) -> &'static str {
         match self {
@@ -145,7 +138,14 @@ impl AgentMetrics {
     }
 
     /// Bytes that the model was expected to take on `device`, and takes as measured; `None`: not known.
-    pub fn model_memory(&self, namespace: &str, name: &str, device: &str, predicted: Option<u64>, measured: Option<u64>) {
+    pub fn model_memory(
+        &self,
+        namespace: &str,
+        name: &str,
+        device: &str,
+        predicted: Option<u64>,
+        measured: Option<u64>,
+    ) {
         let labels = [namespace, name, device];
         for (gauge, value) in [(&self.predicted, predicted), (&self.measured, measured)] {
             match value {
@@ -244,9 +244,15 @@ mod tests {
         metrics.answered("ml", "toy", StatusCode::NOT_FOUND);
         metrics.retried("ml", "toy");
         let text = metrics.render().unwrap();
-        let states: Vec<_> = text.lines().filter(|line| line.starts_with("altiplano_model_state") && line.ends_with(" 1")).collect();
+        let states: Vec<_> =
+            text.lines().filter(|line| line.starts_with("altiplano_model_state") && line.ends_with(" 1")).collect();
         assert_eq!(states, [r#"altiplano_model_state{model_name="toy",namespace="ml",state="Ready"} 1"#]);
-        assert!(text.contains(r#"altiplano_model_memory_measured_bytes{device="Vulkan0",model_name="toy",namespace="ml"} 90"#), "{text}");
+        assert!(
+            text.contains(
+                r#"altiplano_model_memory_measured_bytes{device="Vulkan0",model_name="toy",namespace="ml"} 90"#
+            ),
+            "{text}"
+        );
         metrics.forget_model("ml", "toy", &["Vulkan0"]);
         assert_eq!(metrics.render().unwrap(), empty);
     }

@@ -253,7 +253,8 @@ mod tests {
 
     #[test]
     fn equal_series_add_up_and_shares_keep_the_higher() {
-        let worker = "# TYPE c_total counter\nc_total 2\n# TYPE running gauge\nrunning 1\n# TYPE kv_perc gauge\nkv_perc 0.5\n";
+        let worker =
+            "# TYPE c_total counter\nc_total 2\n# TYPE running gauge\nrunning 1\n# TYPE kv_perc gauge\nkv_perc 0.5\n";
         let other = worker.replace("0.5", "0.25");
         insta::assert_snapshot!(merged(&[worker, &other]), @r"
         # TYPE c_total counter

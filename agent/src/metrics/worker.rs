@@ -70,10 +70,8 @@ pub struct WorkerMetrics {
 impl WorkerMetrics {
     /// Metrics of the model `namespace/name`.
     pub fn new(namespace: &str, name: &str) -> Result<Self, prometheus::Error> {
-        let labels = HashMap::from([
-            ("namespace".to_owned(), namespace.to_owned()),
-            ("model_name".to_owned(), name.to_owned()),
-        ]);
+        let labels =
+            HashMap::from([("namespace".to_owned(), namespace.to_owned()), ("model_name".to_owned(), name.to_owned())]);
         let registry = Registry::new_custom(Some("altiplano".to_owned()), Some(labels))?;
         let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
             let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
