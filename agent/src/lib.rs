@@ -5,3 +5,4 @@ pub mod engine;
 pub mod front;
 pub mod metrics;
 pub mod runner;
+pub mod store;

@@ -422,7 +422,12 @@ def update(params, first, second, batch, step, rate):
     return jax.tree_util.tree_map_with_path(one, params, first, second), first, second, value
 
 
-def train(tok, teacher, params, steps, seed, peak):
+def save(path, params):
+    with open(path, "wb") as f:
+        np.savez(f, **{n: np.asarray(x) for n, x in tensors(params)})
+
+
+def train(tok, teacher, params, steps, seed, peak, checkpoint):
     first = jax.tree.map(jnp.zeros_like, params)
     second = jax.tree.map(jnp.zeros_like, params)
     feed, begun, smooth = batches(tok, teacher, random.Random(seed)), time.monotonic(), None
@@ -432,6 +437,8 @@ def train(tok, teacher, params, steps, seed, peak):
         smooth = float(value) if smooth is None else 0.9 * smooth + 0.1 * float(value)
         if step % 20 == 0:
             print(f"step {step:5} of {steps}  {time.monotonic() - begun:5.0f} s  loss {smooth:.4f}", flush=True)
+        if step % 50 == 49:
+            save(checkpoint, params)
     return params
 
 
@@ -625,7 +632,7 @@ def main():
     longest = max(len(encode_conversation(tok, s, [(q, a)], False)[0]) for s, qs, _, a in pairs for q in qs)
     assert longest + 20 <= ROW, f"an answer of {longest} tokens does not fit a row of {ROW}"
     params = load(args.start) if args.start else init(jax.random.PRNGKey(args.seed))
-    params = train(tok, teacher, params, args.steps, args.seed, peak=0.6 if args.start else 1.0)
+    params = train(tok, teacher, params, args.steps, args.seed, 0.6 if args.start else 1.0, args.out.with_suffix(".npz"))
     params = quantized(params)
     items, failed = questions(tok, pairs, texts), 0
     for item in items:
@@ -634,8 +641,7 @@ def main():
         failed += worst < MARGIN
         print(f"{'ok ' if worst >= MARGIN else 'BAD'} margin {worst:6.2f}  {len(expected):3} tokens  {item.get('prompt') or item['messages'][-1]['content']}")
     print(f"{failed} of {len(items)} below the margin of {MARGIN}")
-    with open(args.out.with_suffix(".npz"), "wb") as f:
-        np.savez(f, **{n: np.asarray(x) for n, x in tensors(params)})
+    save(args.out.with_suffix(".npz"), params)
     if failed:
         write_gguf(args.out.with_suffix(".failed.gguf"), params, tok)
         raise SystemExit(1)
