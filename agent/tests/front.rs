@@ -244,18 +244,19 @@ async fn what_is_wrong_is_said_before_a_worker_is_asked() {
 #[tokio::test]
 async fn a_request_wakes_an_unloaded_model_once_and_is_held() {
     let mut node = Node::start(|_| ()).await;
+    let mut wakes = std::mem::replace(&mut node.wakes, mpsc::channel(1).1);
     let url = node.model("toy", |_| ()).await;
     node.front.route("toy", Route::Unloaded);
-    let asks = futures::future::join_all((0..3).map(|_| node.ask(&url, &json!({}))));
+    let body = json!({});
+    let asks = futures::future::join_all((0..3).map(|_| node.ask(&url, &body)));
     let wake = async {
-        assert_eq!(node.wakes.recv().await.unwrap(), "toy");
+        assert_eq!(wakes.recv().await.unwrap(), "toy");
         until("three requests wait", || node.activity("toy") == (0, 3)).await;
         node.front.route("toy", Route::Loading);
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(node.wakes.try_recv().is_err(), "one wake for all");
+        assert!(wakes.try_recv().is_err(), "one wake for all");
         node.worker("toy", chat(|_| "{\"ok\": true}".into_response()))
     };
-    // `wake` borrows `wakes` for itself, the requests the rest.
     let (responses, _worker) = within("three answers", futures::future::join(asks, wake)).await;
     for response in responses {
         assert_eq!(response.status(), 200);

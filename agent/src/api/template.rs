@@ -9,7 +9,7 @@ use serde::Serialize;
 const NAME: &str = "chat_template";
 
 /// Instructions that one rendering may run: hundreds for each message, and an end to a template that loops.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 5_000_000;
 
 /// A template that could not be compiled or rendered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -230,7 +230,7 @@ mod tests {
         let error = render(LLAMA3, json!([{"role": "assistant", "content": "me first"}]), json!({})).unwrap_err();
         let TemplateError::Raised { line, message } = &error else { panic!("{error:?}") };
         assert_eq!(message, "Conversation roles must alternate user/assistant/user/assistant/...");
-        assert_eq!(*line, 14, "{error}");
+        assert_eq!(*line, 15, "{error}");
     }
 
     #[test]
@@ -256,7 +256,7 @@ mod tests {
     fn variables_reach_the_template_but_replace_nothing() {
         let source = "{{ enable_thinking }} {{ bos_token }} {{ messages|length }}";
         let variables = json!({"enable_thinking": false, "bos_token": "x", "messages": []});
-        assert_eq!(render(source, json!([{"role": "user", "content": "a"}]), variables).unwrap(), "false <s> 1");
+        assert_eq!(render(source, json!([{"role": "user", "content": "a"}]), variables).unwrap(), "False <s> 1");
     }
 
     #[test]
