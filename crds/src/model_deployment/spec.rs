@@ -512,7 +512,7 @@ pub struct AutoscalingSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.maxSurge > 0 || self.maxUnavailable > 0").message("maxSurge and maxUnavailable must not both be 0")
+    validation = Rule::new("!has(self.maxSurge) || !has(self.maxUnavailable) || self.maxSurge > 0 || self.maxUnavailable > 0").message("maxSurge and maxUnavailable must not both be 0")
 )]
 pub struct RolloutSpec {
     /// Replicas above `replicas` that may be loaded during a change.
