@@ -82,3 +82,26 @@ pub async fn chat(url: &str, model: &str, question: &str, mut piece: impl FnMut(
         usage,
     })
 }
+
+/// An HTTP client without surprises.
+pub fn http() -> Result<reqwest::Client> {
+    tls();
+    Ok(reqwest::Client::builder().timeout(Duration::from_secs(120)).no_proxy().build()?)
+}
+
+/// Asks once, not streaming; returns the whole answer. An HTTP error is an error with its body.
+pub async fn ask(url: &str, model: &str, prompt: &str) -> Result<Value> {
+    let body = json!({"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0});
+    let response = http()?.post(format!("{url}/v1/chat/completions")).json(&body).send().await?;
+    let (status, text) = (response.status(), response.text().await?);
+    ensure!(status.is_success(), "{status}: {text}");
+    serde_json::from_str(&text).with_context(|| text)
+}
+
+/// The text of a whole answer.
+pub fn content(answer: &Value) -> Result<&str> {
+    answer
+        .pointer("/choices/0/message/content")
+        .and_then(Value::as_str)
+        .with_context(|| format!("no content in {answer}"))
+}

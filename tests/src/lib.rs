@@ -26,7 +26,7 @@ mod wait;
 
 pub use audit::Write;
 pub use chart::{CRDS, NAMESPACE, RELEASE, render_chart, run_helm};
-pub use chat::{Answer, chat};
+pub use chat::{Answer, ask, chat, content, http};
 pub use control_plane::{ControlPlane, free_port};
 pub use identity::PodIdentity;
 pub use process::Proc;

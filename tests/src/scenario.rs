@@ -5,14 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use altiplano_crds::{ModelDeployment, ModelNode};
-use anyhow::{Context as _, Result, bail, ensure};
-use futures::StreamExt as _;
+use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Event, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, Client};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, repository, wait_for};
@@ -47,19 +46,6 @@ pub struct Endpoint {
     pub node: String,
     /// Whether load balancers send requests there.
     pub ready: bool,
-}
-
-/// A streamed answer.
-#[derive(Clone, Debug, Default)]
-pub struct Streamed {
-    /// The text, put together.
-    pub text: String,
-    /// Chunks with text in them.
-    pub chunks: usize,
-    /// Whether `data: [DONE]` came.
-    pub done: bool,
-    /// Time from the request to the first text.
-    pub first_token: Option<Duration>,
 }
 
 /// The toy chat model.
@@ -336,63 +322,4 @@ pub fn conditions_text(model: &ModelDeployment) -> String {
         conditions.join("; "),
         status.placements
     )
-}
-
-/// An HTTP client without surprises.
-pub fn http() -> Result<reqwest::Client> {
-    crate::control_plane::tls();
-    Ok(reqwest::Client::builder().timeout(Duration::from_secs(120)).no_proxy().build()?)
-}
-
-/// Asks once, not streaming; returns the whole answer. An HTTP error is an error with its body.
-pub async fn chat(url: &str, model: &str, prompt: &str) -> Result<Value> {
-    let body = json!({"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0});
-    let response = http()?.post(format!("{url}/v1/chat/completions")).json(&body).send().await?;
-    let (status, text) = (response.status(), response.text().await?);
-    ensure!(status.is_success(), "{status}: {text}");
-    serde_json::from_str(&text).with_context(|| text)
-}
-
-/// The text of a whole answer.
-pub fn content(answer: &Value) -> Result<&str> {
-    answer
-        .pointer("/choices/0/message/content")
-        .and_then(Value::as_str)
-        .with_context(|| format!("no content in {answer}"))
-}
-
-/// Asks with `stream: true`.
-pub async fn stream(url: &str, model: &str, prompt: &str) -> Result<Streamed> {
-    let body =
-        json!({"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "stream": true});
-    let begun = std::time::Instant::now();
-    let response = http()?.post(format!("{url}/v1/chat/completions")).json(&body).send().await?;
-    ensure!(response.status().is_success(), "{}: {}", response.status(), response.text().await?);
-    let mut streamed = Streamed::default();
-    let mut bytes = response.bytes_stream();
-    let mut buffer = Vec::new();
-    while let Some(part) = bytes.next().await {
-        buffer.extend_from_slice(&part?);
-        while let Some(end) = buffer.windows(2).position(|pair| pair == b"\n\n") {
-            let event: Vec<u8> = buffer.drain(..end + 2).collect();
-            let event = String::from_utf8(event)?;
-            let Some(data) = event.trim().strip_prefix("data: ") else { continue };
-            if data == "[DONE]" {
-                streamed.done = true;
-                continue;
-            }
-            let chunk: Value = serde_json::from_str(data).with_context(|| data.to_owned())?;
-            if let Some(error) = chunk.get("error") {
-                bail!("error in mid-stream: {error}");
-            }
-            if let Some(text) = chunk.pointer("/choices/0/delta/content").and_then(Value::as_str)
-                && !text.is_empty()
-            {
-                streamed.first_token.get_or_insert_with(|| begun.elapsed());
-                streamed.chunks += 1;
-                streamed.text.push_str(text);
-            }
-        }
-    }
-    Ok(streamed)
 }

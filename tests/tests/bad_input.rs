@@ -7,8 +7,8 @@ use std::path::Path;
 use altiplano_crds::ModelDeployment;
 use altiplano_crds::conditions::{reasons, types};
 use altiplano_test_models as models;
-use altiplano_tests::scenario::{SOON, Scenario, chat, conditions_text, content, http, toy_model, toy_question};
-use altiplano_tests::wait_for;
+use altiplano_tests::scenario::{SOON, Scenario, conditions_text, toy_model, toy_question};
+use altiplano_tests::{ask, content, http, wait_for};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use kube::Api;
@@ -97,7 +97,7 @@ async fn bad_files_are_named_and_recover() -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n\n"));
-    assert_eq!(content(&chat(&good, "good", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&good, "good", &prompt).await?)?, answer);
     let node = world.model_node(0).await?.status.context("status")?;
     let good_uid = world.get("good").await?.metadata.uid.context("uid")?;
     let good_state = node.models.iter().find(|model| model.uid == good_uid).context("good")?;
@@ -109,7 +109,7 @@ async fn bad_files_are_named_and_recover() -> Result<()> {
     for name in ["missing", "not-gguf"] {
         world.wait_for_ready(name, "1/1").await?;
         let url = world.wait_for_endpoints(name, 1).await?.remove(0).url;
-        assert_eq!(content(&chat(&url, name, &prompt).await?)?, answer);
+        assert_eq!(content(&ask(&url, name, &prompt).await?)?, answer);
     }
     for (name, ..) in &cases {
         world.delete(name).await?;
@@ -170,7 +170,7 @@ async fn a_broken_download_is_resumed() -> Result<()> {
     world.apply(&world.manifest("toy", &url, ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     let endpoint = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    assert_eq!(content(&chat(&endpoint, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&endpoint, "toy", &prompt).await?)?, answer);
     world.delete("toy").await?;
 
     // One that never ends well is told, with the bytes.
@@ -391,6 +391,6 @@ async fn bad_requests_are_answered_in_openais_form() -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     world.delete("toy").await
 }

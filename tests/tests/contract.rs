@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::{reasons, types};
 use altiplano_crds::{ModelDeployment, ModelNode, names};
-use altiplano_tests::scenario::{SOON, Scenario, chat, content, http, toy_question};
-use altiplano_tests::{NAMESPACE, Operator, wait_for};
+use altiplano_tests::scenario::{SOON, Scenario, toy_question};
+use altiplano_tests::{NAMESPACE, Operator, ask, content, http, wait_for};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Node};
@@ -123,7 +123,7 @@ async fn a_deleted_model_node_interrupts_nothing() -> Result<()> {
     let nodes = Api::<ModelNode>::all(world.client.clone());
     let old = world.model_node(0).await?.metadata.uid;
     nodes.delete(&world.node(0), &DeleteParams::default()).await?;
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     wait_for("another ModelNode with the model in it", SOON, || async {
         let node = world.model_node(0).await.map_err(|error| error.to_string())?;
         let states: Vec<_> = node.status.iter().flat_map(|status| &status.models).map(|m| m.state.clone()).collect();
@@ -131,7 +131,7 @@ async fn a_deleted_model_node_interrupts_nothing() -> Result<()> {
     })
     .await?;
     assert_eq!(world.agents[0].proc.processes(), worker, "the worker is the same process");
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     world.wait_for_ready("toy", "1/1").await?;
     world.delete("toy").await
 }
@@ -152,7 +152,7 @@ async fn a_node_made_again_keeps_its_models() -> Result<()> {
     // Longer than the garbage collector takes for an owner that is gone.
     let until = Instant::now() + Duration::from_secs(5);
     while Instant::now() < until {
-        assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+        assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
     assert_eq!(world.model_node(0).await?.metadata.uid, model_node, "the ModelNode went with the Node");
@@ -214,7 +214,7 @@ async fn an_api_outage_moves_nothing() -> Result<()> {
             tokio::spawn(async move {
                 let mut answered = 0_u32;
                 while Instant::now() < end {
-                    let whole = chat(&url, "toy", &prompt).await?;
+                    let whole = ask(&url, "toy", &prompt).await?;
                     ensure!(content(&whole)? == answer, "{whole}");
                     answered += 1;
                     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -313,7 +313,7 @@ async fn one_unreadable_entry_stops_no_other() -> Result<()> {
     })
     .await?;
     ensure!(message.contains("Hibernate"), "the message names what cannot be read: {message}");
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     world.operator = Operator::start(world.cluster, &[]).await?;
     world.operator.ready().await?;
     world.delete("toy").await

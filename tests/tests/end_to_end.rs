@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::{reasons, types};
-use altiplano_tests::scenario::{SOON, Scenario, chat, content, http, stream, toy_question};
-use altiplano_tests::{python, wait_for};
+use altiplano_tests::scenario::{SOON, Scenario, toy_question};
+use altiplano_tests::{ask, chat, content, http, python, wait_for};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
@@ -20,13 +20,14 @@ async fn from_apply_to_nothing_left() -> Result<()> {
         world.wait_for_condition("toy", kind, "True", reason).await?;
     }
     let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    let whole = chat(&url, "toy", &prompt).await?;
+    let whole = ask(&url, "toy", &prompt).await?;
     assert_eq!(content(&whole)?, answer);
     assert!(whole["usage"]["prompt_tokens"].as_u64() > Some(0), "{whole}");
     assert!(whole["timings"]["predicted_per_second"].as_f64() > Some(0.0), "{whole}");
-    let streamed = stream(&url, "toy", &prompt).await?;
+    let mut pieces = 0;
+    let streamed = chat(&url, "toy", &prompt, |_| pieces += 1).await?;
     assert_eq!(streamed.text, answer, "streamed and whole answers are the same");
-    assert!(streamed.done && streamed.chunks > 3, "{streamed:?}");
+    assert!(pieces > 3, "{pieces} pieces: {streamed:?}");
     curl_streams(&url, &prompt, &answer).await?;
     openai_sdk(&url, &prompt, &answer).await?;
 
@@ -42,7 +43,7 @@ async fn from_apply_to_nothing_left() -> Result<()> {
     let endpoints = world.wait_for_endpoints("toy", 2).await?;
     assert_ne!(endpoints[0].node, endpoints[1].node, "two replicas are on two nodes");
     for endpoint in &endpoints {
-        assert_eq!(content(&chat(&endpoint.url, "toy", &prompt).await?)?, answer);
+        assert_eq!(content(&ask(&endpoint.url, "toy", &prompt).await?)?, answer);
     }
 
     // Edit the context: a new worker, while the model is asked again and again.
@@ -56,7 +57,7 @@ async fn from_apply_to_nothing_left() -> Result<()> {
         })
         .await?;
     let endpoint = world.wait_for_endpoints("toy", 2).await?.remove(0);
-    assert_eq!(content(&chat(&endpoint.url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&endpoint.url, "toy", &prompt).await?)?, answer);
 
     // Off and on again.
     world.cluster.kubectl(&["-n", &world.namespace, "scale", "mdep/toy", "--replicas=0"])?;
@@ -113,14 +114,14 @@ async fn what_is_killed_comes_back() -> Result<()> {
         rustix::process::Pid::from_raw(i32::try_from(victim)?).context("a pid")?,
         rustix::process::Signal::KILL,
     )?;
-    assert_eq!(content(&chat(&other, "other", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&other, "other", &prompt).await?)?, answer);
     wait_for("another worker", SOON, || async {
         let pid = worker_of(&world, "toy").await.map_err(|error| error.to_string())?;
         if pid == victim { Err(format!("still {pid}")) } else { Ok(()) }
     })
     .await?;
     // A request in between is held or answered, never lost.
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     println!("kill -9 of a worker to the next answer: {:?}", begun.elapsed());
     world.wait_until("toy", "one restart in the node's status", SOON, |_| Ok(())).await?;
     wait_for("restarts: 1", SOON, || async {
@@ -136,14 +137,14 @@ async fn what_is_killed_comes_back() -> Result<()> {
 
     // The operator: what serves goes on serving, and another operator goes on where it was.
     world.operator.proc.kill()?;
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     world.operator = altiplano_tests::Operator::start(world.cluster, &[]).await?;
     world.operator.ready().await?;
 
     // The agent's process, in mid-stream: its workers go with it, and the next one loads them again.
     let dying = tokio::spawn({
         let url = url.clone();
-        async move { stream(&url, "toy", "Tell me a long story about the altiplano.").await }
+        async move { chat(&url, "toy", "Tell me a long story about the altiplano.", |_| ()).await }
     });
     tokio::time::sleep(Duration::from_millis(200)).await;
     let workers_before = workers(&world.agents[0]);
@@ -163,7 +164,7 @@ async fn what_is_killed_comes_back() -> Result<()> {
         .await?;
     wait_for("an answer", SOON * 2, || async {
         let endpoints = world.wait_for_endpoints("toy", 1).await.map_err(|error| format!("{error:#}"))?;
-        let answered = chat(&endpoints[0].url, "toy", &prompt).await.map_err(|error| format!("{error:#}"))?;
+        let answered = ask(&endpoints[0].url, "toy", &prompt).await.map_err(|error| format!("{error:#}"))?;
         if content(&answered).ok() == Some(&answer) { Ok(()) } else { Err(answered.to_string()) }
     })
     .await?;
@@ -186,7 +187,7 @@ async fn an_idle_model_leaves_memory_and_a_request_wakes_it() -> Result<()> {
     .await?;
     let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
     let begun = Instant::now();
-    assert_eq!(content(&chat(&url, "toy", &prompt).await?)?, answer);
+    assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     println!("wake of an unloaded model, request to answer: {:?}", begun.elapsed());
     world.delete("toy").await
 }
@@ -296,8 +297,8 @@ async fn health_readiness_and_metrics() -> Result<()> {
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    chat(&url, "toy", &prompt).await?;
-    stream(&url, "toy", &prompt).await?;
+    ask(&url, "toy", &prompt).await?;
+    chat(&url, "toy", &prompt, |_| ()).await?;
     let agent = &world.agents[0];
     for path in ["/healthz", "/readyz"] {
         let response = http()?.get(format!("{}{path}", agent.url)).send().await?;
