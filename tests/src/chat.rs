@@ -86,7 +86,7 @@ pub async fn chat(url: &str, model: &str, question: &str, mut piece: impl FnMut(
 /// An HTTP client without surprises.
 pub fn http() -> Result<reqwest::Client> {
     tls();
-    Ok(reqwest::Client::builder().timeout(Duration::from_secs(120)).no_proxy().build()?)
+    Ok(reqwest::Client::builder().timeout(Duration::from_mins(2)).no_proxy().build()?)
 }
 
 /// Asks once, not streaming; returns the whole answer. An HTTP error is an error with its body.

@@ -17,7 +17,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, repository, wait_for};
 
 /// How long anything may take that should take about a second on an idle machine.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_mins(1);
 
 /// Operators elect one leader in a cluster and agents load real models: one scenario at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -153,7 +153,7 @@ impl Scenario {
     /// A manifest of the model at `uri`, for this scenario's nodes.
     #[must_use]
     pub fn manifest(&self, name: &str, uri: &str, spec: &str) -> String {
-        let spec: String = spec.lines().map(|line| format!("  {line}\n")).collect();
+        let spec = spec.lines().fold(String::new(), |spec, line| spec + "  " + line + "\n");
         let placement = if spec.contains("placement:") {
             String::new()
         } else {
