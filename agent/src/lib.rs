@@ -1,8 +1,14 @@
 //! The agent: one binary, its roles by subcommand. This library holds its rooms, so that tests can use them.
 
 pub mod api;
+pub mod devices;
 pub mod engine;
 pub mod front;
+pub mod ledger;
+pub mod lease;
 pub mod metrics;
+pub mod node;
 pub mod runner;
+pub mod serve;
+pub mod setup;
 pub mod store;

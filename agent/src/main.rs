@@ -1,2 +1,129 @@
-//! placeholder
-fn main() {}
+//! The agent's binary: parse, log, run, exit code. Everything else is in the library.
+
+use std::process::ExitCode;
+
+use altiplano_agent::node::role::{self, NodeArgs};
+use altiplano_agent::runner::child::{self, Mode};
+use altiplano_agent::serve::{self, ServeArgs};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Threads of the runtime: the agent moves bytes, the workers work.
+const THREADS: usize = 2;
+
+/// Loads llama.cpp models onto this machine's devices and serves them over an OpenAI-compatible API.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    /// What to run as.
+    #[command(subcommand)]
+    role: Role,
+
+    /// Form of the log on standard error.
+    #[arg(long, env = "ALTIPLANO_LOG_FORMAT", default_value = "text", global = true)]
+    log_format: LogFormat,
+
+    /// Filter of the log, such as "info" or "info,altiplano_agent=debug".
+    #[arg(long, env = "ALTIPLANO_LOG", default_value = "info", global = true)]
+    log: String,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// The agent of a node of a Kubernetes cluster.
+    Node(NodeArgs),
+    /// Serve models from ModelDeployment files on this machine, without Kubernetes.
+    Serve(ServeArgs),
+    /// One model in one process; started by the agent.
+    #[command(hide = true)]
+    Runner(RunnerArgs),
+}
+
+#[derive(Args)]
+struct RunnerArgs {
+    /// Print the devices and end.
+    #[arg(long, conflicts_with = "estimate")]
+    probe: bool,
+
+    /// Print what the model would take and end.
+    #[arg(long)]
+    estimate: bool,
+}
+
+impl RunnerArgs {
+    fn mode(&self) -> Mode {
+        match self {
+            Self { probe: true, .. } => Mode::Probe,
+            Self { estimate: true, .. } => Mode::Estimate,
+            Self { .. } => Mode::Serve,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&cli.log).map_err(|error| anyhow::anyhow!("--log {:?}: {error}", cli.log))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    match cli.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    if let Role::Runner(args) = &cli.role {
+        child::run(args.mode())?;
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
+    let result = runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        stop_on_signal(shutdown.clone())?;
+        match cli.role {
+            Role::Node(args) => role::run(args, shutdown).await?,
+            Role::Serve(args) => serve::run(args, shutdown).await?,
+            Role::Runner(_) => {}
+        }
+        anyhow::Ok(())
+    });
+    // A blocking task (such as hashing a file) must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+/// The first SIGTERM or SIGINT asks for a graceful end, the second ends at once: the workers end with their agent.
+fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        for is_first in [true, false] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if is_first {
+                tracing::info!("draining; a second signal ends at once");
+                shutdown.cancel();
+            } else {
+                tracing::warn!("ending at once");
+                std::process::exit(1);
+            }
+        }
+    });
+    Ok(())
+}

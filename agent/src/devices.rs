@@ -1,0 +1,288 @@
+//! The devices of this machine and where on them a model may go.
+//!
+//! They are enumerated by a child that ends ([`Runner::probe`](crate::runner::spawn::Runner::probe)): a process that
+//! has looked at a GPU holds a context on it, and the agent must not.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use altiplano_crds::model_deployment::{EngineSpec, GpuPolicy};
+
+use crate::ledger::{Ledger, Need};
+use crate::runner::protocol::{MemoryUse, ProbeReport, ProbedDevice};
+
+/// llama.cpp's name of host memory.
+pub const CPU: &str = "CPU";
+
+/// Most devices that a status holds.
+const MAX_DEVICES: usize = 32;
+
+/// The devices of this machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    /// llama.cpp's backends, such as "CPU" and "Vulkan".
+    pub backends: Vec<String>,
+    /// The devices that can hold a model, the CPU last. Its bytes are those that the agent may use.
+    pub list: Vec<ProbedDevice>,
+}
+
+/// A place for a model: the devices that its worker may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// llama.cpp's names; empty is the CPU alone.
+    pub devices: Vec<String>,
+    /// The devices that the dry run is made on: the first of the same kind, so that eight equal GPUs need one dry run.
+    pub estimate_on: Vec<String>,
+}
+
+impl Devices {
+    /// From the probe; host memory is bounded by what the agent's cgroup allows.
+    #[must_use]
+    pub fn new(report: ProbeReport, memory_limit: u64) -> Self {
+        let ProbeReport { backends, devices } = report;
+        let mut list: Vec<ProbedDevice> = devices.into_iter().filter(|device| device.kind != "Accelerator").collect();
+        if !list.iter().any(is_cpu) {
+            list.push(ProbedDevice {
+                id: CPU.to_owned(),
+                description: CPU.to_owned(),
+                backend: CPU.to_owned(),
+                kind: CPU.to_owned(),
+                memory_total_bytes: memory_limit,
+                memory_free_bytes: memory_limit,
+            });
+        }
+        for device in &mut list {
+            if is_cpu(device) {
+                CPU.clone_into(&mut device.id);
+                device.memory_total_bytes = match device.memory_total_bytes {
+                    0 => memory_limit,
+                    total => total.min(memory_limit),
+                };
+            }
+        }
+        list.sort_by_key(is_cpu);
+        list.dedup_by(|a, b| a.id == b.id);
+        let excess = list.len().saturating_sub(MAX_DEVICES);
+        list.drain(..excess);
+        Self { backends, list }
+    }
+
+    /// Bytes per device. An integrated GPU's memory is the host's and has no account of its own.
+    #[must_use]
+    pub fn capacity(&self) -> Need {
+        self.list
+            .iter()
+            .filter(|device| !shares_host_memory(device) || is_cpu(device))
+            .map(|device| (device.id.clone(), device.memory_total_bytes))
+            .collect()
+    }
+
+    /// Bytes on the ledger's accounts.
+    #[must_use]
+    pub fn need(&self, memory: &[MemoryUse]) -> Need {
+        let mut need = Need::new();
+        for part in memory {
+            *need.entry(self.account(&part.device).to_owned()).or_default() += part.total();
+        }
+        need
+    }
+
+    fn account<'a>(&self, device: &'a str) -> &'a str {
+        match self.list.iter().find(|known| known.id == device) {
+            Some(known) if !shares_host_memory(known) => device,
+            // Also what llama.cpp calls "CUDA_Host", "CPU_REPACK" and the like.
+            _ => CPU,
+        }
+    }
+
+    /// Where a model may go, tier after tier: one GPU, all GPUs of one backend together, the CPU. Within a tier the
+    /// one with most room first. Empty when the model needs a GPU and there is none.
+    #[must_use]
+    pub fn tiers(&self, engine: &EngineSpec, ledger: &Ledger) -> Vec<Vec<Target>> {
+        let on_cpu = || vec![Target { devices: Vec::new(), estimate_on: Vec::new() }];
+        let gpus = self.gpus();
+        let no_layers = engine.gpu_layers == Some(0);
+        match engine.gpu {
+            GpuPolicy::Never => vec![on_cpu()],
+            GpuPolicy::Preferred if gpus.is_empty() || no_layers => vec![on_cpu()],
+            GpuPolicy::Preferred => gpu_tiers(&gpus, ledger).into_iter().chain([on_cpu()]).collect(),
+            GpuPolicy::Required => gpu_tiers(&gpus, ledger),
+        }
+    }
+
+    /// GPUs, integrated ones only where there is no other: as llama.cpp chooses.
+    #[must_use]
+    pub fn gpus(&self) -> Vec<&ProbedDevice> {
+        let of = |kind: &str| self.list.iter().filter(|device| device.kind == kind).collect::<Vec<_>>();
+        let discrete = of("GPU");
+        if discrete.is_empty() { of("IntegratedGPU") } else { discrete }
+    }
+}
+
+fn gpu_tiers(gpus: &[&ProbedDevice], ledger: &Ledger) -> Vec<Vec<Target>> {
+    let like = |gpu: &ProbedDevice| {
+        let same = |other: &&&ProbedDevice| {
+            other.backend == gpu.backend
+                && other.description == gpu.description
+                && other.memory_total_bytes == gpu.memory_total_bytes
+        };
+        gpus.iter().find(same).map_or_else(|| gpu.id.clone(), |first| first.id.clone())
+    };
+    let mut by_room = gpus.to_vec();
+    by_room.sort_by_key(|gpu| (std::cmp::Reverse(ledger.free(&gpu.id)), gpu.id.clone()));
+    let single =
+        by_room.iter().map(|gpu| Target { devices: vec![gpu.id.clone()], estimate_on: vec![like(gpu)] }).collect();
+    let backends: BTreeSet<&str> = gpus.iter().map(|gpu| gpu.backend.as_str()).collect();
+    let together = backends.into_iter().filter_map(|backend| {
+        let all: Vec<String> = gpus.iter().filter(|gpu| gpu.backend == backend).map(|gpu| gpu.id.clone()).collect();
+        (all.len() > 1).then(|| Target { devices: all.clone(), estimate_on: all })
+    });
+    [single, together.collect::<Vec<_>>()].into_iter().filter(|tier: &Vec<Target>| !tier.is_empty()).collect()
+}
+
+impl Target {
+    /// The dry run's bytes, moved from the device that it was made on to the one that is meant.
+    #[must_use]
+    pub fn translate(&self, mut memory: Vec<MemoryUse>) -> Vec<MemoryUse> {
+        if let ([meant], [made_on]) = (self.devices.as_slice(), self.estimate_on.as_slice()) {
+            for part in memory.iter_mut().filter(|part| part.device == *made_on) {
+                part.device.clone_from(meant);
+            }
+        }
+        memory
+    }
+
+    /// Whether it is the CPU alone.
+    #[must_use]
+    pub fn is_cpu(&self) -> bool {
+        self.devices.is_empty()
+    }
+}
+
+fn is_cpu(device: &ProbedDevice) -> bool {
+    device.kind == CPU
+}
+
+fn shares_host_memory(device: &ProbedDevice) -> bool {
+    device.kind != "GPU"
+}
+
+/// Bytes of host memory that this process may use: the cgroup's limit (v2 or v1), or what the machine has.
+///
+/// Blocking, but only on files of the kernel.
+#[must_use]
+pub fn host_memory_limit() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    memory_limit(
+        &read("/proc/self/cgroup").unwrap_or_default(),
+        &read("/proc/meminfo").unwrap_or_default(),
+        &|path: &Path| std::fs::read_to_string(path).ok(),
+    )
+}
+
+fn memory_limit(cgroup: &str, meminfo: &str, read: &dyn Fn(&Path) -> Option<String>) -> u64 {
+    let total = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+    let mut limit = total;
+    for line in cgroup.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let (root, file) = if controllers.is_empty() {
+            ("/sys/fs/cgroup", "memory.max")
+        } else if controllers.split(',').any(|controller| controller == "memory") {
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        } else {
+            continue;
+        };
+        // Every ancestor's limit counts. In a container the path may be the host's and the root its own.
+        for ancestor in Path::new(path.trim_start_matches('/')).ancestors() {
+            let bytes = read(&Path::new(root).join(ancestor).join(file)).and_then(|text| text.trim().parse().ok());
+            limit = limit.min(bytes.unwrap_or(u64::MAX));
+        }
+    }
+    limit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(id: &str, kind: &str, gib: u64) -> ProbedDevice {
+        ProbedDevice {
+            id: id.to_owned(),
+            description: format!("a {kind}"),
+            backend: id.trim_end_matches(char::is_numeric).to_owned(),
+            kind: kind.to_owned(),
+            memory_total_bytes: gib << 30,
+            memory_free_bytes: 0,
+        }
+    }
+
+    fn devices(list: Vec<ProbedDevice>) -> (Devices, Ledger) {
+        let devices = Devices::new(ProbeReport { backends: Vec::new(), devices: list }, 16 << 30);
+        let mut ledger = Ledger::default();
+        ledger.set_capacity(devices.capacity());
+        (devices, ledger)
+    }
+
+    fn tiers(list: Vec<ProbedDevice>, gpu: GpuPolicy) -> String {
+        let (devices, mut ledger) = devices(list);
+        if ledger.capacity("CUDA0") > 0 {
+            ledger.reserve(1, "m", Need::from([("CUDA0".to_owned(), 1)])).unwrap();
+        }
+        let show = |target: &Target| {
+            if target.is_cpu() { CPU.to_owned() } else { target.devices.join("+") }
+        };
+        let tiers = devices.tiers(&EngineSpec { gpu, ..EngineSpec::default() }, &ledger);
+        tiers.iter().map(|tier| tier.iter().map(show).collect::<Vec<_>>().join(", ")).collect::<Vec<_>>().join(" | ")
+    }
+
+    #[test]
+    fn where_a_model_may_go() {
+        let two = || vec![device("CUDA0", "GPU", 24), device("CUDA1", "GPU", 24), device("CPU", "CPU", 64)];
+        assert_eq!(tiers(two(), GpuPolicy::Required), "CUDA1, CUDA0 | CUDA0+CUDA1");
+        assert_eq!(tiers(two(), GpuPolicy::Preferred), "CUDA1, CUDA0 | CUDA0+CUDA1 | CPU");
+        assert_eq!(tiers(two(), GpuPolicy::Never), "CPU");
+        let none = || vec![device("CPU", "CPU", 64)];
+        assert_eq!(tiers(none(), GpuPolicy::Required), "");
+        assert_eq!(tiers(none(), GpuPolicy::Preferred), "CPU");
+        let laptop = || vec![device("Vulkan0", "IntegratedGPU", 64), device("CPU", "CPU", 64)];
+        assert_eq!(tiers(laptop(), GpuPolicy::Preferred), "Vulkan0 | CPU");
+    }
+
+    #[test]
+    fn host_memory_is_what_the_cgroup_allows() {
+        let (devices, _) = devices(vec![device("CUDA0", "GPU", 24), device("CPU", "CPU", 64)]);
+        assert_eq!(devices.capacity(), Need::from([("CPU".to_owned(), 16 << 30), ("CUDA0".to_owned(), 24 << 30)]));
+    }
+
+    #[test]
+    fn pinned_and_integrated_memory_is_the_hosts() {
+        let (devices, _) = devices(vec![device("Vulkan0", "IntegratedGPU", 64), device("CPU", "CPU", 64)]);
+        let part = |device: &str| MemoryUse { device: device.to_owned(), weights_bytes: 1, ..MemoryUse::default() };
+        let need = devices.need(&[part("Vulkan0"), part("Vulkan_Host"), part("CPU")]);
+        assert_eq!(need, Need::from([("CPU".to_owned(), 3)]));
+    }
+
+    #[test]
+    fn limits_of_both_cgroup_versions() {
+        let meminfo = "MemFree: 1 kB\nMemTotal:       8388608 kB\n";
+        let files = |path: &Path| {
+            let text = match path.to_str()? {
+                "/sys/fs/cgroup/kubepods/pod1/memory.max" => "max\n",
+                "/sys/fs/cgroup/kubepods/memory.max" => "4294967296\n",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes" => "9223372036854771712",
+                "/sys/fs/cgroup/memory/a/memory.limit_in_bytes" => "1073741824",
+                _ => return None,
+            };
+            Some(text.to_owned())
+        };
+        assert_eq!(memory_limit("0::/kubepods/pod1\n", meminfo, &files), 4 << 30);
+        assert_eq!(memory_limit("5:cpu:/x\n4:memory:/a/b\n", meminfo, &files), 1 << 30);
+        assert_eq!(memory_limit("", meminfo, &files), 8 << 30);
+    }
+}

@@ -1,0 +1,397 @@
+//! Does what the plan says. Chooses nothing: every step becomes a task whose result comes back as something that
+//! happened.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use altiplano_crds::model_deployment::{EngineSpec, ModelSource};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use super::observe::{FileState, Happened, Model, Observed, RouteTo, Trouble};
+use super::plan::Step;
+use crate::devices::Devices;
+use crate::front::{Front, PublishedModel, Route};
+use crate::metrics::AgentMetrics;
+use crate::runner::protocol::{EstimateReport, RunnerConfig};
+use crate::runner::spawn::{Runner, SpawnError};
+use crate::runner::supervise::{WorkerHandle, WorkerId, WorkerMessage, supervise};
+use crate::store::{Progress, Source, Store, StoreError, StoredModel};
+
+/// How long a dry run may take; it reads no weights.
+const ESTIMATE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long looking at the devices may take: the first touch of a GPU driver is slow.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the answers of a model's last requests may take once its worker is gone.
+const WITHDRAW_GRACE: Duration = Duration::from_secs(1);
+
+/// Downloads at the same time.
+const DOWNLOADS: usize = 4;
+
+/// Dry runs at the same time.
+const DRY_RUNS: usize = 2;
+
+/// Answers of dry runs that are kept.
+const KEPT_ESTIMATES: usize = 256;
+
+/// Something that happened to a model, or to the node where `uid` is empty.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) uid: String,
+    pub(super) what: Happened,
+}
+
+/// What steps need.
+#[derive(Clone)]
+pub struct Means {
+    /// Starts workers.
+    pub runner: Runner,
+    /// Fetches files.
+    pub store: Store,
+    /// Listens.
+    pub front: Front,
+    /// What is measured.
+    pub metrics: Arc<AgentMetrics>,
+    /// Directory of the workers' sockets. Short: a socket's path has 107 bytes.
+    pub sockets: PathBuf,
+    /// CPU threads of a worker that says nothing about it.
+    pub threads: u32,
+    /// Bytes of host memory that models may take.
+    pub memory_limit: u64,
+}
+
+/// Runs steps.
+pub(super) struct Executor {
+    means: Means,
+    tasks: JoinSet<Report>,
+    supervisors: JoinSet<()>,
+    workers: HashMap<WorkerId, WorkerHandle>,
+    fetches: HashMap<String, CancellationToken>,
+    progress: mpsc::Sender<Report>,
+    messages: mpsc::Sender<WorkerMessage>,
+    estimates: Arc<Mutex<HashMap<String, EstimateReport>>>,
+    downloads: Arc<Semaphore>,
+    dry_runs: Arc<Semaphore>,
+}
+
+impl Executor {
+    pub(super) fn new(means: Means, progress: mpsc::Sender<Report>, messages: mpsc::Sender<WorkerMessage>) -> Self {
+        Self {
+            means,
+            tasks: JoinSet::new(),
+            supervisors: JoinSet::new(),
+            workers: HashMap::new(),
+            fetches: HashMap::new(),
+            progress,
+            messages,
+            estimates: Arc::default(),
+            downloads: Arc::new(Semaphore::new(DOWNLOADS)),
+            dry_runs: Arc::new(Semaphore::new(DRY_RUNS)),
+        }
+    }
+
+    /// Looks at the devices.
+    pub(super) fn probe(&mut self) {
+        let (runner, limit) = (self.means.runner.clone(), self.means.memory_limit);
+        self.tasks.spawn(async move {
+            let devices = runner.probe(PROBE_TIMEOUT).await;
+            let devices = devices.map(|report| Devices::new(report, limit)).map_err(|error| trouble_of(&error).message);
+            Report { uid: String::new(), what: Happened::Probed(devices) }
+        });
+    }
+
+    /// Looks at the room for files.
+    pub(super) fn measure_storage(&mut self) {
+        let store = self.means.store.clone();
+        self.tasks.spawn(async move {
+            let what = match store.usage().await {
+                Ok(usage) => Happened::Stored(usage.used_bytes, usage.capacity_bytes),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot measure the store");
+                    Happened::Stored(0, 0)
+                }
+            };
+            Report { uid: String::new(), what }
+        });
+    }
+
+    /// The next task that ended; pending while there is none.
+    pub(super) async fn next(&mut self) -> Result<Report, JoinError> {
+        match self.tasks.join_next().await {
+            Some(result) => result,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The next supervisor that ended; pending while there is none.
+    pub(super) async fn next_supervisor(&mut self) -> Result<(), JoinError> {
+        match self.supervisors.join_next().await {
+            Some(result) => result,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A worker has ended.
+    pub(super) fn forget_worker(&mut self, worker: WorkerId) {
+        self.workers.remove(&worker);
+    }
+
+    /// Begins a step. `observed` is as it was before it.
+    pub(super) fn run(&mut self, step: Step, observed: &Observed) {
+        let Some(model) = observed.models.get(step.uid()) else { return };
+        tracing::debug!(model = model.label(), ?step, "step");
+        match step {
+            Step::Publish { uid } => self.publish(uid, model),
+            Step::Fetch { uid } => self.fetch(uid, model.source.clone()),
+            Step::Estimate { uid, revision, on } => self.estimate(uid, revision, on, model),
+            Step::Load { uid: _, revision, worker, target, need: _, note } => {
+                let Some(config) = self.config(model, worker, target.devices) else { return };
+                tracing::info!(
+                    model = model.label(),
+                    revision,
+                    worker,
+                    devices = ?config.devices,
+                    note,
+                    "loading the model"
+                );
+                let (runner, messages) = (self.means.runner.clone(), self.messages.clone());
+                let (handle, run) = supervise(runner, worker, config, messages);
+                self.workers.insert(worker, handle);
+                self.supervisors.spawn(run);
+            }
+            Step::Route { uid, to } => self.means.front.route(&uid, self.route(to)),
+            Step::Unload { uid: _, why } => tracing::info!(model = model.label(), why, "unloading the model"),
+            Step::Wake { uid: _ } => tracing::info!(model = model.label(), "waking the model"),
+            Step::Drain { uid: _, worker, deadline: _ } => {
+                tracing::info!(model = model.label(), worker, "draining the worker");
+            }
+            Step::Stop { uid: _, worker, kill_at } => {
+                if let Some(handle) = self.workers.get(&worker) {
+                    handle.stop(kill_at);
+                }
+            }
+            Step::Remove { uid } => {
+                if let Some(fetch) = self.fetches.remove(&uid) {
+                    fetch.cancel();
+                }
+                let front = self.means.front.clone();
+                self.tasks.spawn(async move {
+                    front.withdraw(&uid, WITHDRAW_GRACE).await;
+                    Report { uid, what: Happened::Withdrawn }
+                });
+            }
+        }
+    }
+
+    /// Ends everything that still runs. Dropping the handles kills workers that are left.
+    pub(super) async fn shutdown(mut self) {
+        self.fetches.values().for_each(CancellationToken::cancel);
+        self.workers.clear();
+        // Their last messages have nobody to go to, so nobody must wait for it.
+        drop((self.progress, self.messages));
+        self.tasks.shutdown().await;
+        while let Some(result) = self.supervisors.join_next().await {
+            if let Err(error) = result {
+                tracing::error!(%error, "a worker's supervisor failed");
+            }
+        }
+    }
+
+    fn publish(&mut self, uid: String, model: &Model) {
+        let (front, assignment) = (self.means.front.clone(), Arc::clone(&model.assignment));
+        self.tasks.spawn(async move {
+            let model = PublishedModel {
+                uid: uid.clone(),
+                namespace: assignment.namespace.clone(),
+                name: assignment.name.clone(),
+                served_name: assignment.served_name.clone(),
+                traffic: assignment.traffic.clone(),
+            };
+            let port = front.publish(model).await;
+            let port = port.map_err(|error| Trouble { reason: "PortUnavailable".to_owned(), message: chain(&error) });
+            Report { uid, what: Happened::Published(port) }
+        });
+    }
+
+    fn fetch(&mut self, uid: String, source: ModelSource) {
+        let cancel = CancellationToken::new();
+        if let Some(former) = self.fetches.insert(uid.clone(), cancel.clone()) {
+            former.cancel();
+        }
+        let (store, reports) = (self.means.store.clone(), self.progress.clone());
+        let downloads = Arc::clone(&self.downloads);
+        self.tasks.spawn(async move {
+            // The semaphore is never closed.
+            let _permit = downloads.acquire_owned().await;
+            let wanted =
+                Source { uri: source.uri.clone(), revision: source.revision.clone(), sha256: source.sha256.clone() };
+            let (progress, seen) = watch::channel(Progress::default());
+            let result = tokio::select! {
+                result = store.ensure(&wanted, &progress, &cancel) => result,
+                () = tell_progress(seen, &reports, &uid, &source) => Err(StoreError::Cancelled),
+            };
+            let result = result.map(Arc::new).map_err(|error| Trouble {
+                reason: error.reason().to_owned(),
+                message: chain(&error),
+            });
+            Report { uid, what: Happened::Fetched(source, result) }
+        });
+    }
+
+    fn estimate(&mut self, uid: String, revision: String, on: Vec<String>, model: &Model) {
+        let Some(config) = self.config(model, WorkerId::MAX, on.clone()) else { return };
+        let (runner, cache) = (self.means.runner.clone(), Arc::clone(&self.estimates));
+        let dry_runs = Arc::clone(&self.dry_runs);
+        self.tasks.spawn(async move {
+            let _permit = dry_runs.acquire_owned().await;
+            let result = estimate(&runner, &cache, &config).await.map_err(|error| trouble_of(&error));
+            Report { uid, what: Happened::Estimated(revision, on, result) }
+        });
+    }
+
+    fn config(&self, model: &Model, worker: WorkerId, devices: Vec<String>) -> Option<RunnerConfig> {
+        let FileState::Present(stored) = &model.file else {
+            tracing::error!(model = model.label(), "planned to load a file that is not there");
+            return None;
+        };
+        let wanted = &model.assignment;
+        let StoredModel { path, .. } = stored.as_ref();
+        let layers = if devices.is_empty() { Some(0) } else { wanted.engine.gpu_layers };
+        Some(RunnerConfig {
+            uid: wanted.uid.clone(),
+            revision: wanted.revision.clone(),
+            namespace: wanted.namespace.clone(),
+            name: wanted.name.clone(),
+            served_name: wanted.served_name.clone(),
+            model_path: path.clone(),
+            chat_template: wanted.model.chat_template.clone(),
+            socket: self.socket(worker),
+            context: wanted.context.clone(),
+            engine: wanted.engine.clone(),
+            traffic: wanted.traffic.clone(),
+            devices,
+            gpu_layers: layers.and_then(|layers| u32::try_from(layers).ok()),
+            threads: threads(&wanted.engine, self.means.threads),
+        })
+    }
+
+    fn socket(&self, worker: WorkerId) -> PathBuf {
+        self.means.sockets.join(format!("{worker}.sock"))
+    }
+
+    fn route(&self, to: RouteTo) -> Route {
+        match to {
+            RouteTo::Worker(worker) => Route::Ready { socket: self.socket(worker) },
+            RouteTo::Unloaded => Route::Unloaded,
+            RouteTo::Loading => Route::Loading,
+            RouteTo::Draining => Route::Draining,
+            RouteTo::Unavailable { reason, message } => Route::Unavailable { reason, message },
+        }
+    }
+}
+
+fn threads(engine: &EngineSpec, default: u32) -> u32 {
+    engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
+}
+
+/// Passes on whole steps of progress; never ends.
+async fn tell_progress(
+    mut seen: watch::Receiver<Progress>,
+    reports: &mpsc::Sender<Report>,
+    uid: &str,
+    source: &ModelSource,
+) {
+    let mut last = None;
+    while seen.changed().await.is_ok() {
+        let step = seen.borrow_and_update().percent().map(|percent| percent / 5 * 5);
+        if let Some(percent) = step
+            && step != last
+        {
+            last = step;
+            let what = Happened::FetchProgress(source.clone(), percent);
+            // A full channel drops it: the next one is better anyway.
+            let _ = reports.try_send(Report { uid: uid.to_owned(), what });
+        }
+    }
+    std::future::pending().await
+}
+
+async fn estimate(
+    runner: &Runner,
+    cache: &Mutex<HashMap<String, EstimateReport>>,
+    config: &RunnerConfig,
+) -> Result<EstimateReport, SpawnError> {
+    let key = cache_key(config).await;
+    let known = || cache.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(report) = key.as_ref().and_then(|key| known().get(key).cloned()) {
+        return Ok(report);
+    }
+    let report = runner.estimate(config, ESTIMATE_TIMEOUT).await?;
+    if let Some(key) = key {
+        let mut cache = known();
+        if cache.len() >= KEPT_ESTIMATES {
+            cache.clear();
+        }
+        cache.insert(key, report.clone());
+    }
+    Ok(report)
+}
+
+/// Everything that an estimate depends on; `None` for a file that is gone.
+async fn cache_key(config: &RunnerConfig) -> Option<String> {
+    let metadata = tokio::fs::metadata(&config.model_path).await.ok()?;
+    let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+    let RunnerConfig { model_path, context, engine, devices, gpu_layers, threads, .. } = config;
+    let parts = (model_path, metadata.len(), modified.to_string(), context, engine, devices, gpu_layers, threads);
+    serde_json::to_string(&parts).ok()
+}
+
+fn trouble_of(error: &SpawnError) -> Trouble {
+    Trouble { reason: error.reason().to_owned(), message: chain(error) }
+}
+
+/// An error with its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// A directory for sockets of its own: below `state`, or below the system's where that path is too long for a socket.
+/// What dead agents left there is removed.
+pub fn socket_directory(state: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
+    /// Longest directory whose sockets fit into `sun_path` (108 bytes with the end, 24 for the file's name).
+    const MAX_DIRECTORY_BYTES: usize = 80;
+    let name = uuid::Uuid::new_v4().simple().to_string()[..8].to_owned();
+    let mut run = state.join("run");
+    if run.as_os_str().len() + 1 + name.len() > MAX_DIRECTORY_BYTES {
+        run = std::env::temp_dir().join("altiplano");
+    }
+    std::fs::create_dir_all(&run)?;
+    for entry in std::fs::read_dir(&run)?.flatten() {
+        // Only one that nobody holds the lock of.
+        if let Ok(lock) = std::fs::File::open(entry.path().join("lock"))
+            && rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    let directory = run.join(name);
+    {
+        use std::os::unix::fs::DirBuilderExt as _;
+        std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
+    }
+    let lock = std::fs::File::create(directory.join("lock"))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+    Ok((directory, lock))
+}
+

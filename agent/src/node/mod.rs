@@ -1,0 +1,240 @@
+//! The node: what should be here against what is.
+//!
+//! One loop, [`Node::run`]: take in what happened (`observe`), decide (`plan`, pure), do it (`apply`), say it
+//! (`status`). It knows no Kubernetes: what is wanted comes through a channel, from a ModelNode (`cluster`) or from
+//! files (`crate::serve`), and the status goes out through another.
+
+pub mod apply;
+pub mod cluster;
+pub mod observe;
+pub mod plan;
+pub mod role;
+pub mod status;
+
+use std::time::{Duration, Instant};
+
+use altiplano_crds::ModelNodeStatus;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use self::apply::{Executor, Means, Report};
+use self::observe::{Activity, Desired, Happened, Observed};
+use self::plan::{Limits, Plan, plan};
+use self::status::{Identity, status};
+use crate::runner::supervise::{WorkerDid, WorkerMessage};
+
+/// Messages on their way to the loop. A full channel makes a worker's reports wait, nothing else.
+const MESSAGES: usize = 256;
+
+/// Plans in one turn of the loop. Each begun step changes what is, so a turn ends when there is nothing left to do.
+const PLANS_PER_TURN: usize = 16;
+
+/// First wait after the devices could not be looked at, and the longest.
+const PROBE_BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(600));
+
+/// Why the node's loop ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A task of ours panicked.
+    #[error("a task of the node's loop failed")]
+    Task(#[source] tokio::task::JoinError),
+    /// The front has gone.
+    #[error("the listeners have ended")]
+    Front,
+    /// SIGHUP cannot be listened for.
+    #[error("cannot listen for signals")]
+    Signal(#[source] std::io::Error),
+}
+
+/// Reconciles the models of one machine.
+pub struct Node {
+    identity: Identity,
+    limits: Limits,
+    means: Means,
+    executor: Executor,
+    observed: Observed,
+    progress: mpsc::Receiver<Report>,
+    messages: mpsc::Receiver<WorkerMessage>,
+    status: watch::Sender<ModelNodeStatus>,
+}
+
+impl Node {
+    /// A node with nothing on it. Its status goes to `status`.
+    #[must_use]
+    pub fn new(identity: Identity, limits: Limits, means: Means, status: watch::Sender<ModelNodeStatus>) -> Self {
+        let (report, progress) = mpsc::channel(MESSAGES);
+        let (message, messages) = mpsc::channel(MESSAGES);
+        let executor = Executor::new(means.clone(), report, message);
+        Self { identity, limits, means, executor, observed: Observed::default(), progress, messages, status }
+    }
+
+    /// Runs until `shutdown`, then drains. `None` in `wanted` means that nobody has said anything yet: what is served
+    /// stays.
+    pub async fn run(
+        mut self,
+        mut wanted: watch::Receiver<Option<Desired>>,
+        shutdown: CancellationToken,
+    ) -> Result<(), NodeError> {
+        let mut hangup = signal(SignalKind::hangup()).map_err(NodeError::Signal)?;
+        let mut wakes = self.means.front.wakes().ok_or(NodeError::Front)?;
+        let mut activity = self.means.front.activity_changes();
+        let mut desired = Desired::default();
+        let mut leaving = false;
+        let mut probe = Probe::default();
+        self.probe(&mut probe);
+        self.executor.measure_storage();
+        loop {
+            if !leaving && let Some(wanted) = wanted.borrow_and_update().clone() {
+                desired = wanted;
+            }
+            let plan = self.turn(&desired);
+            if leaving && self.observed.models.is_empty() {
+                break;
+            }
+            let next = [plan.wake_at, probe.again_at].into_iter().flatten().min();
+            tokio::select! {
+                changed = wanted.changed(), if !leaving => {
+                    // Who decided what should be here is gone: as on shutdown.
+                    leaving = changed.is_err();
+                }
+                report = self.executor.next() => {
+                    let report = report.map_err(NodeError::Task)?;
+                    self.take(report, &mut probe);
+                }
+                ended = self.executor.next_supervisor() => ended.map_err(NodeError::Task)?,
+                Some(report) = self.progress.recv() => self.take(report, &mut probe),
+                Some(message) = self.messages.recv() => self.worker(message),
+                woken = wakes.recv() => match woken {
+                    Some(uid) => self.observed.note(&uid, Happened::Woken, Instant::now()),
+                    None => return Err(NodeError::Front),
+                },
+                changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
+                () = sleep_until(next) => {}
+                () = hung_up(&mut hangup) => self.probe(&mut probe),
+                () = shutdown.cancelled(), if !leaving => leaving = true,
+            }
+            // What else has come meanwhile goes into the same plan.
+            while let Ok(message) = self.messages.try_recv() {
+                self.worker(message);
+            }
+            if leaving {
+                desired.entries.clear();
+            }
+            if probe.again_at.is_some_and(|at| Instant::now() >= at) {
+                self.probe(&mut probe);
+            }
+        }
+        let Self { executor, progress, messages, .. } = self;
+        drop((progress, messages));
+        executor.shutdown().await;
+        Ok(())
+    }
+
+    /// Observe, plan, apply, until there is nothing to do; then say what is.
+    fn turn(&mut self, desired: &Desired) -> Plan {
+        self.observed.adopt(desired);
+        self.count_requests();
+        let mut decided = Plan::default();
+        for _ in 0..PLANS_PER_TURN {
+            let now = Instant::now();
+            decided = plan(desired, &self.observed, self.limits, now);
+            if decided.steps.is_empty() {
+                break;
+            }
+            for step in std::mem::take(&mut decided.steps) {
+                self.executor.run(step.clone(), &self.observed);
+                self.observed.begin(&step, now);
+            }
+        }
+        let now = status(&self.identity, desired, &self.observed, &decided);
+        self.status.send_if_modified(|last| {
+            let changed = *last != now;
+            if changed {
+                *last = now;
+            }
+            changed
+        });
+        decided
+    }
+
+    fn count_requests(&mut self) {
+        let now = Instant::now();
+        let uids: Vec<String> = self.observed.models.keys().cloned().collect();
+        for uid in uids {
+            let Some(seen) = self.means.front.activity(&uid) else { continue };
+            let activity =
+                Activity { running: seen.running, waiting: seen.waiting, last_request: seen.last_request };
+            self.observed.note(&uid, Happened::Activity(activity), now);
+        }
+    }
+
+    fn take(&mut self, Report { uid, what }: Report, probe: &mut Probe) {
+        match &what {
+            Happened::Probed(Ok(devices)) => {
+                tracing::info!(devices = ?devices.list.iter().map(|d| &d.id).collect::<Vec<_>>(), "looked at the devices");
+                *probe = Probe::default();
+            }
+            Happened::Probed(Err(error)) => {
+                probe.failed();
+                tracing::warn!(error, "cannot look at the devices");
+            }
+            Happened::Fetched(_, Ok(stored)) => {
+                tracing::info!(uid, path = %stored.path.display(), bytes = stored.size_bytes, "the file is there");
+                self.executor.measure_storage();
+            }
+            Happened::Fetched(_, Err(trouble)) | Happened::Estimated(_, _, Err(trouble)) => {
+                tracing::warn!(uid, reason = trouble.reason, message = trouble.message, "the model cannot be had");
+            }
+            _ => {}
+        }
+        self.observed.note(&uid, what, Instant::now());
+    }
+
+    fn worker(&mut self, WorkerMessage { worker, what }: WorkerMessage) {
+        let uid = self.observed.owner_of(worker).unwrap_or_default().to_owned();
+        let what = match what {
+            WorkerDid::Said(event) => Happened::WorkerSaid(worker, event),
+            WorkerDid::Ended(end) => {
+                tracing::info!(uid, worker, how = end.how, failure = ?end.failure, "worker ended");
+                self.executor.forget_worker(worker);
+                Happened::WorkerEnded(worker, end)
+            }
+        };
+        self.observed.note(&uid, what, Instant::now());
+    }
+
+    fn probe(&mut self, probe: &mut Probe) {
+        probe.again_at = None;
+        self.executor.probe();
+    }
+}
+
+/// When the devices are looked at again.
+#[derive(Default)]
+struct Probe {
+    failures: u32,
+    again_at: Option<Instant>,
+}
+
+impl Probe {
+    fn failed(&mut self) {
+        let (first, longest) = PROBE_BACKOFF;
+        self.again_at = Some(Instant::now() + first.saturating_mul(1 << self.failures.min(16)).min(longest));
+        self.failures = self.failures.saturating_add(1);
+    }
+}
+
+async fn hung_up(hangup: &mut Signal) {
+    // `None`: no more signals can come.
+    if hangup.recv().await.is_none() {
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

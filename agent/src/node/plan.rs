@@ -1,0 +1,502 @@
+//! What to do next. Pure: what is wanted, what is, and the time in; steps, a verdict on each model and the time of the
+//! next look out. Everything that is chosen is chosen here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use altiplano_crds::conditions::{reasons, states};
+use altiplano_crds::model_deployment::{ModelSpec, UnloadPolicy};
+use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
+
+use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase, RouteTo, Worker};
+use crate::devices::Target;
+use crate::ledger::{Ledger, Need};
+use crate::runner::supervise::WorkerId;
+
+mod room;
+#[cfg(test)]
+mod tests;
+
+/// How long requests that were on their way to a worker get to reach it after it has lost its route.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// How long a worker has to end after it was asked to, when it has no request any more.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Bounds that do not come from a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Models that are loaded at the same time.
+    pub loading: usize,
+    /// How long a model that leaves this node still accepts requests, for those who have not heard of it yet.
+    pub lame_duck: Duration,
+    /// Longest time that requests get to end when a model leaves.
+    pub drain: Duration,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Open the model's port, or tell its listener what has changed.
+    Publish {
+        /// The model.
+        uid: String,
+    },
+    /// Fetch and check the model's file.
+    Fetch {
+        /// The model.
+        uid: String,
+    },
+    /// Make a dry run.
+    Estimate {
+        /// The model.
+        uid: String,
+        /// Its revision.
+        revision: String,
+        /// The devices; empty is the CPU alone.
+        on: Vec<String>,
+    },
+    /// Start a worker.
+    Load {
+        /// The model.
+        uid: String,
+        /// Its revision.
+        revision: String,
+        /// The worker's number.
+        worker: WorkerId,
+        /// Where.
+        target: Target,
+        /// Bytes to reserve.
+        need: Need,
+        /// What people should know about where it runs.
+        note: Option<String>,
+    },
+    /// Send the model's requests somewhere else.
+    Route {
+        /// The model.
+        uid: String,
+        /// Where.
+        to: RouteTo,
+    },
+    /// Take the model out of memory until a request asks for it.
+    Unload {
+        /// The model.
+        uid: String,
+        /// Why.
+        why: String,
+    },
+    /// Hold the model in memory again.
+    Wake {
+        /// The model.
+        uid: String,
+    },
+    /// Let a worker's requests end; no new ones go to it.
+    Drain {
+        /// The model.
+        uid: String,
+        /// The worker.
+        worker: WorkerId,
+        /// When they must have ended.
+        deadline: Instant,
+    },
+    /// Ask a worker to end.
+    Stop {
+        /// The model.
+        uid: String,
+        /// The worker.
+        worker: WorkerId,
+        /// When it is killed.
+        kill_at: Instant,
+    },
+    /// Close the model's port and forget the model.
+    Remove {
+        /// The model.
+        uid: String,
+    },
+}
+
+impl Step {
+    /// The model that it is about.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        match self {
+            Self::Publish { uid }
+            | Self::Fetch { uid }
+            | Self::Estimate { uid, .. }
+            | Self::Load { uid, .. }
+            | Self::Route { uid, .. }
+            | Self::Unload { uid, .. }
+            | Self::Wake { uid }
+            | Self::Drain { uid, .. }
+            | Self::Stop { uid, .. }
+            | Self::Remove { uid } => uid,
+        }
+    }
+}
+
+/// What the plan thinks of a model; becomes its status.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// One of [`states`].
+    pub state: &'static str,
+    /// CamelCase.
+    pub reason: Option<String>,
+    /// For people.
+    pub message: Option<String>,
+    /// Of fetching or loading.
+    pub percent: Option<u8>,
+    /// The answer to an estimate, bytes per device.
+    pub required: Need,
+}
+
+impl Verdict {
+    fn new(state: &'static str) -> Self {
+        Self { state, ..Self::default() }
+    }
+
+    fn because(state: &'static str, reason: &str, message: impl fmt::Display) -> Self {
+        Self { state, reason: Some(reason.to_owned()), message: Some(message.to_string()), ..Self::default() }
+    }
+}
+
+/// What to do, what to say, when to look again.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// What to do, in order.
+    pub steps: Vec<Step>,
+    /// By uid.
+    pub verdicts: BTreeMap<String, Verdict>,
+    /// When to plan again even if nothing happens.
+    pub wake_at: Option<Instant>,
+}
+
+/// Decides.
+#[must_use]
+pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant) -> Plan {
+    let mut soon = observed.ledger.clone();
+    let leaving = observed.models.values().flat_map(|model| &model.workers).filter(|(_, w)| w.leaving.is_some());
+    leaving.for_each(|(id, _)| soon.release(*id));
+    let loads = |model: &Model| model.workers.values().filter(|w| matches!(w.phase, Phase::Loading { .. })).count();
+    let mut planner = Planner {
+        observed,
+        limits,
+        now,
+        next_worker: observed.next_worker,
+        loading: observed.models.values().map(loads).sum(),
+        held: observed.ledger.clone(),
+        soon,
+        unloaded: BTreeSet::new(),
+        plan: Plan::default(),
+    };
+    let wanted: BTreeSet<&str> = desired.entries.iter().map(Entry::uid).collect();
+    for (uid, model) in observed.models.iter().filter(|(uid, _)| !wanted.contains(uid.as_str())) {
+        let verdict = planner.remove(uid, model);
+        planner.plan.verdicts.insert(uid.clone(), verdict);
+    }
+    let models = desired.entries.iter().filter_map(|entry| match entry {
+        Entry::Model(assignment) => observed.models.get(&assignment.uid).map(|model| (assignment.as_ref(), model)),
+        Entry::Unsupported(_) => None,
+    });
+    let mut models: Vec<(&ModelAssignment, &Model)> = models.collect();
+    models.sort_by_key(|(assignment, _)| std::cmp::Reverse(assignment.priority));
+    for (assignment, model) in models {
+        let verdict = planner.model(assignment, model);
+        planner.plan.verdicts.insert(assignment.uid.clone(), verdict);
+    }
+    for entry in &desired.entries {
+        if let Entry::Unsupported(unsupported) = entry {
+            // What it was goes on as it was.
+            if let Some(model) = observed.models.get(&unsupported.uid) {
+                planner.model(&model.assignment, model);
+            }
+            let verdict = Verdict::because(states::FAILED, reasons::UNSUPPORTED_SPEC, &unsupported.message);
+            planner.plan.verdicts.insert(unsupported.uid.clone(), verdict);
+        }
+    }
+    planner.stop_drained(&wanted);
+    planner.plan
+}
+
+struct Planner<'a> {
+    observed: &'a Observed,
+    limits: Limits,
+    now: Instant,
+    next_worker: WorkerId,
+    /// Models that are being loaded.
+    loading: usize,
+    /// What is promised, this plan's loads included.
+    held: Ledger,
+    /// The same after all workers on their way out have gone, with what waits for that room.
+    soon: Ledger,
+    /// Models that this plan unloads to make room.
+    unloaded: BTreeSet<String>,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    fn model(&mut self, wanted: &ModelAssignment, model: &Model) -> Verdict {
+        if model.listener == Listener::Closing {
+            // It is taken up anew when its port is closed.
+            return Verdict::because(states::PENDING, reasons::DRAINING, "the model was removed and is wanted again");
+        }
+        match wanted.mode {
+            AssignmentMode::Serve => self.serve(wanted, model),
+            AssignmentMode::Estimate => self.estimate(wanted, model),
+        }
+    }
+
+    fn serve(&mut self, wanted: &ModelAssignment, model: &Model) -> Verdict {
+        let uid = &wanted.uid;
+        if let Some(message) = unsupported(&wanted.model) {
+            return self.routed(wanted, model, Verdict::because(states::FAILED, reasons::UNSUPPORTED_SPEC, message));
+        }
+        let is_news = model.published.as_deref().is_none_or(|told| listener_cares(told, wanted));
+        if is_news && model.listener != Listener::Opening && self.is_due(model) {
+            self.plan.steps.push(Step::Publish { uid: uid.clone() });
+        }
+        let is_woken = model.asleep && (model.activity.waiting > 0 || wanted.unload.policy == UnloadPolicy::Never);
+        if is_woken {
+            self.plan.steps.push(Step::Wake { uid: uid.clone() });
+        }
+        // One that is not ready yet will never be needed.
+        for (former, worker) in model.former(&wanted.revision) {
+            if matches!(worker.phase, Phase::Loading { .. }) {
+                self.plan.steps.push(Step::Drain { uid: uid.clone(), worker: former, deadline: self.now });
+                self.soon.release(former);
+            }
+        }
+        let is_unloaded = self.unloaded.contains(uid);
+        let asleep = is_unloaded || (model.asleep && !is_woken);
+
+        let verdict = match model.staying(&wanted.revision).filter(|_| !is_unloaded) {
+            Some((id, worker)) => match worker.phase {
+                Phase::Ready { since } => self.ready(wanted, model, id, worker, since),
+                Phase::Loading { percent } => Verdict { percent: Some(percent), ..Verdict::new(states::LOADING) },
+            },
+            None => match self.file(wanted, model) {
+                Err(verdict) => verdict,
+                Ok(()) if asleep => Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model"),
+                Ok(()) => self.place(wanted, model),
+            },
+        };
+        self.routed(wanted, model, after_failure(model, verdict))
+    }
+
+    /// A worker of the wanted revision serves.
+    fn ready(
+        &mut self,
+        wanted: &ModelAssignment,
+        model: &Model,
+        id: WorkerId,
+        worker: &Worker,
+        since: Instant,
+    ) -> Verdict {
+        for (former, _) in model.former(&wanted.revision) {
+            self.drain(wanted, former);
+        }
+        if let Some(idle) = idle_limit(wanted)
+            && is_idle(model)
+        {
+            let due = last_use(model, since) + idle;
+            if self.now >= due {
+                let why = format!("no request for {} s", idle.as_secs());
+                self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why });
+                self.drain(wanted, id);
+                return Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model");
+            }
+            self.look_again(due);
+        }
+        Verdict { message: worker.note.clone(), ..Verdict::new(states::READY) }
+    }
+
+    /// Sees to the model's file; an error is what keeps it from being there.
+    fn file(&mut self, wanted: &ModelAssignment, model: &Model) -> Result<(), Verdict> {
+        if !self.is_due(model)
+            && let Some(failure) = &model.failure
+        {
+            return Err(Verdict::because(states::FAILED, &failure.reason, &failure.message));
+        }
+        match &model.file {
+            FileState::Present(_) => Ok(()),
+            FileState::Fetching { percent } => Err(Verdict { percent: *percent, ..Verdict::new(states::FETCHING) }),
+            FileState::Unknown => {
+                self.plan.steps.push(Step::Fetch { uid: wanted.uid.clone() });
+                Err(Verdict::new(states::FETCHING))
+            }
+        }
+    }
+
+    /// Whether nothing has gone wrong, or long enough ago to try again.
+    fn is_due(&mut self, model: &Model) -> bool {
+        let Some(failure) = &model.failure else { return true };
+        let due = self.now >= failure.retry_at;
+        if !due {
+            self.look_again(failure.retry_at);
+        }
+        due
+    }
+
+    /// Answers how much memory the model would take.
+    fn estimate(&mut self, wanted: &ModelAssignment, model: &Model) -> Verdict {
+        if let Some(message) = unsupported(&wanted.model) {
+            return Verdict::because(states::FAILED, reasons::UNSUPPORTED_SPEC, message);
+        }
+        let required = self.file(wanted, model).and_then(|()| self.best_estimate(wanted, model));
+        match required {
+            Err(verdict) => after_failure(model, verdict),
+            Ok(required) => Verdict { required, ..Verdict::new(states::ESTIMATED) },
+        }
+    }
+
+    /// The model is not wanted any more.
+    fn remove(&mut self, uid: &str, model: &Model) -> Verdict {
+        let message = "the model leaves this node";
+        let verdict = Verdict::because(states::DRAINING, reasons::DRAINING, message);
+        if model.listener == Listener::Closing {
+            return verdict;
+        }
+        let drain = seconds(model.assignment.rollout.drain_seconds).min(self.limits.drain);
+        let mut last_route_ends = None;
+        for (id, worker) in &model.workers {
+            let is_ready = matches!(worker.phase, Phase::Ready { .. });
+            let since = worker.leaving.map_or(self.now, |leaving| leaving.since);
+            if worker.leaving.is_none() {
+                let deadline = if is_ready { self.now + drain } else { self.now };
+                self.plan.steps.push(Step::Drain { uid: uid.to_owned(), worker: *id, deadline });
+            }
+            if model.route == Some(RouteTo::Worker(*id)) {
+                let lame_duck = self.limits.lame_duck.min(drain);
+                last_route_ends = Some(since + lame_duck).filter(|_| is_ready);
+            }
+        }
+        match last_route_ends {
+            Some(ends) if self.now < ends => self.look_again(ends),
+            _ => self.route(uid, model, RouteTo::Draining),
+        }
+        if model.workers.is_empty() {
+            self.plan.steps.push(Step::Remove { uid: uid.to_owned() });
+        }
+        verdict
+    }
+
+    /// Sends the requests where the verdict says.
+    fn routed(&mut self, wanted: &ModelAssignment, model: &Model, verdict: Verdict) -> Verdict {
+        let drained = |id: WorkerId| {
+            self.plan.steps.iter().any(|step| matches!(step, Step::Drain { worker, .. } if *worker == id))
+        };
+        let ready = |(id, worker): &(WorkerId, &Worker)| matches!(worker.phase, Phase::Ready { .. }) && !drained(*id);
+        let current = model.staying(&wanted.revision).filter(|worker| ready(worker));
+        let to = match current.or_else(|| model.former(&wanted.revision).find(ready)) {
+            Some((id, _)) => RouteTo::Worker(id),
+            None if verdict.state == states::UNLOADED => RouteTo::Unloaded,
+            None if verdict.state == states::FAILED => RouteTo::Unavailable {
+                reason: verdict.reason.clone().unwrap_or_default(),
+                message: verdict.message.clone().unwrap_or_default(),
+            },
+            None => RouteTo::Loading,
+        };
+        self.route(&wanted.uid, model, to);
+        verdict
+    }
+
+    fn route(&mut self, uid: &str, model: &Model, to: RouteTo) {
+        // Without a listener there is nothing to tell.
+        if matches!(model.listener, Listener::Open(_)) && model.route.as_ref() != Some(&to) {
+            self.plan.steps.push(Step::Route { uid: uid.to_owned(), to });
+        }
+    }
+
+    fn drain(&mut self, wanted: &ModelAssignment, worker: WorkerId) {
+        let time = seconds(wanted.rollout.drain_seconds).min(self.limits.drain);
+        self.plan.steps.push(Step::Drain { uid: wanted.uid.clone(), worker, deadline: self.now + time });
+        self.soon.release(worker);
+    }
+
+    /// Asks the workers to end that are on their way out and have no request any more.
+    fn stop_drained(&mut self, wanted: &BTreeSet<&str>) {
+        for (uid, model) in &self.observed.models {
+            for (id, worker) in &model.workers {
+                let Some(leaving) = worker.leaving.filter(|leaving| !leaving.stopped) else { continue };
+                let is_routed = model.route == Some(RouteTo::Worker(*id));
+                let lame_duck = if wanted.contains(uid.as_str()) { Duration::ZERO } else { self.limits.lame_duck };
+                let quiet_from = (leaving.since + lame_duck + SETTLE).min(leaving.deadline);
+                let is_quiet = worker.requests == 0 && !is_routed && self.now >= quiet_from;
+                if is_quiet || self.now >= leaving.deadline {
+                    let kill_at = leaving.deadline.max(self.now + STOP_GRACE);
+                    self.plan.steps.push(Step::Stop { uid: uid.clone(), worker: *id, kill_at });
+                } else {
+                    let next = if self.now < quiet_from { quiet_from } else { leaving.deadline };
+                    self.plan.wake_at = Some(self.plan.wake_at.map_or(next, |at| at.min(next)));
+                }
+            }
+        }
+    }
+
+    fn look_again(&mut self, at: Instant) {
+        self.plan.wake_at = Some(self.plan.wake_at.map_or(at, |earlier| earlier.min(at)));
+    }
+}
+
+/// Says what went wrong for as long as it is being tried again, so that a status does not flap.
+fn after_failure(model: &Model, verdict: Verdict) -> Verdict {
+    let is_trying = matches!(verdict.state, states::PENDING | states::FETCHING | states::LOADING);
+    match &model.failure {
+        Some(failure) if is_trying && model.is_failing() => {
+            Verdict::because(states::FAILED, &failure.reason, &failure.message)
+        }
+        Some(failure) if is_trying => Verdict {
+            reason: Some(failure.reason.clone()),
+            message: Some(failure.message.clone()),
+            ..verdict
+        },
+        _ => verdict,
+    }
+}
+
+/// What this build cannot do with a model.
+fn unsupported(model: &ModelSpec) -> Option<String> {
+    // No `..`: whoever adds a field says here whether it is read.
+    let ModelSpec { source, secret_ref: _, projector, draft, adapters, chat_template: _ } = model;
+    let field = if projector.is_some() {
+        "model.projector"
+    } else if draft.is_some() {
+        "model.draft"
+    } else if !adapters.is_empty() {
+        "model.adapters"
+    } else if !source.files.is_empty() {
+        "model.source.files"
+    } else {
+        return None;
+    };
+    Some(format!("{field} is not supported by version {} of the agent", env!("CARGO_PKG_VERSION")))
+}
+
+/// Whether the listener must be told of the difference.
+fn listener_cares(told: &ModelAssignment, wanted: &ModelAssignment) -> bool {
+    let of = |a: &ModelAssignment| (a.namespace.clone(), a.name.clone(), a.served_name.clone(), a.traffic.clone());
+    of(told) != of(wanted)
+}
+
+/// Time without requests after which a model leaves memory.
+fn idle_limit(wanted: &ModelAssignment) -> Option<Duration> {
+    match wanted.unload.policy {
+        UnloadPolicy::Never => None,
+        UnloadPolicy::WhenIdle => Some(seconds(wanted.unload.idle_seconds)),
+        UnloadPolicy::AfterRequest => Some(seconds(wanted.unload.grace_seconds)),
+    }
+}
+
+fn is_idle(model: &Model) -> bool {
+    model.activity.running == 0
+        && model.activity.waiting == 0
+        && model.workers.values().all(|worker| worker.requests == 0)
+}
+
+fn last_use(model: &Model, ready_since: Instant) -> Instant {
+    model.activity.last_request.map_or(ready_since, |last| last.max(ready_since))
+}
+
+fn seconds(count: i32) -> Duration {
+    Duration::from_secs(u64::try_from(count).unwrap_or(0))
+}
