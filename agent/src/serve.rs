@@ -16,6 +16,7 @@ use altiplano_crds::model_node::{AssignmentMode, ModelAssignment, ModelState};
 use altiplano_crds::revision::revision;
 use altiplano_crds::{ModelDeployment, ModelNodeStatus, generate};
 use clap::Args;
+use kube::core::cel::{Validator, apply_defaults};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
@@ -202,8 +203,9 @@ fn check(structure: &jsonschema::Validator, rules: &Value, document: &Value) -> 
     if text("/metadata/name").is_empty() {
         wrong.push("metadata.name: is required".to_owned());
     }
+    // Rules see what is filled in, and an object that is filled in is itself filled in.
     if wrong.is_empty()
-        && let Err(errors) = kube::core::cel::validate(rules, document, None)
+        && let Err(errors) = Validator::new().validate(rules, &apply_defaults(rules, &apply_defaults(rules, document)), None)
     {
         wrong.extend(errors.into_vec().into_iter().map(|error| error.to_string()));
     }

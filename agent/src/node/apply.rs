@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use altiplano_crds::model_deployment::{EngineSpec, ModelSource};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -120,19 +120,12 @@ impl Executor {
         });
     }
 
-    /// The next task that ended; pending while there is none.
-    pub(super) async fn next(&mut self) -> Result<Report, JoinError> {
-        match self.tasks.join_next().await {
-            Some(result) => result,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// The next supervisor that ended; pending while there is none.
-    pub(super) async fn next_supervisor(&mut self) -> Result<(), JoinError> {
-        match self.supervisors.join_next().await {
-            Some(result) => result,
-            None => std::future::pending().await,
+    /// The next task that ended, with its report if it makes one; pending while there is none.
+    pub(super) async fn next(&mut self) -> Result<Option<Report>, JoinError> {
+        tokio::select! {
+            Some(report) = self.tasks.join_next() => report.map(Some),
+            Some(supervisor) = self.supervisors.join_next() => supervisor.map(|()| None),
+            else => std::future::pending().await,
         }
     }
 

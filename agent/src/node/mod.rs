@@ -99,10 +99,10 @@ impl Node {
                     leaving = changed.is_err();
                 }
                 report = self.executor.next() => {
-                    let report = report.map_err(NodeError::Task)?;
-                    self.take(report, &mut probe);
+                    if let Some(report) = report.map_err(NodeError::Task)? {
+                        self.take(report, &mut probe);
+                    }
                 }
-                ended = self.executor.next_supervisor() => ended.map_err(NodeError::Task)?,
                 Some(report) = self.progress.recv() => self.take(report, &mut probe),
                 Some(message) = self.messages.recv() => self.worker(message),
                 woken = wakes.recv() => match woken {
