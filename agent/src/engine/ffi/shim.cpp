@@ -4,9 +4,16 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "ggml-backend.h"
 #include "llama-ext.h"
+
+// In src/llama-model.h, which would bring all of llama.cpp's inner types along.
+const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
 
 namespace {
 
@@ -39,6 +46,21 @@ const float * row_logits(llama_context * context, int32_t row, altiplano_error *
 
 int32_t vocabulary(const llama_context * context) {
     return llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(context)));
+}
+
+// Bytes of the tensors in each buffer type of host memory. A mapped file counts from its first to its last tensor there,
+// also what lies between and went to a device or was repacked: address space, not memory.
+std::map<ggml_backend_buffer_type_t, size_t> host_weights(const llama_model * model) {
+    std::map<ggml_backend_buffer_type_t, size_t> sums;
+    for (const auto & entry : llama_internal_get_tensor_map(model)) {
+        const ggml_tensor * tensor = entry.second;
+        if (tensor->buffer == nullptr || !ggml_backend_buffer_is_host(tensor->buffer)) {
+            continue;
+        }
+        ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(tensor->buffer);
+        sums[type] += GGML_PAD(ggml_backend_buft_get_alloc_size(type, tensor), ggml_backend_buft_get_alignment(type));
+    }
+    return sums;
 }
 
 } // namespace
@@ -143,11 +165,14 @@ size_t altiplano_state_set(llama_context * context, const uint8_t * buffer, size
 size_t altiplano_memory_breakdown(const llama_context * context, altiplano_memory * out, size_t size) {
     return guarded(nullptr, static_cast<size_t>(0), [&] {
         size_t count = 0;
+        const auto host = host_weights(llama_get_model(context));
         for (const auto & [type, bytes] : llama_get_memory_breakdown(context)) {
             if (count < size) {
+                const auto tensors = host.find(type);
+                const size_t model = tensors == host.end() ? bytes.model : std::min(bytes.model, tensors->second);
                 ggml_backend_dev_t device = ggml_backend_buft_is_host(type) ? nullptr : ggml_backend_buft_get_device(type);
                 const char * name = device == nullptr ? "" : ggml_backend_dev_name(device);
-                out[count] = { name, bytes.model, bytes.context, bytes.compute };
+                out[count] = { name, model, bytes.context, bytes.compute };
             }
             ++count;
         }

@@ -1,0 +1,277 @@
+//! The worker process: one model, served on a Unix socket until the agent goes or says so.
+//!
+//! Standard output belongs to [`RunnerEvent`]s (or the report that was asked for), standard error to the log.
+
+use std::io::{self, BufRead, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::protocol::{RunnerConfig, RunnerEvent, RunnerFailure};
+use crate::engine::{self, Activity, Engine, EngineError};
+
+/// What a worker process is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Load the model and serve it.
+    Serve,
+    /// Print the devices.
+    Probe,
+    /// Print what the model would take.
+    Estimate,
+}
+
+/// Why a worker ends with a non-zero code.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    /// The configuration cannot be read.
+    #[error("cannot read the configuration from standard input")]
+    Config(#[source] io::Error),
+    /// The configuration is not what this version expects.
+    #[error("the configuration does not parse")]
+    Parse(#[source] serde_json::Error),
+    /// The engine cannot start or go on.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The API cannot be set up.
+    #[error("cannot set up the API")]
+    Api(#[from] crate::api::ApiStateError),
+    /// The socket cannot be had.
+    #[error("cannot serve on {path}")]
+    Socket {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something the process needs of the system.
+    #[error("cannot set up the process")]
+    System(#[source] io::Error),
+    /// The agent reads no more.
+    #[error("cannot write to standard output")]
+    Output(#[source] io::Error),
+}
+
+impl ChildError {
+    fn failure(&self) -> RunnerFailure {
+        let reason = match self {
+            Self::Config(_) | Self::Parse(_) | Self::Api(_) => "InvalidConfig",
+            Self::Engine(error) => error.reason(),
+            Self::Socket { .. } => "SocketFailed",
+            Self::System(_) | Self::Output(_) => "Internal",
+        };
+        let mut message = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            message = format!("{message}: {cause}");
+            source = cause.source();
+        }
+        RunnerFailure { reason: reason.to_owned(), message }
+    }
+}
+
+/// How long a worker whose agent is gone gives its thread to end a step.
+const ORPHAN_GRACE: Duration = Duration::from_secs(5);
+
+/// Least time between two reports of activity that tell only of another number.
+const ACTIVITY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Longest configuration line: chat templates are bounded, so is this.
+const CONFIG_BYTES: u64 = 1 << 20;
+
+/// Runs a worker process to its end. On an error the last event on standard output says why.
+pub fn run(mode: Mode) -> Result<(), ChildError> {
+    let events = Events::default();
+    let result = match mode {
+        Mode::Probe => engine::probe().map_err(ChildError::from).and_then(|report| events.write(&report)),
+        Mode::Estimate => read_config()
+            .and_then(|config| Ok(engine::estimate(&config)?))
+            .and_then(|report| events.write(&report)),
+        Mode::Serve => read_config().and_then(|config| serve(&config, &events)),
+    };
+    if let Err(error) = &result {
+        // If that fails too the exit code is all that is left.
+        let _ = events.write(&RunnerEvent::Failed(error.failure()));
+    }
+    result
+}
+
+fn read_config() -> Result<RunnerConfig, ChildError> {
+    let mut line = String::new();
+    io::stdin().lock().take(CONFIG_BYTES).read_line(&mut line).map_err(ChildError::Config)?;
+    serde_json::from_str(&line).map_err(ChildError::Parse)
+}
+
+/// One JSON object a line on standard output.
+#[derive(Clone, Default)]
+struct Events {
+    // Lines of two threads must not mix.
+    lock: Arc<Mutex<()>>,
+}
+
+impl Events {
+    fn write(&self, event: &impl Serialize) -> Result<(), ChildError> {
+        let mut line = serde_json::to_vec(event).map_err(|error| ChildError::Output(error.into()))?;
+        line.push(b'\n');
+        let _lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = io::stdout().lock();
+        out.write_all(&line).and_then(|()| out.flush()).map_err(ChildError::Output)
+    }
+}
+
+fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
+    let (orphaned_sender, orphaned) = watch::channel(false);
+    watch_agent(orphaned_sender).map_err(ChildError::System)?;
+
+    let progress = events.clone();
+    let engine = Engine::start(config, &move |percent| {
+        // Every twentieth part is enough for a status.
+        if percent.is_multiple_of(5) {
+            let _ = progress.write(&RunnerEvent::Loading { percent });
+        }
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(ChildError::System)?;
+    let result = runtime.block_on(serve_engine(config, engine, events, orphaned));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+/// The agent holds the other end of standard input for as long as it lives.
+fn watch_agent(orphaned: watch::Sender<bool>) -> io::Result<()> {
+    thread::Builder::new().name("agent-watch".to_owned()).spawn(move || {
+        let mut buffer = [0; 256];
+        loop {
+            match io::stdin().lock().read(&mut buffer) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        orphaned.send_replace(true);
+        // Also out of a load or a step that takes long: nobody is there to use it.
+        thread::sleep(ORPHAN_GRACE);
+        tracing::warn!("the agent is gone, and the worker does not end by itself");
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    })?;
+    Ok(())
+}
+
+async fn serve_engine(
+    config: &RunnerConfig,
+    engine: Engine,
+    events: &Events,
+    mut orphaned: watch::Receiver<bool>,
+) -> Result<(), ChildError> {
+    let listener = bind(config)?;
+    let router = crate::api::router(crate::api::ApiState::new(engine.clone(), config, crate::api::ApiOptions::default())?);
+    let mut terminate = signal(SignalKind::terminate()).map_err(ChildError::System)?;
+    let (stop_sender, mut stop) = watch::channel(false);
+    let server = tokio::spawn({
+        let stopped = async move {
+            let _ = stop.wait_for(|stop| *stop).await;
+        };
+        async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await }
+    });
+    events.write(&RunnerEvent::Ready(engine.report()))?;
+    let reporter = tokio::spawn(report(engine.clone(), events.clone()));
+
+    let drain = Duration::from_secs(u64::try_from(config.traffic.request_timeout_seconds).unwrap_or(0));
+    let result = tokio::select! {
+        failed = engine.ended() => failed.map_err(ChildError::from),
+        _ = orphaned.wait_for(|gone| *gone) => {
+            tracing::info!("the agent is gone");
+            end(&engine, Duration::ZERO).await;
+            Ok(())
+        }
+        _ = terminate.recv() => {
+            tracing::info!("draining");
+            tokio::select! {
+                () = end(&engine, drain) => {}
+                // A second signal, or nobody left to drain for.
+                _ = terminate.recv() => end(&engine, Duration::ZERO).await,
+                _ = orphaned.wait_for(|gone| *gone) => end(&engine, Duration::ZERO).await,
+            }
+            Ok(())
+        }
+        error = reporting(reporter) => Err(error),
+    };
+    stop_sender.send_replace(true);
+    // The engine has ended, so what is left are last bytes; a client that does not read them cannot hold us up.
+    if tokio::time::timeout(Duration::from_secs(2), server).await.is_err() {
+        tracing::warn!("a connection was still open");
+    }
+    let _ = std::fs::remove_file(&config.socket);
+    result
+}
+
+async fn end(engine: &Engine, time: Duration) {
+    let engine = engine.clone();
+    let deadline = Instant::now() + time;
+    if tokio::task::spawn_blocking(move || engine.shutdown(deadline)).await.is_err() {
+        tracing::error!("the shutdown panicked");
+    }
+}
+
+async fn reporting(reporter: tokio::task::JoinHandle<ChildError>) -> ChildError {
+    reporter.await.unwrap_or_else(|error| ChildError::System(io::Error::other(error)))
+}
+
+/// Tells the agent of every change; ends only when the agent cannot be told.
+async fn report(engine: Engine, events: Events) -> ChildError {
+    let mut reports = engine.watch();
+    let mut activity = engine.activity();
+    reports.mark_unchanged();
+    let mut told = Activity::default();
+    let mut next = tokio::time::Instant::now();
+    loop {
+        let now = *activity.borrow_and_update();
+        let crossed = (told.running + told.waiting == 0) != (now.running + now.waiting == 0);
+        if now != told && (crossed || tokio::time::Instant::now() >= next) {
+            let Activity { running, waiting } = now;
+            if let Err(error) = events.write(&RunnerEvent::Activity { running, waiting }) {
+                return error;
+            }
+            told = now;
+            next = tokio::time::Instant::now() + ACTIVITY_PAUSE;
+        }
+        tokio::select! {
+            changed = activity.changed() => if changed.is_err() { std::future::pending::<()>().await },
+            () = tokio::time::sleep_until(next), if now != told => {}
+            changed = reports.changed() => {
+                if changed.is_err() {
+                    // The engine has ended; whoever waits for that acts.
+                    std::future::pending::<()>().await;
+                }
+                let report = reports.borrow_and_update().clone();
+                if let Err(error) = events.write(&RunnerEvent::Changed(report)) {
+                    return error;
+                }
+            }
+        }
+    }
+}
+
+/// Only this user may connect, from the first moment on.
+fn bind(config: &RunnerConfig) -> Result<UnixListener, ChildError> {
+    let path = &config.socket;
+    let failed = |source| ChildError::Socket { path: path.display().to_string(), source };
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        Ok(()) | Err(_) => {}
+    }
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = UnixListener::bind(path);
+    rustix::process::umask(before);
+    bound.map_err(failed)
+}
