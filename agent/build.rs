@@ -25,7 +25,7 @@ fn main() -> Result<(), String> {
         .map_err(|error| format!("cannot compile the engine's shim: {error}"))
 }
 
-/// The vendored source stands in the cache of the CMake build; the package exports no path to it.
+/// The vendored source stands in the cache of the `CMake` build; the package exports no path to it.
 fn llama_source(root: &Path) -> Result<PathBuf, String> {
     let cache = root.join("build/CMakeCache.txt");
     let text = fs::read_to_string(&cache).map_err(|error| format!("cannot read {}: {error}", cache.display()))?;

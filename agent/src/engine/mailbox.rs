@@ -240,7 +240,7 @@ mod tests {
         let mailbox = Mailbox::new(4, 4);
         let now = Instant::now();
         let (late, _late) = waiting(Some(now));
-        let (patient, _patient) = waiting(Some(now + Duration::from_secs(60)));
+        let (patient, _patient) = waiting(Some(now + Duration::from_mins(1)));
         mailbox.submit(late).unwrap();
         mailbox.submit(patient).unwrap();
         assert_eq!(mailbox.next_deadline(), Some(now));

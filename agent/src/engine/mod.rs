@@ -5,6 +5,7 @@
 //! unsafe code of the project.
 
 mod capability;
+mod check;
 mod error;
 #[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
 mod ffi;
@@ -35,6 +36,7 @@ pub use request::{
 
 use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
 use ffi::Model;
+use load::Loaded;
 use mailbox::{Mailbox, Waiting};
 use shared::Shared;
 use worker::Worker;
@@ -99,6 +101,8 @@ pub struct EngineStats {
     pub cancelled: u64,
     /// Requests that failed.
     pub failed: u64,
+    /// Times a request lost its cells to older ones and had to be read again.
+    pub preempted: u64,
     /// Times the context got another size.
     pub resizes: u64,
     /// Steps done.
@@ -139,8 +143,13 @@ impl Engine {
         let started = Instant::now();
         let mut loaded = load::load(config, progress)?;
         loaded.report.load_milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let engine = Self::launch(loaded, usize::try_from(config.traffic.max_queued).unwrap_or(0))?;
+        progress(100);
+        Ok(engine)
+    }
 
-        let queue = usize::try_from(config.traffic.max_queued).unwrap_or(0);
+    /// Starts the thread; `queue` requests may wait.
+    fn launch(loaded: Loaded, queue: usize) -> Result<Self, EngineError> {
         let mailbox = Arc::new(Mailbox::new(loaded.plan.parallel as usize, queue));
         let shared = Arc::new(Shared::default());
         let (report_sender, report) = watch::channel(loaded.report.clone());
@@ -158,7 +167,6 @@ impl Engine {
                 }
             })
             .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
-        progress(100);
         let thread = Mutex::new(Some(thread));
         Ok(Self { inner: Arc::new(Inner { model, facts, mailbox, shared, report, ended, thread }) })
     }
@@ -209,7 +217,7 @@ impl Engine {
 
     /// Puts a request into the queue.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
-        worker::check(&self.inner.model, self.inner.facts.max_tokens, &request)?;
+        check::check(&self.inner.model, self.inner.facts.max_tokens, &request)?;
         let mailbox = Arc::clone(&self.inner.mailbox);
         let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
         mailbox.submit(Waiting { request, events: sender, submitted: Instant::now() })?;
@@ -284,7 +292,11 @@ pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
 mod tests {
     use std::path::PathBuf;
 
-    use crate::runner::protocol::RunnerConfig;
+    use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
+    use altiplano_test_models::toy;
+    use futures::StreamExt;
+
+    use super::*;
 
     /// A configuration for a model on the CPU.
     pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
@@ -297,12 +309,56 @@ mod tests {
             model_path,
             chat_template: None,
             socket: PathBuf::new(),
-            context: Default::default(),
-            engine: Default::default(),
-            traffic: Default::default(),
+            context: ContextSpec::default(),
+            engine: EngineSpec::default(),
+            traffic: TrafficSpec::default(),
             devices: Vec::new(),
             gpu_layers: None,
             threads: 2,
         }
+    }
+    async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) {
+        let mut text = String::new();
+        loop {
+            let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
+            match event.expect("an event within a minute").expect("an end") {
+                GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
+                GenerateEvent::Done { usage, .. } => return (text, Ok(usage.completion_tokens)),
+                GenerateEvent::Failed(error) => return (text, Err(error)),
+            }
+        }
+    }
+
+    /// Memory for less than all can use: the youngest gives way, is read again when there is room, and nobody's text
+    /// suffers. `max_tokens` is a promise that alone can hold, so the cap is lowered behind its back, as a growth that
+    /// is refused does.
+    #[tokio::test]
+    async fn who_finds_no_more_cells_waits_and_goes_on() {
+        let context =
+            ContextSpec { min_tokens: Some(256), max_tokens: Some(512), parallel: 3, ..ContextSpec::default() };
+        let config = RunnerConfig { context, ..config(toy::path()) };
+        let mut loaded = load::load(&config, &|_| {}).expect("the toy model loads");
+        loaded.plan.limits.cap = 768;
+        let engine = Engine::launch(loaded, 8).expect("the engine starts");
+        let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
+        let request = |question| GenerateRequest {
+            prompt: engine.tokenize(&chat(question), true, true).expect("tokens"),
+            max_tokens: Some(400),
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            ..GenerateRequest::default()
+        };
+        let ask = |question| read(engine.submit(request(question)).expect("the request is taken"));
+        let alone = ask(toy::LONG_QUESTION).await;
+        let singing = ask(toy::ENDLESS_QUESTION).await;
+        assert_eq!(singing.1, Ok(400));
+        assert_eq!(alone.1.clone().map(|tokens| tokens > 250), Ok(true), "{alone:?}");
+
+        // Three of some 400 tokens in 768 cells.
+        let (first, second, third) =
+            futures::join!(ask(toy::ENDLESS_QUESTION), ask(toy::LONG_QUESTION), ask(toy::LONG_QUESTION));
+        assert_eq!((first, second, third), (singing, alone.clone(), alone));
+        let stats = engine.stats();
+        assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
+        engine.shutdown(Instant::now());
     }
 }

@@ -73,6 +73,10 @@ fn common(left: &[Token], right: &[Token]) -> usize {
 mod tests {
     use super::*;
 
+    type Known<'a> = &'a [(SeqId, &'a [Token])];
+    /// Name, prompt, kept, running, whether an id is free, what is expected.
+    type Case<'a> = (&'a str, Vec<Token>, Known<'a>, Known<'a>, bool, Reuse);
+
     fn tokens(range: std::ops::Range<i32>) -> Vec<Token> {
         range.collect()
     }
@@ -83,7 +87,7 @@ mod tests {
         let long = tokens(0..1000);
         let turn = tokens(0..200);
         let other = [tokens(0..150), tokens(5000..5500)].concat();
-        let cases: [(&str, Vec<Token>, &[(SeqId, &[Token])], &[(SeqId, &[Token])], bool, Reuse); 9] = [
+        let cases: [Case<'_>; 9] = [
             ("empty", vec![], &nobody, &nobody, true, Reuse::Nothing),
             ("nobody", tokens(0..50), &nobody, &nobody, true, Reuse::Nothing),
             ("too short", tokens(0..50), &[(1, &long[..15])], &nobody, true, Reuse::Nothing),

@@ -111,6 +111,9 @@ mod tests {
 
     use super::*;
 
+    /// Name, lanes, the chunks that are expected.
+    type Case<'a> = (&'a str, &'a [i32], &'a [(usize, u32, bool)]);
+
     fn lanes(todos: &[i32]) -> Vec<Lane> {
         // A negative number is a parked lane.
         todos.iter().map(|todo| Lane { todo: todo.unsigned_abs(), parked: *todo < 0 }).collect()
@@ -119,7 +122,7 @@ mod tests {
     #[test]
     fn plans() {
         let limits = Limits { batch: 512, outputs: 8, prefill: 128 };
-        let cases: [(&str, &[i32], &[(usize, u32, bool)]); 10] = [
+        let cases: [Case<'_>; 10] = [
             ("nothing", &[], &[]),
             ("all parked", &[-1, -1], &[]),
             ("all generate", &[1, 1, 1], &[(0, 1, true), (1, 1, true), (2, 1, true)]),

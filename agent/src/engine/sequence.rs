@@ -214,7 +214,7 @@ impl Sequence {
 }
 
 /// Ends a request that has no slot.
-pub(super) fn give_up(waiting: Waiting, error: EngineError) {
+pub(super) fn give_up(waiting: &Waiting, error: EngineError) {
     // The channel of a request that has got no slot is empty; a reader that has gone needs no reason.
     let _ = waiting.events.try_send(GenerateEvent::Failed(error));
 }

@@ -9,7 +9,7 @@ use super::error::EngineError;
 use super::ffi::{DecodeError, Model};
 use super::load::{Loaded, Plan};
 use super::mailbox::{Mailbox, Phase, Waiting};
-use super::request::{FinishReason, SubmitError};
+use super::request::FinishReason;
 use super::schedule::{self, Chunk, Lane, Pace};
 use super::sequence::{Sequence, give_up};
 use super::shared::Shared;
@@ -82,7 +82,7 @@ impl Worker {
             self.shared.update(|stats| stats.failed += 1);
         }
         for waiting in self.mailbox.end() {
-            give_up(waiting, reason.clone());
+            give_up(&waiting, reason.clone());
         }
         self.publish_cells();
         result
@@ -165,7 +165,7 @@ impl Worker {
     }
 
     fn admit(&mut self, now: Instant) -> Result<(), EngineError> {
-        let late = |waiting: Waiting| give_up(waiting, EngineError::QueueTimeout);
+        let late = |waiting: Waiting| give_up(&waiting, EngineError::QueueTimeout);
         self.mailbox.expire(now, late);
         while self.running.len() < self.plan.parallel as usize {
             let sequence = if self.preempted.is_empty() {
@@ -215,7 +215,6 @@ impl Worker {
                     self.fail(sequence, EngineError::ContextFull(reason));
                     return Ok(None);
                 }
-                Sizing::Wait => return Ok(Some(sequence)),
                 Sizing::Grow { to } if self.may_grow(now) => self.grow(to)?,
                 Sizing::Grow { .. } if self.demand(Some(&sequence)).hard <= self.executor.cells() => break,
                 Sizing::Grow { .. } if self.running.is_empty() => {
@@ -223,7 +222,7 @@ impl Worker {
                     self.fail(sequence, EngineError::ContextFull(reason));
                     return Ok(None);
                 }
-                Sizing::Grow { .. } => return Ok(Some(sequence)),
+                Sizing::Wait | Sizing::Grow { .. } => return Ok(Some(sequence)),
             }
         }
         let running = self.running.iter().filter_map(|other| Some((other.cells?, other.resident_tokens())));
@@ -443,6 +442,7 @@ impl Worker {
             self.fail(youngest, EngineError::ContextFull(reason));
             return Ok(());
         }
+        self.shared.update(|stats| stats.preempted += 1);
         tracing::warn!(request = youngest.id, tokens = youngest.tokens.len(), "preempted: no more cells");
         if let Some(id) = youngest.unplace() {
             self.executor.release(id);
@@ -460,35 +460,4 @@ impl Worker {
             stats.cells_total = total;
         });
     }
-}
-
-/// Refuses what could never run.
-pub(super) fn check(model: &Model, max_tokens: u32, request: &super::GenerateRequest) -> Result<(), SubmitError> {
-    let n_vocab = model.n_vocab();
-    if request.prompt.is_empty() {
-        return Err(SubmitError::EmptyPrompt);
-    }
-    let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
-    if prompt_tokens >= max_tokens {
-        return Err(SubmitError::ContextLengthExceeded { prompt_tokens, limit: max_tokens });
-    }
-    let biased = request.sampling.logit_bias.iter().map(|(token, _)| token);
-    if let Some(&token) = request.prompt.iter().chain(biased).find(|&&token| !model.has(token)) {
-        return Err(SubmitError::InvalidToken { token, n_vocab });
-    }
-    if request.sampling.logit_bias.len() > super::MAX_LOGIT_BIAS {
-        return Err(SubmitError::InvalidParameter("logit_bias has too many entries"));
-    }
-    let super::SamplingParams {
-        temperature, top_p, min_p, repeat_penalty, frequency_penalty, presence_penalty, ..
-    } = request.sampling;
-    let numbers = [temperature, top_p, min_p, repeat_penalty, frequency_penalty, presence_penalty];
-    let biases = request.sampling.logit_bias.iter().map(|&(_, bias)| bias);
-    if numbers.into_iter().chain(biases).any(|number| !number.is_finite()) {
-        return Err(SubmitError::InvalidParameter("a sampling parameter is not a finite number"));
-    }
-    if repeat_penalty <= 0.0 {
-        return Err(SubmitError::InvalidParameter("repeat_penalty must be greater than 0"));
-    }
-    Ok(())
 }

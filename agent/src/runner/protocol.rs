@@ -144,7 +144,7 @@ pub struct ProbedDevice {
     pub description: String,
     /// The backend.
     pub backend: String,
-    /// GPU, IntegratedGPU, Accelerator or CPU.
+    /// GPU, `IntegratedGPU`, Accelerator or CPU.
     pub kind: String,
     /// Bytes in all.
     pub memory_total_bytes: u64,
