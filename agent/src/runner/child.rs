@@ -186,6 +186,7 @@ async fn serve_engine(
     events.write(&RunnerEvent::Ready(engine.report()))?;
     let reporter = tokio::spawn(report(engine.clone(), events.clone()));
 
+    let mut orphaned_meanwhile = orphaned.clone();
     let drain = Duration::from_secs(u64::try_from(config.traffic.request_timeout_seconds).unwrap_or(0));
     let result = tokio::select! {
         failed = engine.ended() => failed.map_err(ChildError::from),
@@ -200,7 +201,7 @@ async fn serve_engine(
                 () = end(&engine, drain) => {}
                 // A second signal, or nobody left to drain for.
                 _ = terminate.recv() => end(&engine, Duration::ZERO).await,
-                _ = orphaned.wait_for(|gone| *gone) => end(&engine, Duration::ZERO).await,
+                _ = orphaned_meanwhile.wait_for(|gone| *gone) => end(&engine, Duration::ZERO).await,
             }
             Ok(())
         }

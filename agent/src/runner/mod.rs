@@ -4,6 +4,7 @@
 //! until it has ended. What must not happen here: a worker that outlives the agent, a line without a bound, an end that
 //! nobody notices.
 
+pub mod child;
 mod lines;
 pub mod protocol;
 pub mod spawn;
