@@ -91,6 +91,8 @@ impl Node {
         let front = Front::bind(config).await.unwrap();
         let wakes = front.wakes().unwrap();
         assert!(front.wakes().is_none(), "one owner");
+        // reqwest asks for a provider even where no TLS is spoken; one that is there already is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().timeout(PATIENCE).no_proxy().build().unwrap();
         Self { front, client, folder: tempfile::tempdir().unwrap(), wakes }
     }

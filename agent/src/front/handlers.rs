@@ -240,7 +240,7 @@ fn describe(shared: &Shared, model: &Arc<Model>) -> Value {
         "created": shared.started,
         "owned_by": "altiplano",
         "root": published.full_name(),
-        "state": state_word(&model.route().borrow()),
+        "state": state_word(&model.route()),
     })
 }
 
@@ -256,7 +256,7 @@ fn state_word(route: &Route) -> &'static str {
 
 /// 200 when a request would be accepted: also while the model is unloaded, which a request ends.
 fn model_health(model: &Model) -> Response {
-    let route = model.route().borrow().clone();
+    let route = model.route();
     let status = match &route {
         Route::Ready { .. } | Route::Unloaded => StatusCode::OK,
         Route::Loading | Route::Draining | Route::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,

@@ -169,7 +169,7 @@ impl Front {
         };
         let ended = tokio::time::timeout(grace, idle).await.is_ok();
         let _one_at_a_time = self.changing.lock().await;
-        if *model.route().borrow() != Route::Draining {
+        if model.route() != Route::Draining {
             return;
         }
         model.stop.cancel();

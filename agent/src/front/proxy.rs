@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::buffer::Buffered;
 use super::relay;
 use super::shared::Shared;
-use super::table::{InFlight, Route};
+use super::table::{InFlight, Route, Told};
 use crate::api::{ApiError, PING, QUEUE_BUDGET, REQUEST_ID, error_event, error_event_json, event_stream, is_stream};
 
 /// How much later than the worker the agent gives a request up: the worker's own answer is the better one.
@@ -60,16 +60,16 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
     let published = model.published();
     let queue_deadline = ask.arrived + published.queue_timeout();
     let deadline = ask.arrived + published.request_timeout() + REQUEST_GRACE;
-    let mut route = model.route();
+    let mut route = model.told();
     let mut tries = 0;
     loop {
-        let socket = ready(&shared, &in_flight, &mut route, queue_deadline).await?;
+        let (turn, socket) = ready(&shared, &in_flight, &mut route, queue_deadline).await?;
         in_flight.run();
         tries += 1;
         let mut headers = ask.headers.clone();
         let left = queue_deadline.saturating_duration_since(Instant::now()).as_millis();
         headers.insert(QUEUE_BUDGET, HeaderValue::from(u64::try_from(left).unwrap_or(u64::MAX)));
-        let sent = shared.upstream.send(&socket, ask.method.clone(), &ask.path, headers, ask.body.clone());
+        let sent = shared.upstream.send(&socket, turn, ask.method.clone(), &ask.path, headers, ask.body.clone());
         match tokio::time::timeout_at(deadline.into(), sent).await {
             Err(_) => return Err(ApiError::request_timeout(published.request_timeout().as_secs())),
             Ok(Ok(response)) => {
@@ -104,17 +104,17 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
 async fn ready(
     shared: &Shared,
     in_flight: &InFlight,
-    route: &mut watch::Receiver<Route>,
+    route: &mut watch::Receiver<Told>,
     deadline: Instant,
-) -> Result<std::path::PathBuf, ApiError> {
+) -> Result<(u64, std::path::PathBuf), ApiError> {
     /// A wake that found its channel full is tried again after this.
     const TICK: Duration = Duration::from_secs(1);
     let model = in_flight.model();
     let mut admitted = false;
     loop {
-        let now = route.borrow_and_update().clone();
+        let Told { turn, route: now } = route.borrow_and_update().clone();
         match now {
-            Route::Ready { socket } => return Ok(socket),
+            Route::Ready { socket } => return Ok((turn, socket)),
             Route::Unloaded => shared.wake(model),
             Route::Loading => {}
             Route::Draining => {

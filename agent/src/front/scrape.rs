@@ -1,6 +1,5 @@
 //! `/metrics`: the agent's own families and those of its workers, merged.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -8,7 +7,7 @@ use http::{HeaderMap, Method};
 
 use super::relay;
 use super::shared::Shared;
-use super::table::Route;
+use super::table::{Model, Route, Told};
 use crate::metrics::Exposition;
 
 /// Bytes of one worker's metrics.
@@ -19,14 +18,12 @@ const AT_ONCE: usize = 16;
 
 /// The exposition; a worker that does not answer in time is missing from it, and counted.
 pub(super) async fn exposition(shared: &Arc<Shared>) -> String {
-    let sockets: Vec<PathBuf> = shared.read(|table| {
-        let sockets = table.sorted().into_iter().filter_map(|model| match &*model.route().borrow() {
-            Route::Ready { socket } => Some(socket.clone()),
-            _ => None,
-        });
-        sockets.collect()
-    });
-    let scrapes = futures::stream::iter(sockets).map(|socket| worker(shared, socket)).buffered(AT_ONCE);
+    let ready = |model: Arc<Model>| {
+        let told = model.told().borrow().clone();
+        matches!(told.route, Route::Ready { .. }).then_some(told)
+    };
+    let workers: Vec<Told> = shared.read(|table| table.sorted().into_iter().filter_map(ready).collect());
+    let scrapes = futures::stream::iter(workers).map(|told| worker(shared, told)).buffered(AT_ONCE);
     let texts: Vec<Option<String>> = scrapes.collect().await;
 
     let mut exposition = Exposition::default();
@@ -52,10 +49,11 @@ pub(super) async fn exposition(shared: &Arc<Shared>) -> String {
     exposition.render()
 }
 
-async fn worker(shared: &Shared, socket: PathBuf) -> Option<String> {
+async fn worker(shared: &Shared, told: Told) -> Option<String> {
+    let Told { turn, route: Route::Ready { socket } } = told else { return None };
     let scrape = async {
         let headers = HeaderMap::new();
-        let sent = shared.upstream.send(&socket, Method::GET, "/metrics", headers, bytes::Bytes::new());
+        let sent = shared.upstream.send(&socket, turn, Method::GET, "/metrics", headers, bytes::Bytes::new());
         let response = sent.await.ok().filter(|response| response.status().is_success())?;
         let bytes = relay::whole(response.into_body(), WORKER_LIMIT).await?;
         String::from_utf8(bytes.into()).ok()

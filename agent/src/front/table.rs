@@ -79,6 +79,14 @@ pub enum Route {
     },
 }
 
+/// A route, and which one it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Told {
+    /// Counts the routes that the model had: connections to the worker of an earlier one are not used again.
+    pub(super) turn: u64,
+    pub(super) route: Route,
+}
+
 /// Requests of a model at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
@@ -94,7 +102,7 @@ pub struct Activity {
 pub(super) struct Model {
     published: RwLock<Arc<PublishedModel>>,
     pub(super) port: u16,
-    route: watch::Sender<Route>,
+    route: watch::Sender<Told>,
     running: AtomicU32,
     waiting: AtomicU32,
     last_request: Mutex<Option<Instant>>,
@@ -119,7 +127,7 @@ impl Model {
         Self {
             published: RwLock::new(Arc::new(published)),
             port,
-            route: watch::Sender::new(Route::Loading),
+            route: watch::Sender::new(Told { turn: 0, route: Route::Loading }),
             running: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             last_request: Mutex::new(None),
@@ -141,11 +149,15 @@ impl Model {
     /// Every call counts as a change, the same socket too: its worker is another one.
     pub(super) fn set_route(&self, route: Route) {
         self.woken.store(false, Ordering::Release);
-        self.route.send_replace(route);
+        self.route.send_modify(|told| *told = Told { turn: told.turn.wrapping_add(1), route });
     }
 
-    pub(super) fn route(&self) -> watch::Receiver<Route> {
+    pub(super) fn told(&self) -> watch::Receiver<Told> {
         self.route.subscribe()
+    }
+
+    pub(super) fn route(&self) -> Route {
+        self.route.borrow().route.clone()
     }
 
     pub(super) fn activity(&self) -> Activity {

@@ -35,11 +35,12 @@ impl Upstream {
         Self(client)
     }
 
-    /// Sends a request to the worker on `socket`; the answer's head is back when this returns. Dropping the future or
+    /// Sends a request to the worker on `socket`, over a connection made for the same `turn`; the answer's head is back when this returns. Dropping the future or
     /// the answer's body closes the connection, by which the worker knows that nobody waits any more.
     pub(super) async fn send(
         &self,
         socket: &Path,
+        turn: u64,
         method: Method,
         path: &str,
         headers: HeaderMap,
@@ -47,7 +48,7 @@ impl Upstream {
     ) -> Result<Response<Incoming>, UpstreamError> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
-        *request.uri_mut() = address(socket, path).ok_or(UpstreamError::Address)?;
+        *request.uri_mut() = address(socket, turn, path).ok_or(UpstreamError::Address)?;
         *request.headers_mut() = headers;
         request.headers_mut().insert(http::header::HOST, http::HeaderValue::from_static("worker"));
         self.0.request(request).await.map_err(UpstreamError::Request)
@@ -65,20 +66,21 @@ pub(super) enum UpstreamError {
     Request(#[source] Error),
 }
 
-/// The pool tells workers apart by host, so the socket's path is the host, in hexadecimal.
-fn address(socket: &Path, path: &str) -> Option<Uri> {
+/// The pool tells workers apart by host, so the socket's path is the host, in hexadecimal, and the turn after it.
+fn address(socket: &Path, turn: u64, path: &str) -> Option<Uri> {
     use std::fmt::Write as _;
     use std::os::unix::ffi::OsStrExt as _;
     let mut host = String::new();
     for byte in socket.as_os_str().as_bytes() {
         write!(host, "{byte:02x}").ok()?;
     }
+    write!(host, ".{turn}").ok()?;
     Uri::builder().scheme("http").authority(host).path_and_query(path).build().ok()
 }
 
 fn socket_of(uri: &Uri) -> Option<PathBuf> {
     use std::os::unix::ffi::OsStringExt as _;
-    let host = uri.host()?.as_bytes();
+    let host = uri.host()?.split('.').next()?.as_bytes();
     let digit = |letter: u8| char::from(letter).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     let byte = |pair: &[u8]| match pair {
         [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
@@ -115,7 +117,7 @@ mod tests {
     #[test]
     fn a_sockets_path_survives_as_an_address() {
         for socket in ["/run/altiplano/ab-12.sock", "/tmp/with space/Ünï/%2f@:x.sock"] {
-            let uri = address(Path::new(socket), "/v1/models?x=1").unwrap();
+            let uri = address(Path::new(socket), 7, "/v1/models?x=1").unwrap();
             assert_eq!(socket_of(&uri).unwrap(), Path::new(socket));
             assert_eq!(uri.path_and_query().unwrap(), "/v1/models?x=1");
         }

@@ -72,19 +72,21 @@ impl WorkerMetrics {
     pub fn new(namespace: &str, name: &str) -> Result<Self, prometheus::Error> {
         let labels =
             HashMap::from([("namespace".to_owned(), namespace.to_owned()), ("model_name".to_owned(), name.to_owned())]);
-        let registry = Registry::new_custom(Some("altiplano".to_owned()), Some(labels))?;
+        let registry = Registry::new_custom(Some("altiplano".to_owned()), None)?;
+        // On each metric and not on the registry, which would write them in an order of its own each time.
+        let opts = |name: &str, help: &str| Opts::new(name, help).const_labels(labels.clone());
         let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
-            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+            let histogram = Histogram::with_opts(HistogramOpts::from(opts(name, help)).buckets(buckets.to_vec()))?;
             registry.register(Box::new(histogram.clone()))?;
             Ok(histogram)
         };
         let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
-            let counter = IntCounter::new(name, help)?;
+            let counter = IntCounter::with_opts(opts(name, help))?;
             registry.register(Box::new(counter.clone()))?;
             Ok(counter)
         };
         let counters = |name: &str, help: &str, label: &str, values: &[&str]| {
-            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            let counters = IntCounterVec::new(opts(name, help), &[label])?;
             for value in values {
                 // A series that is there from the start lets rate() see its first increment.
                 counters.with_label_values(&[*value]).reset();
@@ -93,7 +95,7 @@ impl WorkerMetrics {
             Ok::<_, prometheus::Error>(counters)
         };
         let gauge = |name: &str, help: &str| -> Result<Gauge, prometheus::Error> {
-            let gauge = Gauge::new(name, help)?;
+            let gauge = Gauge::with_opts(opts(name, help))?;
             registry.register(Box::new(gauge.clone()))?;
             Ok(gauge)
         };
