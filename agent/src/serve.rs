@@ -17,7 +17,7 @@ use altiplano_crds::revision::revision;
 use altiplano_crds::{ModelDeployment, ModelNodeStatus, generate};
 use clap::Args;
 use kube::core::cel::{Validator, apply_defaults};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -151,6 +151,12 @@ fn parse(files: &[(String, String)]) -> Result<Vec<ModelDeployment>, Problems> {
     let mut order = Vec::new();
     let mut schema = generate::crds()[0].1.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default();
     let rules = schema.clone();
+    // Every object's own fields, which a CRD does not spell out.
+    if let Some(Value::Object(fields)) = schema.get_mut("properties") {
+        for (field, kind) in [("apiVersion", "string"), ("kind", "string"), ("metadata", "object")] {
+            fields.entry(field).or_insert_with(|| json!({"type": kind}));
+        }
+    }
     refuse_unknown_fields(&mut schema);
     let structure = match jsonschema::options().with_draft(jsonschema::Draft::Draft4).build(&schema) {
         Ok(structure) => structure,
@@ -198,7 +204,10 @@ fn check(structure: &jsonschema::Validator, rules: &Value, document: &Value) -> 
     let path = |path: String| path.trim_start_matches('/').replace('/', ".");
     let mut wrong: Vec<String> = structure
         .iter_errors(document)
-        .map(|error| format!("{}: {error}", path(error.instance_path().to_string())))
+        .map(|error| match path(error.instance_path().to_string()).as_str() {
+            "" => error.to_string(),
+            field => format!("{field}: {error}"),
+        })
         .collect();
     if text("/metadata/name").is_empty() {
         wrong.push("metadata.name: is required".to_owned());
@@ -373,7 +382,7 @@ spec: {model: {source: {uri: 'file:///models/toy.gguf'}}}
 
     #[test]
     fn every_problem_is_told_at_once() {
-        let bad = GOOD.replace("spec: {", "spec: {replicas: -1, servedName: '', ");
+        let bad = GOOD.replace("spec: {", "spec: {replicas: -1, servedName: '-', ");
         let text = problems(&format!("{bad}---\n{GOOD}---\n{GOOD}"));
         assert_eq!(text.lines().count(), 4, "{text}");
         assert!(text.contains("another ModelDeployment of that name"), "{text}");
