@@ -1,7 +1,6 @@
 //! /livez, /readyz and /metrics.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -53,6 +52,3 @@ async fn metrics(State(state): State<HttpState>) -> Response {
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }
-
-/// How long requests under way get at shutdown.
-pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);

@@ -1,6 +1,7 @@
 //! The operator's life: watch, stand for leader, lead, give up.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use altiplano_crds::names;
 use anyhow::{Context as _, bail};
@@ -24,6 +25,9 @@ use crate::leader::{Election, Times};
 use crate::metrics::Metrics;
 use crate::watch::follow;
 
+/// Longest time that a leader that was asked to end may take.
+const LAST_WRITES: Duration = Duration::from_secs(15);
+
 /// Runs until `shutdown`, or until this process must not go on.
 ///
 /// # Errors
@@ -45,19 +49,23 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     follow_all(&mut tasks, &client, &args.namespace, &mirrors, clock, &wake, &metrics);
 
     let lead = lead(&args, times, &client, &mirrors, clock, &wake, &metrics, &shutdown);
+    tokio::pin!(lead);
     let result = tokio::select! {
-        result = lead => result,
+        result = &mut lead => result,
         ended = tasks.join_next() => match ended {
-            _ if shutdown.is_cancelled() => Ok(()),
+            // The HTTP server ends at once, the leader when it has written its last and given up the Lease.
+            _ if shutdown.is_cancelled() => match tokio::time::timeout(LAST_WRITES, lead).await {
+                Ok(result) => result,
+                Err(_) => Err(anyhow::anyhow!("the leader did not end within {} s", LAST_WRITES.as_secs())),
+            },
             Some(Err(error)) => Err(anyhow::Error::new(error).context("a task ended on its own")),
             Some(Ok(Err(error))) => Err(error),
             Some(Ok(Ok(()))) | None => Err(anyhow::anyhow!("a task ended on its own")),
         },
     };
     shutdown.cancel();
-    let rest = async { while tasks.join_next().await.is_some() {} };
-    // Watches have nothing to finish; they end with the set.
-    let _ = tokio::time::timeout(http::SHUTDOWN_GRACE, rest).await;
+    // Watches have nothing to finish.
+    tasks.shutdown().await;
     result
 }
 

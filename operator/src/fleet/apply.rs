@@ -2,6 +2,7 @@
 //! tried again later and later.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -248,10 +249,29 @@ fn fenced(write: &Write, status: &kube::core::Status) -> bool {
     matches!(write, Write::ModelNode { .. }) && status.is_invalid() && status.message.contains("epoch must not go back")
 }
 
-/// Writes that have failed, and when they are due again.
+/// Writes that have failed, and when they are due again; and writes that were done, so that one that must be done again
+/// and again (because somebody else changes the object back) is done more and more seldom.
 #[derive(Debug, Default)]
 pub struct Pauses {
     failed: BTreeMap<PauseKey, (u32, Duration)>,
+    done: BTreeMap<PauseKey, Done>,
+}
+
+#[derive(Debug)]
+struct Done {
+    content: u64,
+    repeats: u32,
+    until: Duration,
+}
+
+fn content(write: &Write) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    format!("{write:?}").hash(&mut hasher);
+    hasher.finish()
+}
+
+fn pause(tries: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE)
 }
 
 type PauseKey = (&'static str, &'static str, String, String);
@@ -267,8 +287,10 @@ impl Pauses {
     /// # Errors
     /// The time from which it may.
     pub fn due(&self, write: &Write, now: Duration) -> Result<(), Duration> {
-        match self.failed.get(&Self::key(write)) {
-            Some((_, until)) if *until > now => Err(*until),
+        let key = Self::key(write);
+        match (self.failed.get(&key), self.done.get(&key)) {
+            (Some((_, until)), _) if *until > now => Err(*until),
+            (_, Some(done)) if done.until > now && done.content == content(write) => Err(done.until),
             _ => Ok(()),
         }
     }
@@ -278,13 +300,16 @@ impl Pauses {
         let key = Self::key(write);
         let Err(error) = result else {
             self.failed.remove(&key);
+            let content = content(write);
+            let before = self.done.get(&key).filter(|done| done.content == content);
+            let repeats = before.map_or(0, |done| done.repeats + 1);
+            self.done.insert(key, Done { content, repeats, until: now + pause(repeats) });
             return None;
         };
         let tries = self.failed.get(&key).map_or(0, |(tries, _)| *tries);
         // A conflict means that something newer is on its way here: no reason to wait long.
         let conflict = error.reason() == "Conflict";
-        let pause = FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE);
-        let pause = if conflict { pause / 10 } else { pause };
+        let pause = if conflict { pause(tries) / 10 } else { pause(tries) };
         if tries == 0 && !conflict || (tries + 1).is_power_of_two() {
             let (kind, verb, namespace, name) = &key;
             warn!(kind, verb, namespace, name, tries, error = %chain(error), "write failed; trying again");
@@ -293,9 +318,10 @@ impl Pauses {
         Some(now + pause)
     }
 
-    /// Forgets failures that nobody has tried to mend for long.
+    /// Forgets what is long past.
     pub fn prune(&mut self, now: Duration) {
         self.failed.retain(|_, (_, until)| *until + LONGEST_PAUSE * 2 > now);
+        self.done.retain(|_, done| done.until + LONGEST_PAUSE * 2 > now);
     }
 }
 
@@ -351,6 +377,24 @@ mod tests {
         assert_eq!(waits, [500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000]);
         assert_eq!(pauses.note(&write(), &Ok(()), now), None);
         assert!(pauses.failed.is_empty());
+    }
+
+    #[test]
+    fn a_write_that_somebody_undoes_is_repeated_more_and_more_seldom() {
+        let mut pauses = Pauses::default();
+        let mut now = Duration::ZERO;
+        let mut waits = Vec::new();
+        for _ in 0..3 {
+            assert_eq!(pauses.due(&write(), now), Ok(()));
+            pauses.note(&write(), &Ok(()), now);
+            let until = pauses.due(&write(), now).unwrap_err();
+            waits.push((until - now).as_millis());
+            now = until;
+        }
+        assert_eq!(waits, [500, 1000, 2000]);
+        let other = Write::DeleteModelNode(Target { namespace: String::new(), name: "n".into(), uid: "v".into() });
+        pauses.note(&write(), &Ok(()), now);
+        assert_eq!(pauses.due(&other, now), Ok(()), "another content is another write");
     }
 
     #[test]

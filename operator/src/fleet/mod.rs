@@ -172,6 +172,8 @@ impl Planner {
                 Err(error) if error.ends_leadership() => return Err(error),
                 Err(_) => {}
                 Ok(()) => {
+                    // Its answer is in the mirror: what follows from it is planned at once.
+                    next = earlier(next, now);
                     if let Write::Status { target, .. } = &write {
                         self.throttle.wrote(&target.uid, now);
                     }

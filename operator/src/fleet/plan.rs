@@ -75,6 +75,8 @@ pub struct ModelPlan {
     pub asked: Vec<String>,
     /// Nodes that were not chosen, and why.
     pub rejections: BTreeMap<String, Why>,
+    /// A node has room, and the placement waits: for the finalizer, or because too many move at once.
+    pub held_back: bool,
     /// Whether moves wait because too many agents are stale.
     pub braked: bool,
     /// Nodes that did not report the model gone in time.
@@ -328,7 +330,8 @@ impl Round<'_> {
             draft.stale = now >= stale_at || draft.node.agent.as_ref().is_some_and(|agent| agent.released);
             draft.lost = now >= lost_at;
             // A machine that was dead before this process came and holds nothing says nothing about today.
-            let of_today = !draft.stale || !draft.slots.is_empty() || draft.node.agent.as_ref().is_some_and(|a| a.alive);
+            let of_today =
+                !draft.stale || !draft.slots.is_empty() || draft.node.agent.as_ref().is_some_and(|a| a.alive);
             if draft.node.models.is_some() && draft.node.object.is_some() && of_today {
                 known += 1;
                 silent += usize::from(draft.stale);

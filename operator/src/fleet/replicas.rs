@@ -85,6 +85,7 @@ impl<'a> Round<'a> {
         let no_hope = missing > 0 && !held_back && plan.asked.is_empty();
         self.let_go(model, &lost, &leaving, settled, no_hope);
         plan.placed = names.len();
+        plan.held_back = held_back;
         plan.holders = self.describe(model, &leaving);
         plan.draining = self.still_reporting(model).into_iter().map(str::to_owned).collect();
         if missing > 0 {

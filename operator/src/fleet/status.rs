@@ -36,7 +36,8 @@ impl Site<'_> {
     /// What a person should think of it.
     fn shown(&self) -> &str {
         match self.state {
-            Some(state) if !self.is_stale() => &state.state,
+            // The answer to an estimate is what it has said last, and says nothing of what it does now.
+            Some(state) if !self.is_stale() && state.state != states::ESTIMATED => &state.state,
             _ => states::PENDING,
         }
     }
@@ -184,7 +185,7 @@ fn worst(held: &[Site<'_>], asked: &[Site<'_>], plan: &ModelPlan) -> Option<Stri
         states::READY => 7,
         _ => 5,
     };
-    let asked = asked.iter().map(Site::shown).filter(|state| *state != states::ESTIMATED);
+    let asked = asked.iter().map(Site::shown);
     let shown =
         held.iter().map(|site| if site.holder.is_none() { states::DRAINING } else { site.shown() }).chain(asked);
     let worst = shown.min_by_key(rank).map(str::to_owned);
@@ -261,24 +262,31 @@ fn ready_verdict(
     if let Some((site, state)) = first_trouble(held, asked) {
         return Verdict::told(state, site.node);
     }
-    if let Some(stale) = held.iter().find(|site| site.is_stale()) {
-        return Verdict::no(reasons::NODE_STALE, format!("{}: {}", stale.node, Why::Stale));
+    if let Some((reason, text)) = in_flight(held, asked) {
+        return Verdict::no(reason, text);
     }
-    if let Some(waiting) = in_flight(held, asked) {
-        return Verdict::no(waiting.0, waiting.1);
+    if let Some(stale) = stale_verdict(held) {
+        return stale;
     }
     let placed = placed_verdict(plan, asked);
     Verdict::no(&placed.reason, placed.message)
 }
 
+/// What went wrong where the model should be; a node that it has been taken off does not matter.
 fn first_trouble<'a>(held: &'a [Site<'_>], asked: &'a [Site<'_>]) -> Option<(&'a Site<'a>, &'a ModelState)> {
-    held.iter().chain(asked).find_map(|site| site.trouble().map(|state| (site, state)))
+    let holding = held.iter().filter(|site| site.holder.is_some());
+    holding.chain(asked).find_map(|site| site.trouble().map(|state| (site, state)))
+}
+
+fn stale_verdict(held: &[Site<'_>]) -> Option<Verdict> {
+    let stale = held.iter().find(|site| site.is_stale())?;
+    Some(Verdict::no(reasons::NODE_STALE, format!("{}: {}", stale.node, Why::Stale)))
 }
 
 /// What is going on, if anything.
 fn in_flight(held: &[Site<'_>], asked: &[Site<'_>]) -> Option<(&'static str, String)> {
     let at = |wanted: &[&str]| {
-        let there = held.iter().filter(|site| site.holder.is_some()).chain(asked);
+        let there = held.iter().filter(|site| site.holder.is_some() && !site.is_stale()).chain(asked);
         let nodes: Vec<&str> = there.filter(|site| wanted.contains(&site.shown())).map(|site| site.node).collect();
         (!nodes.is_empty()).then(|| nodes.join(", "))
     };
@@ -328,6 +336,9 @@ fn placed_verdict(plan: &ModelPlan, asked: &[Site<'_>]) -> Verdict {
             format!("{text}; asking {} how much memory it needs", nodes.join(", ")),
         );
     }
+    if plan.held_back {
+        return Verdict::no(reasons::ESTIMATING, format!("{text}; a node is found and about to be taken"));
+    }
     // The most telling one comes first in the order of `Why`.
     let reason = plan.rejections.values().min().map_or(reasons::NO_NODE_MATCHES, Why::reason);
     if plan.rejections.is_empty() && plan.placed == 0 && plan.holders.is_empty() {
@@ -337,7 +348,7 @@ fn placed_verdict(plan: &ModelPlan, asked: &[Site<'_>]) -> Verdict {
 }
 
 fn file_verdict(plan: &ModelPlan, held: &[Site<'_>], asked: &[Site<'_>]) -> Verdict {
-    let all = || held.iter().chain(asked);
+    let all = || held.iter().filter(|site| site.holder.is_some()).chain(asked);
     if let Some((site, state)) = all().find_map(|site| site.failed().map(|state| (site, state)))
         && is_about_the_file(state)
     {
@@ -388,7 +399,10 @@ fn progress_verdict(plan: &ModelPlan, held: &[Site<'_>], asked: &[Site<'_>]) -> 
         let placed = placed_verdict(plan, asked);
         return Verdict::no(&placed.reason, placed.message);
     }
-    Verdict::no(reasons::SETTLED, "everything is as wanted, or waits for a node to return")
+    if let Some(stale) = stale_verdict(held) {
+        return stale;
+    }
+    Verdict::no(reasons::SETTLED, "everything is as wanted")
 }
 
 fn degraded_verdict(model: &Model, plan: &ModelPlan, held: &[Site<'_>], ready: usize) -> Verdict {

@@ -1,14 +1,12 @@
 //! Golden tests of the planner: every file in `scenarios/` is a world and what happens to it, step by step; the snapshot
 //! is what the planner does.
 
-mod world;
-
 use std::fmt::Write as _;
 
+use crate::world::{World, merge};
 use altiplano_operator::fleet::memory::Memory;
 use serde::Deserialize;
 use serde_json::Value;
-use world::{World, merge};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,7 +26,7 @@ struct Step {
     /// Merged into the world (RFC 7396) before planning.
     #[serde(default)]
     change: Value,
-    /// Rounds of planning; the last one's text is shown when nothing but it differs.
+    /// Rounds of planning.
     #[serde(default = "one")]
     rounds: u32,
 }
@@ -39,7 +37,7 @@ fn one() -> u32 {
 
 #[test]
 fn scenarios() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenarios");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/planner/scenarios");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
     files.sort();
     assert!(files.len() >= 10, "scenarios are missing from {folder}");

@@ -10,7 +10,7 @@ use std::time::Duration;
 use altiplano_crds::model_node::{AgentInfo, Device, ModelState, NodeAddress, RawAssignment, RequiredMemory};
 use altiplano_crds::{ModelDeployment, ModelNodeStatus, names};
 use altiplano_operator::clock::Now;
-use altiplano_operator::fleet::children::{Children, children};
+use altiplano_operator::fleet::children::{Children, ServiceStep, children};
 use altiplano_operator::fleet::diff::{self, Write};
 use altiplano_operator::fleet::filter::explain;
 use altiplano_operator::fleet::memory::Memory;
@@ -25,40 +25,43 @@ use k8s_openapi::api::core::v1::{Service, Taint};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-pub const SETTINGS: Settings = Settings { stale_after: Duration::from_secs(30), loss_grace: Duration::from_secs(60) };
-pub const EPOCH: i64 = 7;
+pub(crate) const SETTINGS: Settings =
+    Settings { stale_after: Duration::from_secs(30), loss_grace: Duration::from_secs(60) };
+pub(crate) const EPOCH: i64 = 7;
 const GIB: i64 = 1 << 30;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub struct World {
-    pub nodes: BTreeMap<String, WorldNode>,
-    pub models: BTreeMap<String, WorldModel>,
+pub(crate) struct World {
+    pub(crate) nodes: BTreeMap<String, WorldNode>,
+    pub(crate) models: BTreeMap<String, WorldModel>,
     /// Services of strangers, by name.
-    pub services: Vec<String>,
+    pub(crate) services: Vec<String>,
+    /// Services that the operator has made, by name.
+    pub(crate) own_services: BTreeMap<String, Service>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub struct WorldNode {
+pub(crate) struct WorldNode {
     /// Second in which the agent's Lease was last seen to change; negative: no Lease.
-    pub seen: i64,
-    pub contract: u32,
-    pub labels: BTreeMap<String, String>,
+    pub(crate) seen: i64,
+    pub(crate) contract: u32,
+    pub(crate) labels: BTreeMap<String, String>,
     /// "key=value:Effect"
-    pub taints: Vec<String>,
-    pub cordoned: bool,
+    pub(crate) taints: Vec<String>,
+    pub(crate) cordoned: bool,
     /// The Node has been deleted.
-    pub gone: bool,
+    pub(crate) gone: bool,
     /// The ModelNode has been deleted.
-    pub no_model_node: bool,
+    pub(crate) no_model_node: bool,
     /// Memory in GiB; no GPU when 0.
-    pub gpu: i64,
-    pub host: i64,
+    pub(crate) gpu: i64,
+    pub(crate) host: i64,
     /// Entries of spec.models.
-    pub holds: Vec<Held>,
+    pub(crate) holds: Vec<Held>,
     /// status.models, by model.
-    pub reports: BTreeMap<String, Report>,
+    pub(crate) reports: BTreeMap<String, Report>,
 }
 
 impl Default for WorldNode {
@@ -81,43 +84,43 @@ impl Default for WorldNode {
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub struct Held {
+pub(crate) struct Held {
     /// Name of the model; of one that is not in the world: a stranger.
-    pub model: String,
-    pub estimate: bool,
+    pub(crate) model: String,
+    pub(crate) estimate: bool,
     /// As it was made; empty: by the plan.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub raw: Option<Value>,
+    pub(crate) raw: Option<Value>,
     /// An older revision than the model's.
-    pub old: bool,
+    pub(crate) old: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub struct Report {
-    pub state: String,
-    pub reason: Option<String>,
-    pub message: Option<String>,
+pub(crate) struct Report {
+    pub(crate) state: String,
+    pub(crate) reason: Option<String>,
+    pub(crate) message: Option<String>,
     /// GiB that are needed, on the GPU where there is one.
-    pub needs: Option<i64>,
-    pub port: Option<i32>,
-    pub file: bool,
+    pub(crate) needs: Option<i64>,
+    pub(crate) port: Option<i32>,
+    pub(crate) file: bool,
     /// About an older revision.
-    pub old: bool,
+    pub(crate) old: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
-pub struct WorldModel {
+pub(crate) struct WorldModel {
     /// Second of its creation.
-    pub created: i64,
-    pub finalizer: bool,
-    pub deleting: bool,
+    pub(crate) created: i64,
+    pub(crate) finalizer: bool,
+    pub(crate) deleting: bool,
     /// Whole spec but for the source.
-    pub spec: Value,
-    pub uri: String,
+    pub(crate) spec: Value,
+    pub(crate) uri: String,
     /// Nodes in status.placements.
-    pub placements: Vec<String>,
+    pub(crate) placements: Vec<String>,
 }
 
 impl Default for WorldModel {
@@ -134,7 +137,7 @@ impl Default for WorldModel {
 }
 
 impl World {
-    pub fn model(&self, name: &str) -> Model {
+    pub(crate) fn model(&self, name: &str) -> Model {
         Model::new(self.model_object(name))
     }
 
@@ -233,7 +236,7 @@ impl World {
         }
     }
 
-    pub fn fleet(&self) -> Fleet {
+    pub(crate) fn fleet(&self) -> Fleet {
         let mut fleet = Fleet::default();
         for name in self.models.keys() {
             let seen = ModelSeen::Readable(Box::new(self.model(name)));
@@ -263,11 +266,15 @@ impl World {
             let seen = ServiceSeen::see(service, None, Duration::ZERO);
             fleet.services.insert(("default".to_owned(), name.clone()), Arc::new(seen));
         }
+        for (name, service) in &self.own_services {
+            let seen = ServiceSeen::see(service.clone(), None, Duration::ZERO);
+            fleet.services.insert(("default".to_owned(), name.clone()), Arc::new(seen));
+        }
         fleet
     }
 
     /// Plans at that second, does the plan to the world, and tells.
-    pub fn step(&mut self, memory: &mut Memory, second: u64) -> String {
+    pub(crate) fn step(&mut self, memory: &mut Memory, second: u64) -> String {
         let (fleet, plan) = self.plan(memory, second);
         let mut text = String::new();
         for write in diff::nodes(&fleet, &plan, EPOCH) {
@@ -309,6 +316,16 @@ impl World {
             if !there.rejections.is_empty() {
                 let _ = writeln!(text, "    not chosen: {}", explain(&there.rejections));
             }
+            match &service {
+                ServiceStep::Keep => {}
+                ServiceStep::Create(service) => {
+                    text.push_str("    + Service\n");
+                    self.own_services.insert(name.clone(), (**service).clone());
+                }
+                other => {
+                    let _ = writeln!(text, "    Service: {other:?}");
+                }
+            }
             for slice in slices.values() {
                 let endpoint = &slice.endpoints[0];
                 let is = endpoint.conditions.as_ref().unwrap();
@@ -340,7 +357,7 @@ impl World {
         text
     }
 
-    pub fn plan(&self, memory: &mut Memory, second: u64) -> (Fleet, Plan) {
+    pub(crate) fn plan(&self, memory: &mut Memory, second: u64) -> (Fleet, Plan) {
         let fleet = self.fleet();
         let (plan, after) = plan(&fleet, &SETTINGS, std::mem::take(memory), now(second));
         *memory = after;
@@ -348,7 +365,7 @@ impl World {
     }
 
     /// Does to a node what the plan says.
-    pub fn hold(&mut self, plan: &Plan, name: &str) {
+    pub(crate) fn hold(&mut self, plan: &Plan, name: &str) {
         let NodePlan::Hold(entries) = &plan.nodes[name] else { return };
         let held = |entry: &WantedEntry| {
             let raw = match entry {
@@ -374,13 +391,13 @@ impl World {
     }
 }
 
-pub fn now(second: u64) -> Now {
+pub(crate) fn now(second: u64) -> Now {
     let wall = jiff::Timestamp::from_second(1_700_000_000 + i64::try_from(second).unwrap()).unwrap();
     Now { mono: Duration::from_secs(second), wall }
 }
 
 /// RFC 7396.
-pub fn merge(target: &mut Value, patch: &Value) {
+pub(crate) fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *target = patch.clone();
         return;

@@ -1,16 +1,17 @@
 //! What must hold of every plan, whatever the fleet looks like.
 
-mod world;
-
 use std::collections::BTreeMap;
 
+use crate::world::{EPOCH, Held, Report, World, WorldModel, WorldNode, now};
 use altiplano_crds::names::MAX_MODELS_PER_NODE;
+use altiplano_operator::fleet::children::{Children, children};
 use altiplano_operator::fleet::diff;
+use altiplano_operator::fleet::events::events;
 use altiplano_operator::fleet::memory::Memory;
 use altiplano_operator::fleet::plan::{NodePlan, WantedEntry};
+use altiplano_operator::fleet::status::status;
 use proptest::prelude::*;
 use serde_json::json;
-use world::{EPOCH, Held, Report, World, WorldModel, WorldNode};
 
 const GIB: i64 = 1 << 30;
 
@@ -32,15 +33,15 @@ fn model() -> impl Strategy<Value = (WorldModel, i64)> {
 
 fn node() -> impl Strategy<Value = WorldNode> {
     let kinds = prop_oneof![Just("NoSchedule"), Just("NoExecute"), Just("PreferNoSchedule")];
-    (8_i64..80, any::<bool>(), proptest::option::weighted(0.2, kinds), 0_i64..100).prop_map(|(gpu, cordoned, taint, seen)| {
-        WorldNode {
+    (8_i64..80, any::<bool>(), proptest::option::weighted(0.2, kinds), 0_i64..100).prop_map(
+        |(gpu, cordoned, taint, seen)| WorldNode {
             gpu,
             cordoned: cordoned && gpu % 3 == 0,
             taints: taint.map(|effect| format!("special:{effect}")).into_iter().collect(),
             seen,
             ..WorldNode::default()
-        }
-    })
+        },
+    )
 }
 
 /// A fleet in which every node knows what every model needs.
@@ -96,7 +97,7 @@ fn settle(world: &mut World, memory: &mut Memory, second: u64) -> Result<(), Tes
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     /// A fleet to which its plan has been done gets no other plan.
     #[test]
@@ -129,6 +130,27 @@ proptest! {
             for new in served.iter().filter(is_new) {
                 let others: i64 = served.iter().filter(|model| *model != new && pinned(model)).map(|m| need(m)).sum();
                 prop_assert!(need(new) + others <= node.gpu, "{} of {} with {} pinned on {}", need(new), node.gpu, others, name);
+            }
+        }
+    }
+
+    /// A status that was written is not written again as long as nothing happens, however late it is.
+    #[test]
+    fn a_status_does_not_change_by_itself(mut world in fleet()) {
+        let mut memory = Memory::default();
+        settle(&mut world, &mut memory, 100)?;
+        let (fleet, plan) = world.plan(&mut memory, 100);
+        for model in fleet.models() {
+            let there = &plan.models[&model.uid];
+            let Children { service, .. } = children(&fleet, model, there);
+            let mut written = model.clone();
+            written.status = status(&fleet, model, there, &service, "", now(100));
+            let again = status(&fleet, &written, there, &service, "", now(100_000));
+            prop_assert_eq!(&again, &written.status);
+            prop_assert_eq!(events(&written.status, &again), vec![]);
+            for condition in &again.conditions {
+                prop_assert!(condition.message.chars().count() <= 1024);
+                prop_assert!(!condition.reason.is_empty());
             }
         }
     }
