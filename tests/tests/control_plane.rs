@@ -146,9 +146,9 @@ async fn rights_are_what_the_roles_say_and_no_more() -> Result<()> {
         (agent, elsewhere, "patch", nodes, "", false),
         (agent, elsewhere, "create", nodes, "", false),
         (agent, elsewhere, "patch", nodes, "status", true),
-        (agent, here, "patch", leases, "", true),
+        (agent, here, "update", leases, "", true),
         (agent, here, "list", leases, "", false),
-        (agent, elsewhere, "patch", leases, "", false),
+        (agent, elsewhere, "update", leases, "", false),
         (agent, elsewhere, "get", models, "", false),
         (agent, here, "get", "secrets", "", false),
         (agent, here, "get", "nodes", "", false),
@@ -196,7 +196,7 @@ async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
             "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
              spec: {{holderIdentity: test}}\n"
         );
-        let arguments = ["--kubeconfig", &agent.to_string_lossy(), "apply", "--server-side", "-f", "-"];
+        let arguments = ["--kubeconfig", &agent.to_string_lossy(), "create", "-f", "-"];
         cluster.kubectl_with(&arguments, &yaml)
     };
     status(&agent, "policy-a")?;
