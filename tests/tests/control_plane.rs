@@ -2,8 +2,15 @@
 
 use std::time::Duration;
 
+use altiplano_crds::ModelNode;
 use altiplano_tests::{ControlPlane, NAMESPACE, wait_for};
 use anyhow::Result;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
 
 const SOON: Duration = Duration::from_mins(1);
 const DRY_RUN: [&str; 6] = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"];
@@ -181,44 +188,36 @@ async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
         cluster.kubectl_with(&["apply", "--server-side", "-f", "-"], &node)?;
     }
     let identity = cluster.pod_identity(NAMESPACE, "altiplano-agent", "agent", Some("policy-a")).await?;
-    let agent = cluster.kubeconfig_for(&identity.token)?;
+    let agent = cluster.client_with(&identity.token).await?;
     // A token that names no node.
     let unbound = cluster.pod_identity(NAMESPACE, "altiplano-agent", "nowhere", None).await?;
-    let unbound = cluster.kubeconfig_for(&unbound.token)?;
+    let unbound = cluster.client_with(&unbound.token).await?;
 
-    let status = |who: &std::path::Path, node: &str| {
-        let patch = r#"{"status":{"conditions":[]}}"#;
-        let arguments = ["patch", "modelnode", node, "--subresource=status", "--type=merge", "-p", patch];
-        cluster.kubectl(&[&["--kubeconfig", &who.to_string_lossy()], &arguments[..]].concat())
+    let status = async |who: &Client, node: &str| {
+        let patch = Patch::Merge(json!({"status": {"conditions": []}}));
+        Api::<ModelNode>::all(who.clone()).patch_status(node, &PatchParams::default(), &patch).await.map(drop)
     };
-    let lease = |name: &str| {
-        let yaml = format!(
-            "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
-             spec: {{holderIdentity: test}}\n"
-        );
-        let arguments = ["--kubeconfig", &agent.to_string_lossy(), "create", "-f", "-"];
-        cluster.kubectl_with(&arguments, &yaml)
+    let lease = async |name: &str| {
+        let lease = Lease { metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() }, spec: None };
+        let leases = Api::<Lease>::namespaced(agent.clone(), NAMESPACE);
+        leases.create(&PostParams::default(), &lease).await.map(drop)
     };
-    status(&agent, "policy-a")?;
-    lease("altiplano-agent-policy-a")?;
+    status(&agent, "policy-a").await?;
+    lease("altiplano-agent-policy-a").await?;
     for (what, answer, named) in [
-        ("another node's status", status(&agent, "policy-b"), "policy-b"),
-        ("another agent's Lease", lease("altiplano-agent-policy-b"), "altiplano-agent-policy-b"),
-        ("the leader's Lease", lease("altiplano-operator"), "altiplano-operator"),
-        (
-            "a status by a token without node",
-            status(&unbound, "policy-a"),
-            "must be bound to a pod that runs on a node",
-        ),
+        ("another node's status", status(&agent, "policy-b").await, "policy-b"),
+        ("another agent's Lease", lease("altiplano-agent-policy-b").await, "altiplano-agent-policy-b"),
+        ("the leader's Lease", lease("altiplano-operator").await, "altiplano-operator"),
+        ("a token without node", status(&unbound, "policy-a").await, "must be bound to a pod that runs on a node"),
     ] {
-        let message = answer.map(|_| ()).expect_err(what).to_string();
+        let message = answer.expect_err(what).to_string();
         assert!(message.contains("altiplano-agent-own-node") && message.contains(named), "{what}: {message}");
     }
 
     // The token ends with its pod.
     cluster.delete_pod(&identity).await?;
     wait_for("the token's end", SOON, || async {
-        match status(&agent, "policy-a") {
+        match status(&agent, "policy-a").await {
             Err(error) if error.to_string().contains("Unauthorized") => Ok(()),
             other => Err(format!("{other:?}")),
         }
