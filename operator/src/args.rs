@@ -7,7 +7,7 @@ use clap::{Parser, ValueEnum};
 
 use crate::leader::Times;
 
-/// Places ModelDeployments on the nodes of a cluster and keeps their Services.
+/// Places `ModelDeployment`s on the nodes of a cluster and keeps their Services.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "altiplano-operator", version, about)]
 pub struct Args {

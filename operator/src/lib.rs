@@ -1,4 +1,4 @@
-//! The operator: places ModelDeployments on nodes and keeps their Services.
+//! The operator: places `ModelDeployment`s on nodes and keeps their Services.
 //!
 //! One process, one leader, one serial planner over the whole fleet:
 //!

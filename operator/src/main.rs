@@ -41,7 +41,7 @@ fn start(args: Args) -> anyhow::Result<()> {
             tracing::info!("asked to end");
             asked.cancel();
         });
-        run(args, shutdown).await
+        Box::pin(run(args, shutdown)).await
     })
 }
 

@@ -59,7 +59,6 @@ impl Metrics {
     }
 
     /// A round begins; the timer is observed when it has decided.
-    #[must_use]
     pub fn round(&self) -> HistogramTimer {
         self.rounds.inc();
         self.planning.start_timer()

@@ -48,7 +48,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(serve(listener, state, shutdown.clone()));
     follow_all(&mut tasks, &client, &args.namespace, &mirrors, clock, &wake, &metrics);
 
-    let lead = lead(&args, times, &client, &mirrors, clock, &wake, &metrics, &shutdown);
+    let tools = Tools { client, mirrors, clock, wake, metrics };
+    let lead = lead(&args, times, tools, &shutdown);
     tokio::pin!(lead);
     let result = tokio::select! {
         result = &mut lead => result,
@@ -104,16 +105,17 @@ fn follow_all(
     follow!(&mirrors.slices, Api::all(client.clone()), slices);
 }
 
-async fn lead(
-    args: &Args,
-    times: Times,
-    client: &Client,
-    mirrors: &Arc<Mirrors>,
+/// What a leader works with.
+struct Tools {
+    client: Client,
+    mirrors: Arc<Mirrors>,
     clock: Clock,
-    wake: &Notify,
-    metrics: &Arc<Metrics>,
-    shutdown: &CancellationToken,
-) -> anyhow::Result<()> {
+    wake: Arc<Notify>,
+    metrics: Arc<Metrics>,
+}
+
+async fn lead(args: &Args, times: Times, tools: Tools, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    let Tools { client, mirrors, clock, wake, metrics } = tools;
     let identity = args.identity.clone().unwrap_or_else(own_identity);
     // Everything must have been seen before the first decision, and before the term is chosen.
     while !mirrors.missing().is_empty() {
@@ -129,20 +131,14 @@ async fn lead(
     };
     metrics.leads(leadership.epoch());
 
-    let (announcer, publish) = Announcer::new(client.clone(), identity, clock, Arc::clone(metrics));
-    let writer = Writer {
-        client: client.clone(),
-        mirrors: Arc::clone(mirrors),
-        clock,
-        metrics: Arc::clone(metrics),
-        leadership: leadership.clone(),
-    };
+    let (announcer, publish) = Announcer::new(client.clone(), &identity, clock, Arc::clone(&metrics));
+    let writer = Writer { client, mirrors, clock, metrics, leadership: leadership.clone() };
     let settings = Settings { stale_after: args.stale_after(), loss_grace: args.loss_grace() };
     let mut planner = Planner::new(writer, announcer, settings, &args.cluster_domain);
     // The Lease is given up only after the planner has written its last.
     let stopped = CancellationToken::new();
     let plan = async {
-        let result = planner.run(wake, shutdown).await;
+        let result = planner.run(&wake, shutdown).await;
         stopped.cancel();
         result.context("cannot go on leading")
     };

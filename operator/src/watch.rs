@@ -4,7 +4,7 @@
 //! Services costs little, and a heartbeat that changes nothing wakes nobody. What the operator itself writes goes into
 //! the mirror at once: the planner never decides on a state older than its own last write.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -147,9 +147,9 @@ impl<S: Seen> State<S> {
     }
 
     /// Everything that a whole list did not hold is gone.
-    fn retain_listed(&mut self, listed: &HashMap<Key, ()>) -> bool {
+    fn retain_listed(&mut self, listed: &HashSet<Key>) -> bool {
         let before = self.objects.len();
-        self.objects.retain(|key, _| listed.contains_key(key));
+        self.objects.retain(|key, _| listed.contains(key));
         let first = !std::mem::replace(&mut self.listed, true);
         first || self.objects.len() != before
     }
@@ -177,7 +177,7 @@ pub async fn follow<S: Seen>(
     });
     let mut events = Box::pin(events);
     let mut pause = FIRST_PAUSE;
-    let mut listed: HashMap<Key, ()> = HashMap::new();
+    let mut listed: HashSet<Key> = HashSet::new();
     let mut outage = false;
     while let Some(event) = events.next().await {
         let event = match event {
@@ -209,7 +209,7 @@ pub async fn follow<S: Seen>(
                     false
                 }
                 Event::InitApply(object) => {
-                    listed.insert(key(&object), ());
+                    listed.insert(key(&object));
                     state.insert(object, now)
                 }
                 Event::InitDone => state.retain_listed(&std::mem::take(&mut listed)),

@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 /// Events that may wait to be published; more are dropped and counted.
 const QUEUE: usize = 256;
 /// The same reason of the same object is told once in this time.
-const QUIET: Duration = Duration::from_secs(600);
+const QUIET: Duration = Duration::from_mins(10);
 /// Longest time that publishing one may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -58,13 +58,13 @@ impl Announcer {
     /// A way in, and the task that publishes what comes; it ends when all ways in are gone.
     pub fn new(
         client: Client,
-        identity: String,
+        identity: &str,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (queue, incoming) = mpsc::channel(QUEUE);
         let reporter =
-            Reporter { controller: names::MANAGED_BY.to_owned(), instance: Some(names::clip(&identity, 128)) };
+            Reporter { controller: names::MANAGED_BY.to_owned(), instance: Some(names::clip(identity, 128)) };
         let publish = publish(Recorder::new(client, reporter), incoming, clock, Arc::clone(&metrics));
         (Self { queue, metrics }, publish)
     }

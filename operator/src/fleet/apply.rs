@@ -29,7 +29,7 @@ const CONCURRENT: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// First pause after a write has failed, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// Why a write was not done.
 #[derive(Debug, thiserror::Error)]
@@ -136,8 +136,7 @@ impl Writer {
                 let patch = json!({"metadata": {
                     "uid": target.uid, "resourceVersion": resource_version, "finalizers": finalizers,
                 }});
-                let parameters = PatchParams { field_manager: manager(), ..PatchParams::default() };
-                let answer = self.models(target).patch(&target.name, &parameters, &Patch::Merge(&patch)).await?;
+                let answer = self.models(target).patch(&target.name, &merge(), &Patch::Merge(&patch)).await?;
                 mirrors.models.insert(answer, now());
             }
             Write::Status { target, status } => {
@@ -172,9 +171,8 @@ impl Writer {
                 let mut patch = json_of(service);
                 patch["metadata"]["uid"] = json!(target.uid);
                 patch["spec"]["selector"] = serde_json::Value::Null;
-                let parameters = PatchParams { field_manager: manager(), ..PatchParams::default() };
                 let api: Api<Service> = self.namespaced(service);
-                let answer = api.patch(&target.name, &parameters, &Patch::Merge(&patch)).await?;
+                let answer = api.patch(&target.name, &merge(), &Patch::Merge(&patch)).await?;
                 mirrors.services.insert(answer, now());
             }
             Write::DeleteService(target) => {
@@ -214,8 +212,8 @@ impl Writer {
     }
 }
 
-fn manager() -> Option<String> {
-    Some(names::OPERATOR_FIELD_MANAGER.to_owned())
+fn merge() -> PatchParams {
+    PatchParams { field_manager: Some(names::OPERATOR_FIELD_MANAGER.to_owned()), ..PatchParams::default() }
 }
 
 fn force() -> PatchParams {
@@ -223,7 +221,7 @@ fn force() -> PatchParams {
 }
 
 fn create() -> PostParams {
-    PostParams { field_manager: manager(), ..PostParams::default() }
+    PostParams { field_manager: Some(names::OPERATOR_FIELD_MANAGER.to_owned()), ..PostParams::default() }
 }
 
 // Plain data with string keys: cannot fail.
@@ -370,7 +368,7 @@ mod tests {
         for _ in 0..9 {
             let until = pauses.note(&write(), &Err(WriteError::TimedOut), now).unwrap();
             assert_eq!(pauses.due(&write(), now), Err(until));
-            waits.push((until - now).as_millis());
+            waits.push(until.saturating_sub(now).as_millis());
             now = until;
             assert_eq!(pauses.due(&write(), now), Ok(()));
         }
@@ -388,7 +386,7 @@ mod tests {
             assert_eq!(pauses.due(&write(), now), Ok(()));
             pauses.note(&write(), &Ok(()), now);
             let until = pauses.due(&write(), now).unwrap_err();
-            waits.push((until - now).as_millis());
+            waits.push(until.saturating_sub(now).as_millis());
             now = until;
         }
         assert_eq!(waits, [500, 1000, 2000]);

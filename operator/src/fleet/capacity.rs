@@ -275,7 +275,7 @@ mod tests {
             held: held * GIB,
         };
         let fit = |permille| Ok(Fit { permille, fallback: false });
-        let cases: [(&str, Vec<Claim>, Claim, Result<Fit, Shortage>); 8] = [
+        let cases = [
             ("alone", vec![], claim(4, 0, false), fit(500)),
             ("too big for the device", vec![], claim(9, 0, false), Err(shortage(9, 0))),
             ("beside one that can be unloaded", vec![claim(6, 0, false)], claim(6, 0, false), fit(1500)),

@@ -26,7 +26,7 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 pub struct Children {
     /// What to do about the Service.
     pub service: ServiceStep,
-    /// EndpointSlices by name.
+    /// `EndpointSlice`s by name.
     pub slices: BTreeMap<String, EndpointSlice>,
 }
 
@@ -119,7 +119,7 @@ fn metadata(model: &Model, name: String, labels: BTreeMap<String, String>) -> Ob
     }
 }
 
-/// No selector: the operator keeps the EndpointSlices, since models run inside the agents' Pods.
+/// No selector: the operator keeps the `EndpointSlice`s, since models run inside the agents' Pods.
 fn service(model: &Model) -> Service {
     Service {
         metadata: metadata(model, model.name.clone(), labels(model)),

@@ -107,7 +107,7 @@ fn target(model: &Model) -> Target {
     Target { namespace: model.namespace.clone(), name: model.name.clone(), uid: model.uid.clone() }
 }
 
-/// ModelNodes that differ from the plan. `epoch` is the leader's term: its first act is to put it on every ModelNode.
+/// `ModelNode`s that differ from the plan. `epoch` is the leader's term: its first act is to put it on every ModelNode.
 #[must_use]
 pub fn nodes(fleet: &Fleet, plan: &Plan, epoch: i64) -> Vec<Write> {
     let writes = plan.nodes.iter().filter_map(|(name, wanted)| {
@@ -157,7 +157,7 @@ pub fn finalizer(model: &Model, plan: &ModelPlan) -> Option<Write> {
     Some(Write::Finalizers { target: target(model), resource_version, finalizers })
 }
 
-/// Service and EndpointSlices of a model.
+/// Service and `EndpointSlice`s of a model.
 #[must_use]
 pub fn children(fleet: &Fleet, model: &Model, wanted: &Children) -> Vec<Write> {
     let mut writes = Vec::new();

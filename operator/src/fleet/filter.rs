@@ -112,10 +112,9 @@ impl fmt::Display for Why {
             Self::Refused { reason, message } => write!(f, "refused ({reason}): {message}"),
             Self::NoGpu => f.write_str("has no GPU"),
             Self::ListFull => write!(f, "holds {} models already", names::MAX_MODELS_PER_NODE),
-            Self::Spread(text) => f.write_str(text),
+            Self::Spread(text) | Self::EstimateFailed(text) => f.write_str(text),
             Self::Taint(taint) => write!(f, "has the taint {taint}, which is not tolerated"),
             Self::Cordoned => f.write_str("is cordoned"),
-            Self::EstimateFailed(text) => f.write_str(text),
             Self::Stale => f.write_str("its agent has stopped renewing its Lease"),
             Self::NotReported => f.write_str("its agent has not reported yet"),
             Self::Contract(version) => write!(f, "its agent speaks contract {version}, which this operator does not"),
@@ -168,7 +167,7 @@ pub fn unsuitable(model: &Model, node: &FleetNode, stale: bool, now: Timestamp) 
 pub enum Leave {
     /// The selector no longer matches; it serves on until another node has taken over.
     Selector(String),
-    /// A NoExecute taint: it leaves even if no other node can take it.
+    /// A `NoExecute` taint: it leaves even if no other node can take it.
     Evicted(String),
 }
 

@@ -46,7 +46,7 @@ pub struct Refusal {
 /// First pause after a refusal; it doubles up to [`LONGEST_REFUSAL`].
 pub const FIRST_REFUSAL: Duration = Duration::from_secs(10);
 /// Longest pause after a refusal.
-pub const LONGEST_REFUSAL: Duration = Duration::from_secs(600);
+pub const LONGEST_REFUSAL: Duration = Duration::from_mins(10);
 /// Moves off nodes that may start within [`MOVE_WINDOW`].
 pub const MOVES: usize = 5;
 /// See [`MOVES`].
@@ -119,7 +119,7 @@ mod tests {
             let until = memory.refusal("m", "a", "r", now).unwrap().until;
             memory.refused("m", "a", "r", ("InsufficientMemory", ""), now + Duration::from_secs(1));
             assert_eq!(memory.refusal("m", "a", "r", now).unwrap().until, until, "one refusal, seen twice");
-            pauses.push((until - now).as_secs());
+            pauses.push(until.saturating_sub(now).as_secs());
             now = until;
         }
         assert_eq!(pauses, [10, 20, 40, 80, 160, 320, 600, 600, 600]);

@@ -166,14 +166,14 @@ impl Planner {
                 self.writer.metrics.error(error.reason());
             }
             if let Some(at) = self.pauses.note(&write, &result, now) {
-                next = earlier(next, at);
+                next = Some(earlier(next, at));
             }
             match result {
                 Err(error) if error.ends_leadership() => return Err(error),
                 Err(_) => {}
                 Ok(()) => {
                     // Its answer is in the mirror: what follows from it is planned at once.
-                    next = earlier(next, now);
+                    next = Some(earlier(next, now));
                     if let Write::Status { target, .. } = &write {
                         self.throttle.wrote(&target.uid, now);
                     }
@@ -225,12 +225,12 @@ impl Round {
     }
 
     fn look_again(&mut self, at: Duration) {
-        self.next = earlier(self.next, at);
+        self.next = Some(earlier(self.next, at));
     }
 }
 
-fn earlier(next: Option<Duration>, at: Duration) -> Option<Duration> {
-    Some(next.map_or(at, |next| next.min(at)))
+fn earlier(next: Option<Duration>, at: Duration) -> Duration {
+    next.map_or(at, |next| next.min(at))
 }
 
 /// Status of the condition that others wait for.

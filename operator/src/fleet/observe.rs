@@ -14,9 +14,9 @@ use crate::watch::{Key, Mirror};
 /// Mirrors of everything that the operator watches.
 #[derive(Debug, Default)]
 pub struct Mirrors {
-    /// ModelDeployments.
+    /// `ModelDeployment`s.
     pub models: Arc<Mirror<ModelSeen>>,
-    /// ModelNodes.
+    /// `ModelNode`s.
     pub model_nodes: Arc<Mirror<ModelNodeSeen>>,
     /// Nodes.
     pub nodes: Arc<Mirror<NodeSeen>>,
@@ -24,7 +24,7 @@ pub struct Mirrors {
     pub agents: Arc<Mirror<AgentSeen>>,
     /// Services of all namespaces.
     pub services: Arc<Mirror<ServiceSeen>>,
-    /// EndpointSlices that carry our managed-by label.
+    /// `EndpointSlice`s that carry our managed-by label.
     pub slices: Arc<Mirror<SliceSeen>>,
 }
 
@@ -76,7 +76,7 @@ impl Mirrors {
 /// The whole fleet at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Fleet {
-    /// ModelDeployments that can be read, by uid.
+    /// `ModelDeployment`s that can be read, by uid.
     pub models: BTreeMap<String, Arc<ModelSeen>>,
     /// Uids of those that cannot: what runs of them stays.
     pub unreadable: BTreeSet<String>,
@@ -84,7 +84,7 @@ pub struct Fleet {
     pub nodes: BTreeMap<String, FleetNode>,
     /// Services by namespace and name.
     pub services: BTreeMap<Key, Arc<ServiceSeen>>,
-    /// EndpointSlices by namespace and name.
+    /// `EndpointSlice`s by namespace and name.
     pub slices: BTreeMap<Key, Arc<SliceSeen>>,
 }
 

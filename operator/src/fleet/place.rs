@@ -53,7 +53,9 @@ impl<'a> Round<'a> {
                 }
             }
         }
-        deadlines.into_iter().for_each(|at| self.look_again(at));
+        for at in deadlines {
+            self.look_again(at);
+        }
         unknown.sort_unstable();
         survey.best = fitting.into_iter().min().map(|(_, name)| name);
         survey.unknown = unknown.into_iter().map(|(_, name)| name).collect();

@@ -29,7 +29,7 @@ pub struct Settings {
 /// What should be.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
-    /// ModelNodes, by name. One that is not here is left alone.
+    /// `ModelNode`s, by name. One that is not here is left alone.
     pub nodes: BTreeMap<String, NodePlan>,
     /// Models, by uid.
     pub models: BTreeMap<String, ModelPlan>,
@@ -344,7 +344,9 @@ impl Round<'_> {
                 self.memory.lost.insert((*name).to_owned(), now);
             }
         }
-        deadlines.into_iter().for_each(|at| self.look_again(at));
+        for at in deadlines {
+            self.look_again(at);
+        }
     }
 
     fn learn_estimates(&mut self) {

@@ -13,11 +13,12 @@ use super::plan::{Draft, FinalizerStep, Holder, ModelPlan, Round, Slot};
 use super::seen::Model;
 
 /// Time on top of `drainSeconds` after which nobody is waited for any more.
-const DRAIN_MARGIN: Duration = Duration::from_secs(60);
+const DRAIN_MARGIN: Duration = Duration::from_mins(1);
 /// A node that was lost this short a time ago may still show what its agent said before.
-const FRESHLY_RETURNED: Duration = Duration::from_secs(60);
+const FRESHLY_RETURNED: Duration = Duration::from_mins(1);
 
 /// A node that holds the model, in this round.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, and together the order in which nodes go")]
 struct Held<'a> {
     name: &'a str,
     /// A request would be accepted there, by the revision that its entry names.
@@ -120,17 +121,18 @@ impl<'a> Round<'a> {
             let updated = revision == model.revision;
             let state = draft.state(&model.uid, revision);
             let accepts = self.accepts(draft, &model.uid, updated.then_some(revision));
-            let stale = draft.stale;
             counted.push(Held {
                 name,
-                accepts: accepts && !stale,
+                accepts: accepts && !draft.stale,
                 updated,
                 refused: state.is_some_and(|state| super::plan::refusal(model, state).is_some()),
-                stale,
+                stale: draft.stale,
                 returned: self.memory.lost.get(name).is_some_and(|at| *at + FRESHLY_RETURNED > self.now.mono),
             });
         }
-        deadlines.into_iter().for_each(|at| self.look_again(at));
+        for at in deadlines {
+            self.look_again(at);
+        }
         (counted, lost, leaving)
     }
 
@@ -273,8 +275,8 @@ impl<'a> Round<'a> {
         waiting.extend(self.still_reporting(model));
         waiting.sort_unstable();
         waiting.dedup();
-        let mut plan = ModelPlan::default();
-        plan.draining = waiting.iter().map(|name| (*name).to_owned()).collect();
+        let draining = waiting.iter().map(|name| (*name).to_owned()).collect();
+        let mut plan = ModelPlan { draining, ..ModelPlan::default() };
         if !model.deleting {
             self.memory.deleting.remove(&model.uid);
             if model.finalized() && waiting.is_empty() {

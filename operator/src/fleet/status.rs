@@ -137,7 +137,7 @@ pub fn status(
         state: worst(&held, &asked, plan),
         memory: known.clone().filter_map(memory).max().map(quantity),
         context_tokens: best.and_then(|state| state.max_tokens),
-        model: known.filter_map(|state| state.model.clone()).next().or_else(|| model.status.model.clone()),
+        model: { known }.find_map(|state| state.model.clone()).or_else(|| model.status.model.clone()),
         placements: held.iter().map(placement).take(names::MAX_MODELS_PER_NODE).collect(),
     }
 }
@@ -390,10 +390,10 @@ fn progress_verdict(plan: &ModelPlan, held: &[Site<'_>], asked: &[Site<'_>]) -> 
         return Verdict::yes(reasons::ROLLING_OUT, format!("moving off {}", leaving.node));
     }
     let unready = held.iter().any(|site| site.holder.is_some() && !site.is_ready() && !site.is_stale());
-    if unready || !asked.is_empty() {
-        if let Some((reason, text)) = in_flight(held, asked) {
-            return Verdict::yes(reason, text);
-        }
+    if (unready || !asked.is_empty())
+        && let Some((reason, text)) = in_flight(held, asked)
+    {
+        return Verdict::yes(reason, text);
     }
     if plan.placed < plan.wanted {
         let placed = placed_verdict(plan, asked);
