@@ -7,7 +7,9 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use altiplano_crds::model_node::{AgentInfo, Device, ModelState, NodeAddress, RawAssignment, RequiredMemory};
+use altiplano_crds::model_node::{
+    AgentInfo, AssignmentMode, Device, ModelState, NodeAddress, RawAssignment, RequiredMemory,
+};
 use altiplano_crds::{ModelDeployment, ModelNodeStatus, names};
 use altiplano_operator::clock::Now;
 use altiplano_operator::fleet::children::{Children, ServiceStep, children};
@@ -26,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub(crate) const SETTINGS: Settings =
-    Settings { stale_after: Duration::from_secs(30), loss_grace: Duration::from_secs(60) };
+    Settings { stale_after: Duration::from_secs(30), loss_grace: Duration::from_mins(1) };
 pub(crate) const EPOCH: i64 = 7;
 const GIB: i64 = 1 << 30;
 
@@ -185,10 +187,13 @@ impl World {
         if !self.models.contains_key(&held.model) {
             return RawAssignment(json!({"uid": held.model, "stranger": true}));
         }
-        use altiplano_crds::model_node::AssignmentMode::{Estimate, Serve};
-        let mut entry = self.model(&held.model).assignment(if held.estimate { Estimate } else { Serve });
+        let mut entry = self.model(&held.model).assignment(if held.estimate {
+            AssignmentMode::Estimate
+        } else {
+            AssignmentMode::Serve
+        });
         if held.old {
-            entry.revision = "old".to_owned();
+            "old".clone_into(&mut entry.revision);
             entry.context.parallel += 1;
         }
         RawAssignment::try_from(&entry).unwrap()
