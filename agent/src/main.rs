@@ -90,6 +90,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         child::run(args.mode())?;
         return Ok(());
     }
+    // One provider for the API server's client and for downloads; nobody can have installed another yet.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
     let result = runtime.block_on(async {
         let shutdown = CancellationToken::new();

@@ -228,10 +228,9 @@ impl Executor {
                 result = store.ensure(&wanted, &progress, &cancel) => result,
                 () = tell_progress(seen, &reports, &uid, &source) => Err(StoreError::Cancelled),
             };
-            let result = result.map(Arc::new).map_err(|error| Trouble {
-                reason: error.reason().to_owned(),
-                message: chain(&error),
-            });
+            let result = result
+                .map(Arc::new)
+                .map_err(|error| Trouble { reason: error.reason().to_owned(), message: chain(&error) });
             Report { uid, what: Happened::Fetched(source, result) }
         });
     }
@@ -387,4 +386,3 @@ pub fn socket_directory(state: &Path) -> std::io::Result<(PathBuf, std::fs::File
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
     Ok((directory, lock))
 }
-

@@ -8,11 +8,11 @@ use altiplano_crds::names::AGENT_FIELD_MANAGER;
 use altiplano_crds::{ModelNode, ModelNodeStatus};
 use futures::TryStreamExt as _;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt as _;
 use kube::api::{Api, Patch, PatchParams};
 use kube::core::DeserializeGuard;
-use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::WatchStreamExt as _;
-use kube::ResourceExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -223,7 +223,8 @@ fn with_transitions(mut now: ModelNodeStatus, before: &ModelNodeStatus) -> Model
     for condition in &mut now.conditions {
         let same = before.conditions.iter().find(|old| old.type_ == condition.type_ && old.status == condition.status);
         // Whole seconds, as the API server keeps it.
-        let current = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+        let current =
+            jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
         condition.last_transition_time = same.map_or(Time(current), |old| old.last_transition_time.clone());
     }
     now

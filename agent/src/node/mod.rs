@@ -6,11 +6,13 @@
 
 pub mod apply;
 pub mod cluster;
+mod measure;
 pub mod observe;
 pub mod plan;
 pub mod role;
 pub mod status;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use altiplano_crds::ModelNodeStatus;
@@ -19,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::apply::{Executor, Means, Report};
+use self::measure::Measurer;
 use self::observe::{Activity, Desired, Happened, Observed};
 use self::plan::{Limits, Plan, plan};
 use self::status::{Identity, status};
@@ -54,6 +57,7 @@ pub struct Node {
     means: Means,
     executor: Executor,
     observed: Observed,
+    measurer: Measurer,
     progress: mpsc::Receiver<Report>,
     messages: mpsc::Receiver<WorkerMessage>,
     status: watch::Sender<ModelNodeStatus>,
@@ -66,7 +70,8 @@ impl Node {
         let (report, progress) = mpsc::channel(MESSAGES);
         let (message, messages) = mpsc::channel(MESSAGES);
         let executor = Executor::new(means.clone(), report, message);
-        Self { identity, limits, means, executor, observed: Observed::default(), progress, messages, status }
+        let measurer = Measurer::new(Arc::clone(&means.metrics));
+        Self { identity, limits, means, executor, observed: Observed::default(), measurer, progress, messages, status }
     }
 
     /// Runs until `shutdown`, then drains. `None` in `wanted` means that nobody has said anything yet: what is served
@@ -80,15 +85,17 @@ impl Node {
         let mut wakes = self.means.front.wakes().ok_or(NodeError::Front)?;
         let mut activity = self.means.front.activity_changes();
         let mut desired = Desired::default();
-        let mut leaving = false;
+        let (mut leaving, mut heard) = (false, false);
         let mut probe = Probe::default();
         self.probe(&mut probe);
         self.executor.measure_storage();
         loop {
             if !leaving && let Some(wanted) = wanted.borrow_and_update().clone() {
                 desired = wanted;
+                heard = true;
             }
             let plan = self.turn(&desired);
+            self.tell_readiness(leaving, heard);
             if leaving && self.observed.models.is_empty() {
                 break;
             }
@@ -106,7 +113,7 @@ impl Node {
                 Some(report) = self.progress.recv() => self.take(report, &mut probe),
                 Some(message) = self.messages.recv() => self.worker(message),
                 woken = wakes.recv() => match woken {
-                    Some(uid) => self.observed.note(&uid, Happened::Woken, Instant::now()),
+                    Some(uid) => self.note(&uid, Happened::Woken),
                     None => return Err(NodeError::Front),
                 },
                 changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
@@ -147,6 +154,7 @@ impl Node {
                 self.observed.begin(&step, now);
             }
         }
+        self.measurer.measure(&self.observed, &decided);
         let now = status(&self.identity, desired, &self.observed, &decided);
         self.status.send_if_modified(|last| {
             let changed = *last != now;
@@ -163,8 +171,7 @@ impl Node {
         let uids: Vec<String> = self.observed.models.keys().cloned().collect();
         for uid in uids {
             let Some(seen) = self.means.front.activity(&uid) else { continue };
-            let activity =
-                Activity { running: seen.running, waiting: seen.waiting, last_request: seen.last_request };
+            let activity = Activity { running: seen.running, waiting: seen.waiting, last_request: seen.last_request };
             self.observed.note(&uid, Happened::Activity(activity), now);
         }
     }
@@ -188,7 +195,12 @@ impl Node {
             }
             _ => {}
         }
-        self.observed.note(&uid, what, Instant::now());
+        self.note(&uid, what);
+    }
+
+    fn note(&mut self, uid: &str, what: Happened) {
+        self.measurer.count(uid, &what, &self.observed);
+        self.observed.note(uid, what, Instant::now());
     }
 
     fn worker(&mut self, WorkerMessage { worker, what }: WorkerMessage) {
@@ -201,7 +213,21 @@ impl Node {
                 Happened::WorkerEnded(worker, end)
             }
         };
-        self.observed.note(&uid, what, Instant::now());
+        self.note(&uid, what);
+    }
+
+    /// Ready is more than alive: it knows its devices and what should be here.
+    fn tell_readiness(&self, leaving: bool, heard: bool) {
+        let readiness = if leaving {
+            Err("the agent is draining".to_owned())
+        } else if !heard {
+            Err("the agent has not heard yet what should be on this node".to_owned())
+        } else if self.observed.devices.is_none() {
+            Err(self.observed.probe_error.clone().unwrap_or_else(|| "the devices are being looked at".to_owned()))
+        } else {
+            Ok(())
+        };
+        self.means.front.set_ready(readiness);
     }
 
     fn probe(&mut self, probe: &mut Probe) {

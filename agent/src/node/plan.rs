@@ -445,11 +445,9 @@ fn after_failure(model: &Model, verdict: Verdict) -> Verdict {
         Some(failure) if is_trying && model.is_failing() => {
             Verdict::because(states::FAILED, &failure.reason, &failure.message)
         }
-        Some(failure) if is_trying => Verdict {
-            reason: Some(failure.reason.clone()),
-            message: Some(failure.message.clone()),
-            ..verdict
-        },
+        Some(failure) if is_trying => {
+            Verdict { reason: Some(failure.reason.clone()), message: Some(failure.message.clone()), ..verdict }
+        }
         _ => verdict,
     }
 }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use altiplano_crds::conditions::{reasons, states, types};
 use altiplano_crds::model_deployment::ModelInfo;
 use altiplano_crds::model_node::{
-    AgentInfo, Device, DeviceMemory, ModelState, ModelNodeStatus, NodeAddress, RequiredMemory, Storage,
+    AgentInfo, Device, DeviceMemory, ModelNodeStatus, ModelState, NodeAddress, RequiredMemory, Storage,
 };
 use altiplano_crds::names::{CONTRACT_VERSION, MAX_MESSAGE_CHARS, MAX_MODELS_PER_NODE, clip};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};

@@ -90,9 +90,9 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
     let events = Events::default();
     let result = match mode {
         Mode::Probe => engine::probe().map_err(ChildError::from).and_then(|report| events.write(&report)),
-        Mode::Estimate => read_config()
-            .and_then(|config| Ok(engine::estimate(&config)?))
-            .and_then(|report| events.write(&report)),
+        Mode::Estimate => {
+            read_config().and_then(|config| Ok(engine::estimate(&config)?)).and_then(|report| events.write(&report))
+        }
         Mode::Serve => read_config().and_then(|config| serve(&config, &events)),
     };
     if let Err(error) = &result {
@@ -174,7 +174,8 @@ async fn serve_engine(
     mut orphaned: watch::Receiver<bool>,
 ) -> Result<(), ChildError> {
     let listener = bind(config)?;
-    let router = crate::api::router(crate::api::ApiState::new(engine.clone(), config, crate::api::ApiOptions::default())?);
+    let router =
+        crate::api::router(crate::api::ApiState::new(engine.clone(), config, crate::api::ApiOptions::default())?);
     let mut terminate = signal(SignalKind::terminate()).map_err(ChildError::System)?;
     let (stop_sender, mut stop) = watch::channel(false);
     let server = tokio::spawn({

@@ -6,6 +6,7 @@
 
 pub mod child;
 mod lines;
+mod log;
 pub mod protocol;
 pub mod spawn;
 pub mod supervise;

@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::lines::{Tail, next_line};
+use super::log;
 use super::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerEvent, RunnerFailure};
 
 /// Most bytes that a child may answer.
@@ -133,8 +134,7 @@ impl Runner {
             if let Some(stderr) = stderr {
                 let mut reader = BufReader::new(stderr);
                 while let Ok(Some(line)) = next_line(&mut reader).await {
-                    tracing::debug!(target: "altiplano_agent::runner", question, "{line}");
-                    tail.push(&line);
+                    log::pass_on(&line, "", 0, &mut tail);
                 }
             }
             tail
@@ -164,7 +164,7 @@ fn refusal(answer: &[u8]) -> Option<RunnerFailure> {
 fn command(executable: &Path, question: Option<&str>) -> Command {
     let mut command = Command::new(executable);
     command
-        .arg("runner")
+        .args(["runner", "--log-format", "json"])
         .args(question.map(OsStr::new))
         // GGML forks a debugger on abort otherwise.
         .env("GGML_NO_BACKTRACE", "1")

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::lines::{Tail, next_line};
+use super::log;
 use super::protocol::{RunnerConfig, RunnerEvent, RunnerFailure};
 use super::spawn::{Runner, SpawnError, describe};
 
@@ -89,7 +90,6 @@ pub fn supervise(
         {
             tracing::warn!(socket = %config.socket.display(), %error, "cannot remove the socket of a worker that ended");
         }
-        tracing::info!(model = label, worker, how = end.how, "worker ended");
         // Nobody to tell means that the agent is ending.
         let _ = messages.send(WorkerMessage { worker, what: WorkerDid::Ended(end) }).await;
     };
@@ -209,8 +209,7 @@ async fn read_log(stderr: Option<ChildStderr>, label: &str, worker: WorkerId) ->
     let Some(stderr) = stderr else { return tail };
     let mut reader = BufReader::new(stderr);
     while let Ok(Some(line)) = next_line(&mut reader).await {
-        tracing::info!(target: "altiplano_agent::worker", model = label, worker, "{line}");
-        tail.push(&line);
+        log::pass_on(&line, label, worker, &mut tail);
     }
     tail
 }

@@ -14,7 +14,9 @@ use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, Trou
 use super::{Limits, Plan, Step, plan};
 use crate::devices::Devices;
 use crate::ledger::bytes;
-use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerEvent, RunnerFailure, RunnerReport};
+use crate::runner::protocol::{
+    EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerEvent, RunnerFailure, RunnerReport,
+};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 use crate::store::{GgufHeader, StoredModel};
 
@@ -98,7 +100,11 @@ impl World {
         let raw: Vec<RawAssignment> = models.iter().map(|model| RawAssignment(assignment(model))).collect();
         let names: Vec<String> =
             raw.iter().map(|r| format!("{}@{}", text(&r.0, "uid"), text(&r.0, "revision"))).collect();
-        let _ = writeln!(self.text, "  * wanted: {}", if names.is_empty() { "nothing".to_owned() } else { names.join(", ") });
+        let _ = writeln!(
+            self.text,
+            "  * wanted: {}",
+            if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+        );
         self.desired = Desired::new(Some(1), &raw);
     }
 
@@ -118,9 +124,7 @@ impl World {
                 let trouble = Trouble { reason: rest(2), message: rest(3) };
                 Happened::Fetched(self.observed.models[uid].source.clone(), Err(trouble))
             }
-            "progress" => {
-                Happened::FetchProgress(self.observed.models[uid].source.clone(), rest(2).parse().unwrap())
-            }
+            "progress" => Happened::FetchProgress(self.observed.models[uid].source.clone(), rest(2).parse().unwrap()),
             "loads" => Happened::WorkerSaid(worker_did(), RunnerEvent::Loading { percent: rest(2).parse().unwrap() }),
             "ready" => Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(RunnerReport::default())),
             "busy" => self.requests(worker_did(), uid, 1),
@@ -132,11 +136,19 @@ impl World {
             "wakes" => Happened::Woken,
             "fails" => {
                 let failure = RunnerFailure { reason: rest(2), message: rest(3) };
-                let end = WorkerEnd { how: "exited with code 1".to_owned(), failure: Some(failure), last_lines: String::new() };
+                let end = WorkerEnd {
+                    how: "exited with code 1".to_owned(),
+                    failure: Some(failure),
+                    last_lines: String::new(),
+                };
                 Happened::WorkerEnded(worker_did(), end)
             }
             "dies" => {
-                let end = WorkerEnd { how: format!("was killed by {}", rest(2)), failure: None, last_lines: "last words".to_owned() };
+                let end = WorkerEnd {
+                    how: format!("was killed by {}", rest(2)),
+                    failure: None,
+                    last_lines: "last words".to_owned(),
+                };
                 Happened::WorkerEnded(worker_did(), end)
             }
             "ends" => {
@@ -185,7 +197,9 @@ impl World {
             }
             Step::Fetch { .. } if self.slow_files.iter().any(|slow| slow == uid) => return,
             Step::Fetch { .. } => Happened::Fetched(self.observed.models[uid].source.clone(), Ok(stored())),
-            Step::Estimate { revision, on, .. } => Happened::Estimated(revision.clone(), on.clone(), self.dry_run(uid, on)),
+            Step::Estimate { revision, on, .. } => {
+                Happened::Estimated(revision.clone(), on.clone(), self.dry_run(uid, on))
+            }
             Step::Remove { .. } => Happened::Withdrawn,
             _ => return,
         };
@@ -223,11 +237,14 @@ impl World {
                 let note = note.as_ref().map(|note| format!(" ({note})")).unwrap_or_default();
                 format!("load {uid}@{revision} as #{worker} on {}, {}{note}", place(&target.devices), need.join(", "))
             }
-            Step::Route { uid, to } => format!("route {uid} to {}", match to {
-                RouteTo::Worker(worker) => format!("#{worker}"),
-                RouteTo::Unavailable { reason, .. } => format!("nowhere ({reason})"),
-                other => format!("{other:?}"),
-            }),
+            Step::Route { uid, to } => format!(
+                "route {uid} to {}",
+                match to {
+                    RouteTo::Worker(worker) => format!("#{worker}"),
+                    RouteTo::Unavailable { reason, .. } => format!("nowhere ({reason})"),
+                    other => format!("{other:?}"),
+                }
+            ),
             Step::Unload { uid, why } => format!("unload {uid}: {why}"),
             Step::Wake { uid } => format!("wake {uid}"),
             Step::Drain { uid, worker, deadline } => format!("drain {uid}#{worker} until {} s", seconds(*deadline)),
