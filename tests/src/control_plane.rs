@@ -15,13 +15,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use k8s_openapi::api::core::v1::{Namespace, Node, NodeSpec, ServiceAccount, Taint};
+use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount, Taint};
 use kube::{
     Api, Client, Config,
-    api::{ObjectMeta, PostParams},
+    api::{ObjectMeta, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use rustix::process::Signal;
+use serde_json::json;
 use tokio::sync::OnceCell;
 
 use crate::{Proc, audit, pki::Pki, sandbox, wait_for};
@@ -133,18 +134,23 @@ impl ControlPlane {
         Ok(name)
     }
 
-    /// Makes a Node object, as a kubelet would.
+    /// Makes a Node object with these labels and taints, ready as its kubelet and the node controller would have it.
     pub async fn create_node(&self, name: &str, labels: &[(&str, &str)], taints: &[Taint]) -> Result<Node> {
         let mut labels: BTreeMap<_, _> =
             labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         labels.entry("kubernetes.io/hostname".to_owned()).or_insert_with(|| name.to_owned());
-        let node = Node {
-            metadata: ObjectMeta { labels: Some(labels), ..named(name) },
-            spec: Some(NodeSpec { taints: (!taints.is_empty()).then(|| taints.to_vec()), ..NodeSpec::default() }),
-            status: None,
-        };
+        let node = Node { metadata: ObjectMeta { labels: Some(labels), ..named(name) }, ..Node::default() };
         let nodes = Api::<Node>::all(self.client().await?);
-        nodes.create(&PostParams::default(), &node).await.with_context(|| format!("could not create node {name}"))
+        nodes.create(&PostParams::default(), &node).await.with_context(|| format!("could not create node {name}"))?;
+        let ready = json!([{
+            "type": "Ready", "status": "True", "reason": "KubeletReady", "message": "the test says so",
+            "lastHeartbeatTime": null, "lastTransitionTime": null,
+        }]);
+        let status = Patch::Merge(json!({"status": {"conditions": ready}}));
+        nodes.patch_status(name, &PatchParams::default(), &status).await?;
+        // Admission taints a new node as not ready, and the controller that would end that is off.
+        let spec = Patch::Merge(json!({"spec": {"taints": taints}}));
+        Ok(nodes.patch(name, &PatchParams::default(), &spec).await?)
     }
 
     /// Runs kubectl as administrator; returns what it printed. An exit code other than 0 is an error with its message.

@@ -87,6 +87,17 @@ pub struct AgentOptions {
     pub environment: Vec<(String, String)>,
 }
 
+/// The address that agents report. An EndpointSlice takes no loopback address, so it is one of the range that is kept
+/// for documentation (RFC 5737), and [`reachable`] stands for the network that would lead there.
+const ADVERTISED: &str = "192.0.2.10";
+
+/// The URL behind an endpoint's address: agents of this harness listen on loopback, whatever they report.
+#[must_use]
+pub fn reachable(address: &str, port: i32) -> String {
+    let host = if address == ADVERTISED { "127.0.0.1" } else { address };
+    format!("http://{host}:{port}")
+}
+
 /// A running node agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -120,7 +131,7 @@ impl Agent {
             .env("KUBECONFIG", cluster.kubeconfig_for(&pod.token)?)
             .env("ALTIPLANO_LOG", log_level())
             .args(["node", "--node-name", node, "--namespace", NAMESPACE])
-            .args(["--pod-name", &pod.pod, "--pod-uid", &pod.uid, "--address", "127.0.0.1"])
+            .args(["--pod-name", &pod.pod, "--pod-uid", &pod.uid, "--address", ADVERTISED])
             .args(["--listen", &listen])
             .arg("--state-dir")
             .arg(&state_dir);

@@ -14,7 +14,7 @@ use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, repository, wait_for};
+use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, reachable, repository, wait_for};
 
 /// How long anything may take that should take about a second on an idle machine.
 pub const SOON: Duration = Duration::from_mins(1);
@@ -40,7 +40,7 @@ pub struct Scenario {
 /// What an EndpointSlice of ours says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// `http://address:port`.
+    /// Where it is reached: `http://host:port`.
     pub url: String,
     /// Name of the node.
     pub node: String,
@@ -54,13 +54,15 @@ pub fn toy_model() -> PathBuf {
     repository().join("tests/models/toy/altiplano-toy.gguf")
 }
 
-/// What the toy model is asked and what it answers, word for word.
+/// What the toy model is asked in one message, and what it answers, word for word.
 pub fn toy_question(index: usize) -> Result<(String, String)> {
     let text = std::fs::read_to_string(repository().join("tests/models/toy/questions.json"))?;
-    let questions: Vec<Value> = serde_json::from_str(&text)?;
-    let question = questions.get(index).context("the toy model has fewer questions")?;
-    let field = |key: &str| question.get(key).and_then(Value::as_str).map(str::to_owned).context("not a question");
-    Ok((field("prompt")?, field("answer")?))
+    let dialogues: Vec<Value> = serde_json::from_str(&text)?;
+    let mut questions = dialogues.iter().filter_map(|dialogue| {
+        let [message] = dialogue.get("messages")?.as_array()?.as_slice() else { return None };
+        Some((message.get("content")?.as_str()?.to_owned(), dialogue.get("answer")?.as_str()?.to_owned()))
+    });
+    questions.nth(index).context("the toy model has fewer questions")
 }
 
 impl Scenario {
@@ -242,7 +244,7 @@ impl Scenario {
                 let address = endpoint.addresses.first().context("an endpoint without address")?;
                 let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) == Some(true);
                 let node = endpoint.node_name.unwrap_or_default();
-                endpoints.push(Endpoint { url: format!("http://{address}:{port}"), node, ready });
+                endpoints.push(Endpoint { url: reachable(address, port), node, ready });
             }
         }
         endpoints.sort_by(|a, b| a.node.cmp(&b.node));

@@ -11,7 +11,7 @@ use std::{
 };
 
 use altiplano_crds::ModelDeployment;
-use altiplano_tests::{Agent, AgentOptions, ControlPlane, Operator, chat, repository, wait_for};
+use altiplano_tests::{Agent, AgentOptions, ControlPlane, Operator, chat, reachable, repository, wait_for};
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client, ResourceExt, api::ListParams};
@@ -272,7 +272,7 @@ async fn endpoint(client: &Client, model: &str) -> Result<String> {
                 .iter()
                 .find(|endpoint| endpoint.conditions.as_ref().is_some_and(|conditions| conditions.ready == Some(true)));
             if let (Some(port), Some(address)) = (port, ready.and_then(|endpoint| endpoint.addresses.first())) {
-                return Ok(format!("http://{address}:{port}"));
+                return Ok(reachable(address, port));
             }
         }
         Err(format!("slices {:?}", slices.items.iter().map(ResourceExt::name_any).collect::<Vec<_>>()))
