@@ -42,7 +42,7 @@ pub struct Shortage {
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { device, needed, free, capacity, holders } = self;
-        write!(f, "needs {} on {device}, of whose {} {} are free", bytes(*needed), bytes(*capacity), bytes(*free))?;
+        write!(f, "needs {} on {device}, which has {} of {} free", bytes(*needed), bytes(*free), bytes(*capacity))?;
         for (number, (holder, held)) in holders.iter().take(3).enumerate() {
             let lead = if number == 0 { "; held by" } else { "," };
             write!(f, "{lead} {holder} {}", bytes(*held))?;
@@ -166,7 +166,7 @@ mod tests {
         let refusal = ledger.reserve(3, "a/more", need(&[("CPU", 1 << 30), ("CUDA0", 8 << 30)])).unwrap_err();
         assert_eq!(
             refusal.to_string(),
-            "needs 8.0Gi on CUDA0, of whose 24Gi 5.0Gi are free; held by a/large 15Gi, a/small 4.0Gi"
+            "needs 8.0Gi on CUDA0, which has 5.0Gi of 24Gi free; held by a/large 15Gi, a/small 4.0Gi"
         );
         assert_eq!(ledger.free("CPU"), 63 << 30, "a refusal takes nothing");
     }

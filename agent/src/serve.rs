@@ -4,7 +4,7 @@
 //! by the CRD's own schema and CEL rules, unknown fields refused.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 /// Options of `altiplano-agent serve`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
-    /// Files of ModelDeployments, in YAML; several documents in one file are fine.
+    /// Files of ModelDeployment objects, in YAML; several documents in one file are fine.
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
 
@@ -144,7 +144,7 @@ async fn read(path: &PathBuf) -> Result<String, ServeError> {
     tokio::fs::read_to_string(path).await.map_err(failed)
 }
 
-/// The ModelDeployments of some files (name and text), or all that is wrong with them.
+/// Every ModelDeployment of some files (name and text), or all that is wrong with them.
 fn parse(files: &[(String, String)]) -> Result<Vec<ModelDeployment>, Problems> {
     let mut problems = Problems::default();
     let mut found: BTreeMap<(String, String), ModelDeployment> = BTreeMap::new();
@@ -249,7 +249,10 @@ fn assignment(deployment: &ModelDeployment) -> ModelAssignment {
     let served_name = spec.served_name.clone().unwrap_or_else(|| name.clone());
     let digest = Sha256::digest(format!("{namespace}/{name}"));
     ModelAssignment {
-        uid: digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect(),
+        uid: digest.iter().take(16).fold(String::new(), |mut hex, byte| {
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        }),
         revision: revision(&served_name, &spec.model, &spec.context, &spec.engine),
         generation: 1,
         namespace,

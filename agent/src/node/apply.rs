@@ -22,10 +22,10 @@ use crate::runner::supervise::{WorkerHandle, WorkerId, WorkerMessage, supervise}
 use crate::store::{Progress, Source, Store, StoreError, StoredModel};
 
 /// How long a dry run may take; it reads no weights.
-const ESTIMATE_TIMEOUT: Duration = Duration::from_secs(60);
+const ESTIMATE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How long looking at the devices may take: the first touch of a GPU driver is slow.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(60);
+const PROBE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How long the answers of a model's last requests may take once its worker is gone.
 const WITHDRAW_GRACE: Duration = Duration::from_secs(1);
@@ -310,7 +310,7 @@ async fn tell_progress(
             let _ = reports.try_send(Report { uid: uid.to_owned(), what });
         }
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn estimate(

@@ -34,7 +34,7 @@ const MESSAGES: usize = 256;
 const PLANS_PER_TURN: usize = 16;
 
 /// First wait after the devices could not be looked at, and the longest.
-const PROBE_BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(600));
+const PROBE_BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(10));
 
 /// Why the node's loop ended early.
 #[derive(Debug, thiserror::Error)]

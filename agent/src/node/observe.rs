@@ -22,10 +22,10 @@ use crate::store::StoredModel;
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The longest wait.
-const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
+const LONGEST_BACKOFF: Duration = Duration::from_mins(5);
 
 /// A worker that served this long before it ended counts as a success: the next restart is at once again.
-const STABLE: Duration = Duration::from_secs(60);
+const STABLE: Duration = Duration::from_mins(1);
 
 /// What should be on this node.
 #[derive(Clone, Debug, Default, PartialEq)]

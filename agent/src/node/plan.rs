@@ -234,7 +234,7 @@ struct Planner<'a> {
     plan: Plan,
 }
 
-impl<'a> Planner<'a> {
+impl Planner<'_> {
     fn model(&mut self, wanted: &ModelAssignment, model: &Model) -> Verdict {
         if model.listener == Listener::Closing {
             // It is taken up anew when its port is closed.

@@ -18,7 +18,7 @@ use super::{Node, NodeError, cluster};
 use crate::lease::{self, LeaseConfig};
 use crate::setup::{ServingArgs, Setup, SetupError};
 
-/// How long a model that leaves still accepts requests: until its EndpointSlices have reached every node.
+/// How long a model that leaves still accepts requests: until its `EndpointSlice`s have reached every node.
 const LAME_DUCK: Duration = Duration::from_secs(1);
 
 /// Longest time that the last write of status and Lease may take.
@@ -110,10 +110,10 @@ pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), Role
     let (status_out, status) = watch::channel(ModelNodeStatus::default());
     let (wanted_out, wanted) = watch::channel(None);
     let (seen_out, seen) = watch::channel(cluster::Seen::default());
-    let (held_out, held) = watch::channel(None);
+    let (renewed_out, renewed) = watch::channel(None);
 
-    let node = Node::new(identity, setup.limits, setup.means.clone(), status_out.clone());
-    let mut node = tokio::spawn(node.run(wanted, shutdown.clone()));
+    let reconciler = Node::new(identity, setup.limits, setup.means.clone(), status_out.clone());
+    let mut node = tokio::spawn(reconciler.run(wanted, shutdown.clone()));
 
     // These live until the node has drained, so that the cluster hears of it.
     let background = CancellationToken::new();
@@ -126,9 +126,9 @@ pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), Role
     let leases: Api<Lease> = Api::namespaced(client.clone(), &args.namespace);
     // After the writer: it may write only while the Lease is held.
     let release = CancellationToken::new();
-    let hold = lease::hold(leases, config, held_out, release.clone());
+    let holding = lease::hold(leases, config, renewed_out, release.clone());
     tasks.spawn(async move {
-        hold.await;
+        holding.await;
         "lease"
     });
     let (api, name, stop) = (Api::all(client.clone()), args.node_name.clone(), background.clone());
@@ -138,7 +138,7 @@ pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), Role
     });
     let (api, name, stop) = (Api::all(client), args.node_name.clone(), background.clone());
     tasks.spawn(async move {
-        cluster::write_status(api, &name, status, seen, held, stop).await;
+        cluster::write_status(api, &name, status, seen, renewed, stop).await;
         "status"
     });
 

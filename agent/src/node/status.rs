@@ -118,7 +118,7 @@ fn model_state(uid: &str, revision: &str, model: Option<&Model>, verdict: &Verdi
         ..ModelState::default()
     };
     let Some(model) = model else { return state };
-    let worker = model.workers.values().filter(|worker| worker.revision == revision).next_back();
+    let worker = model.workers.values().rfind(|worker| worker.revision == revision);
     let file = match &model.file {
         FileState::Present(stored) => Some(stored),
         FileState::Unknown | FileState::Fetching { .. } => None,

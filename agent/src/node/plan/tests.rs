@@ -169,7 +169,7 @@ impl World {
 
     fn settle(&mut self) {
         self.observed.adopt(&self.desired);
-        let limits = Limits { loading: 2, lame_duck: Duration::from_secs(1), drain: Duration::from_secs(60) };
+        let limits = Limits { loading: 2, lame_duck: Duration::from_secs(1), drain: Duration::from_mins(1) };
         for _ in 0..20 {
             let decided = plan(&self.desired, &self.observed, limits, self.now);
             if decided.steps.is_empty() {
