@@ -56,6 +56,12 @@ pub enum StoreError {
         /// What happened.
         source: reqwest::Error,
     },
+    /// Nothing can be fetched, for the lack of certificate authorities.
+    #[error("cannot make an HTTPS client")]
+    ClientFailed {
+        /// What is missing.
+        source: reqwest::Error,
+    },
     /// The server answered with something that is not HTTP as it should be.
     #[error("cannot download {uri}: {what}")]
     BadResponse {
@@ -133,7 +139,7 @@ impl StoreError {
             Self::PathNotAllowed { .. } => "PathNotAllowed",
             Self::AddressNotAllowed(_) => "AddressNotAllowed",
             Self::HttpStatus { .. } => "HttpStatus",
-            Self::DownloadFailed { .. } | Self::BadResponse { .. } => "DownloadFailed",
+            Self::DownloadFailed { .. } | Self::ClientFailed { .. } | Self::BadResponse { .. } => "DownloadFailed",
             Self::DownloadIncomplete { .. } => "DownloadIncomplete",
             Self::ChecksumMismatch { .. } => "ChecksumMismatch",
             Self::InsufficientStorage { .. } => "InsufficientStorage",

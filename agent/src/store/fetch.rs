@@ -24,7 +24,7 @@ const CHUNKS_IN_FLIGHT: usize = 16;
 /// How far a file of unknown length may grow before the quota is asked again.
 const CLAIM_STEP_BYTES: u64 = 8 << 20;
 
-/// Builds the client for remote sources: it reaches only what the policy permits, also after redirects.
+/// Builds the client for remote sources: it reaches only what the policy permits, also after redirects. Blocking.
 pub(super) fn client(config: &StoreConfig, policy: Arc<AddressPolicy>) -> Result<Client, StoreError> {
     let (redirect_policy, allow_http) = (Arc::clone(&policy), config.allow_http);
     let redirects = reqwest::redirect::Policy::custom(move |attempt| {
@@ -39,11 +39,20 @@ pub(super) fn client(config: &StoreConfig, policy: Arc<AddressPolicy>) -> Result
             Err(error) => attempt.error(error),
         }
     });
+    let failed = |source| StoreError::ClientFailed { source };
+    let authorities = match &config.ca_file {
+        Some(path) => {
+            let pem = std::fs::read(path).map_err(StoreError::io(format!("read {}", path.display())))?;
+            reqwest::Certificate::from_pem_bundle(&pem).map_err(failed)?
+        }
+        None => Vec::new(),
+    };
     // reqwest takes the process's provider; that it is there already is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
     Client::builder()
         .user_agent(concat!("altiplano-agent/", env!("CARGO_PKG_VERSION")))
         .redirect(redirects)
+        .tls_certs_merge(authorities)
         .dns_resolver(GuardedResolver { policy })
         // A proxy would resolve the names itself, past the policy.
         .no_proxy()
@@ -51,7 +60,7 @@ pub(super) fn client(config: &StoreConfig, policy: Arc<AddressPolicy>) -> Result
         .connect_timeout(config.connect_timeout)
         .read_timeout(config.stall_timeout)
         .build()
-        .map_err(|source| StoreError::DownloadFailed { uri: "anything".to_owned(), source })
+        .map_err(failed)
 }
 
 /// A URL without what may be secret in it: user, password, query.

@@ -20,7 +20,7 @@ mod writer;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -50,6 +50,8 @@ pub struct StoreConfig {
     pub file_roots: Vec<PathBuf>,
     /// Whether `http://` sources are fetched, without any encryption.
     pub allow_http: bool,
+    /// PEM file of authorities that `https://` sources may be certified by, besides the system's.
+    pub ca_file: Option<PathBuf>,
     /// Private networks that remote sources may lie in; public ones they always may.
     pub allowed_networks: Vec<IpNet>,
     /// Networks that remote sources may not lie in, such as the cluster's own; stronger than `allowed_networks`.
@@ -72,6 +74,7 @@ impl Default for StoreConfig {
             root: PathBuf::from("/var/lib/altiplano/models"),
             file_roots: Vec::new(),
             allow_http: false,
+            ca_file: None,
             allowed_networks: Vec::new(),
             denied_networks: Vec::new(),
             capacity_bytes: None,
@@ -160,7 +163,8 @@ pub struct Store {
 struct Shared {
     config: StoreConfig,
     policy: Arc<AddressPolicy>,
-    client: reqwest::Client,
+    /// Made when it is first needed: without any authority on the system it cannot be, and local files need none.
+    client: OnceLock<reqwest::Client>,
     quota: Quota,
     /// Fetches under way, by key.
     flights: Mutex<HashMap<String, Arc<Flight>>>,
@@ -184,7 +188,6 @@ impl Store {
             allowed: config.allowed_networks.clone(),
             denied: config.denied_networks.clone(),
         });
-        let client = fetch::client(&config, Arc::clone(&policy))?;
         let (root, max_age) = (config.root.clone(), config.partial_max_age);
         let lock = blocking(move || {
             let lock = layout::lock(&root)?;
@@ -196,7 +199,7 @@ impl Store {
         })
         .await?;
         let quota = Quota::new(config.root.clone(), config.capacity_bytes);
-        let (flights, digests) = (Mutex::default(), Mutex::default());
+        let (client, flights, digests) = (OnceLock::new(), Mutex::default(), Mutex::default());
         Ok(Self { shared: Arc::new(Shared { config, policy, client, quota, flights, digests, _lock: lock }) })
     }
 
@@ -337,8 +340,9 @@ impl Store {
         if let Some(stored) = Self::stored(slot.clone()).await? {
             return Ok(stored);
         }
+        let client = self.client().await?;
         let fetch = Fetch {
-            client: &self.shared.client,
+            client: &client,
             url,
             sha256: source.sha256.as_deref(),
             slot,
@@ -352,6 +356,15 @@ impl Store {
         drop(claim);
         let missing = || StoreError::io("find the file just fetched")(std::io::ErrorKind::NotFound.into());
         Self::stored(slot.clone()).await?.ok_or_else(missing)
+    }
+
+    async fn client(&self) -> Result<reqwest::Client, StoreError> {
+        if let Some(client) = self.shared.client.get() {
+            return Ok(client.clone());
+        }
+        let shared = Arc::clone(&self.shared);
+        let client = blocking(move || fetch::client(&shared.config, Arc::clone(&shared.policy))).await?;
+        Ok(self.shared.client.get_or_init(|| client).clone())
     }
 
     /// The whole file of a slot. One that has changed since it was checked is removed, and counts as missing.

@@ -1,6 +1,7 @@
 //! An HTTP server that serves one file, and breaks in the ways servers do.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -9,8 +10,11 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, Response, StatusCode, header};
 use bytes::Bytes;
-use tokio::net::TcpListener;
+use rustls::pki_types::PrivateKeyDer;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 /// How one request goes wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +56,7 @@ struct Script {
 /// The server; it ends with this value.
 pub(super) struct Origin {
     script: Arc<Mutex<Script>>,
+    scheme: &'static str,
     pub(super) port: u16,
     task: JoinHandle<()>,
 }
@@ -64,19 +69,41 @@ impl Drop for Origin {
 
 impl Origin {
     pub(super) async fn serving(body: Vec<u8>) -> Self {
+        Self::start(body, None).await
+    }
+
+    /// Over TLS, with a certificate for 127.0.0.1 by an authority of its own, whose PEM comes with it.
+    pub(super) async fn serving_tls(body: Vec<u8>) -> (Self, String) {
+        let certified = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+        let key = PrivateKeyDer::try_from(certified.signing_key.serialize_der()).expect("a key");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certified.cert.der().clone()], key)
+            .expect("a server");
+        (Self::start(body, Some(TlsAcceptor::from(Arc::new(config)))).await, certified.cert.pem())
+    }
+
+    async fn start(body: Vec<u8>, tls: Option<TlsAcceptor>) -> Self {
         let script = Script { body: body.into(), etag: Some("\"one\"".to_owned()), ..Script::default() };
         let script = Arc::new(Mutex::new(script));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let router = Router::new().fallback(answer).with_state(Arc::clone(&script));
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let task = tokio::spawn(async move {
-            let _ = axum::serve(listener, router).await;
+            let _ = match tls {
+                Some(acceptor) => axum::serve(TlsListener { listener, acceptor }, router).await,
+                None => axum::serve(listener, router).await,
+            };
         });
-        Self { script, port, task }
+        Self { script, scheme, port, task }
     }
 
     pub(super) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}/models/m.gguf", self.port)
+        format!("{}://127.0.0.1:{}/models/m.gguf", self.scheme, self.port)
     }
 
     fn change(&self, change: impl FnOnce(&mut Script)) {
@@ -112,6 +139,31 @@ impl Origin {
 
     pub(super) fn bytes_sent(&self) -> usize {
         self.script.lock().expect("lock").bytes_sent
+    }
+}
+
+struct TlsListener {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl axum::serve::Listener for TlsListener {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            // A client that does not trust the certificate hangs up; the next one is served.
+            if let Ok((stream, address)) = self.listener.accept().await
+                && let Ok(stream) = self.acceptor.accept(stream).await
+            {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.listener.local_addr()
     }
 }
 

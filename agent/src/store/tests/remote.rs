@@ -236,6 +236,35 @@ async fn addresses_are_checked_as_literals_as_names_and_after_redirects() {
 }
 
 #[tokio::test]
+async fn certificates_are_checked_and_encryption_is_not_given_up() {
+    let (body, sha256) = model();
+    let (origin, authority) = Origin::serving_tls(body).await;
+    let source = source(&origin.url());
+
+    let strict = Fixture::with(|config| config.allow_http = false).await;
+    let error = strict.ensure(&source).await.expect_err("nobody vouches for the server");
+    assert_eq!(error.reason(), "DownloadFailed");
+    assert!(error.detail().contains("certificate"), "{}", error.detail());
+    assert_eq!(origin.seen().len(), 0);
+
+    let pem = strict.root.path().join("ca.pem");
+    std::fs::write(&pem, authority).expect("written");
+    let trusting = Fixture::with(|config| {
+        config.allow_http = false;
+        config.ca_file = Some(pem);
+    })
+    .await;
+    origin.fail([Fault::RedirectTo("http://127.0.0.1:9/m.gguf".to_owned())]);
+    let error = trusting.ensure(&source).await.expect_err("redirected to plain HTTP");
+    assert!(error.detail().contains("redirected to http://"), "{}", error.detail());
+
+    origin.fail([Fault::CutAfter(100_000)]);
+    let stored = trusting.ensure(&source).await.expect("fetched and resumed");
+    assert_eq!(stored.sha256.as_ref(), Some(&sha256));
+    assert_eq!(origin.seen().last(), Some(&get(Some("bytes=100000-"), Some("\"one\""))));
+}
+
+#[tokio::test]
 async fn redirects_are_followed_five_times() {
     let (body, _) = model();
     let origin = Origin::serving(body).await;
