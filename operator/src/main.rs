@@ -1,5 +1,6 @@
 //! The operator's process: parse, log, run, end with a code that tells.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use altiplano_operator::args::{Args, LogFormat};
@@ -47,7 +48,10 @@ fn start(args: Args) -> anyhow::Result<()> {
 
 fn log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

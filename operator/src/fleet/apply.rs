@@ -251,14 +251,15 @@ fn fenced(write: &Write, status: &kube::core::Status) -> bool {
 /// and again (because somebody else changes the object back) is done more and more seldom.
 #[derive(Debug, Default)]
 pub struct Pauses {
-    failed: BTreeMap<PauseKey, (u32, Duration)>,
-    done: BTreeMap<PauseKey, Done>,
+    failed: BTreeMap<PauseKey, Tried>,
+    done: BTreeMap<PauseKey, Tried>,
 }
 
+/// What was written, how often in a row, and until when it is not to be written again. Another content is another write.
 #[derive(Debug)]
-struct Done {
+struct Tried {
     content: u64,
-    repeats: u32,
+    times: u32,
     until: Duration,
 }
 
@@ -286,25 +287,25 @@ impl Pauses {
     /// The time from which it may.
     pub fn due(&self, write: &Write, now: Duration) -> Result<(), Duration> {
         let key = Self::key(write);
-        match (self.failed.get(&key), self.done.get(&key)) {
-            (Some((_, until)), _) if *until > now => Err(*until),
-            (_, Some(done)) if done.until > now && done.content == content(write) => Err(done.until),
-            _ => Ok(()),
+        let mut tried = self.failed.get(&key).into_iter().chain(self.done.get(&key)).filter(|tried| tried.until > now);
+        match tried.find(|tried| tried.content == content(write)) {
+            Some(tried) => Err(tried.until),
+            None => Ok(()),
         }
     }
 
     /// Notes how a write went; answers when it may be tried again if it failed.
     pub fn note(&mut self, write: &Write, result: &Result<(), WriteError>, now: Duration) -> Option<Duration> {
-        let key = Self::key(write);
+        let (key, content) = (Self::key(write), content(write));
+        let times =
+            |tried: Option<&Tried>| tried.filter(|tried| tried.content == content).map_or(0, |tried| tried.times);
         let Err(error) = result else {
             self.failed.remove(&key);
-            let content = content(write);
-            let before = self.done.get(&key).filter(|done| done.content == content);
-            let repeats = before.map_or(0, |done| done.repeats + 1);
-            self.done.insert(key, Done { content, repeats, until: now + pause(repeats) });
+            let repeats = times(self.done.get(&key));
+            self.done.insert(key, Tried { content, times: repeats + 1, until: now + pause(repeats) });
             return None;
         };
-        let tries = self.failed.get(&key).map_or(0, |(tries, _)| *tries);
+        let tries = times(self.failed.get(&key));
         // A conflict means that something newer is on its way here: no reason to wait long.
         let conflict = error.reason() == "Conflict";
         let pause = if conflict { pause(tries) / 10 } else { pause(tries) };
@@ -312,14 +313,14 @@ impl Pauses {
             let (kind, verb, namespace, name) = &key;
             warn!(kind, verb, namespace, name, tries, error = %chain(error), "write failed; trying again");
         }
-        self.failed.insert(key, (tries + 1, now + pause));
+        self.failed.insert(key, Tried { content, times: tries + 1, until: now + pause });
         Some(now + pause)
     }
 
     /// Forgets what is long past.
     pub fn prune(&mut self, now: Duration) {
-        self.failed.retain(|_, (_, until)| *until + LONGEST_PAUSE * 2 > now);
-        self.done.retain(|_, done| done.until + LONGEST_PAUSE * 2 > now);
+        self.failed.retain(|_, tried| tried.until + LONGEST_PAUSE * 2 > now);
+        self.done.retain(|_, tried| tried.until + LONGEST_PAUSE * 2 > now);
     }
 }
 

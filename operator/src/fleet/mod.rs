@@ -129,10 +129,8 @@ impl Planner {
 
     fn decide_model(&self, fleet: &Fleet, model: &Model, plan: &ModelPlan, round: &mut Round, now: Now) {
         let mut notes = Vec::new();
-        if let Some(write) = diff::finalizer(model, plan)
-            && round.add(&self.pauses, write, now.mono)
-            && !plan.drain_timed_out.is_empty()
-        {
+        let finalizes = diff::finalizer(model, plan).is_some_and(|write| round.add(&self.pauses, write, now.mono));
+        if finalizes && !plan.drain_timed_out.is_empty() {
             let note = format!("deleted without waiting any longer for {}", plan.drain_timed_out.join(", "));
             notes.push(Note { warning: true, reason: reasons::DRAIN_TIMED_OUT.to_owned(), note });
         }
@@ -143,9 +141,9 @@ impl Planner {
         let status = status::status(fleet, model, plan, &children.service, &self.url_suffix, now);
         let urgent = readiness(&model.status) != readiness(&status);
         let news = events::events(&model.status, &status);
-        // With its finalizer goes the model: there is no status to be written any more.
+        // Both at a time would be a conflict; and with its finalizer a deleted model goes.
         let gone = model.deleting && plan.finalizer == FinalizerStep::Remove;
-        if let Some(write) = diff::status(model, status).filter(|_| !gone) {
+        if let Some(write) = diff::status(model, status).filter(|_| !finalizes && !gone) {
             match self.throttle.due(&model.uid, urgent, now.mono) {
                 Ok(()) if round.add(&self.pauses, write, now.mono) => notes.extend(news),
                 Ok(()) => {}

@@ -14,6 +14,13 @@ use super::seen::Model;
 /// Nodes that are asked at the same time how much memory a model needs, when those asked before cannot tell.
 const MOST_ASKED: usize = 8;
 
+/// Points of a node, in thousandths of a full one; the fewest win. For each model that it holds …
+const CROWD: i64 = 10;
+/// … for a taint that says that others are to be preferred …
+const RATHER_NOT: i64 = 500;
+/// … and off, when the file is there already.
+const FILE_PRESENT: i64 = 250;
+
 /// What was found.
 #[derive(Default)]
 pub(super) struct Survey<'a> {
@@ -80,12 +87,13 @@ impl<'a> Round<'a> {
             return Err(Why::Refused { reason: refusal.reason.clone(), message: refusal.message.clone() });
         }
         let claims = self.claims(draft, &model.uid);
-        let mut rank = 0;
+        // Small models fill no memory and still share what computes.
+        let mut rank = CROWD.saturating_mul(i64::try_from(claims.len()).unwrap_or(i64::MAX));
         if rather_not(model, node, self.now.wall) {
-            rank += 500;
+            rank += RATHER_NOT;
         }
         if file_present(model, draft) {
-            rank -= 250;
+            rank -= FILE_PRESENT;
         }
         let Some(need) = self.need(model, draft) else {
             // Without the need: as full as it is now.
