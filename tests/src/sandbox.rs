@@ -29,7 +29,9 @@ const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 while read -r _; do :; done
 for _ in 1 2 3 4 5 6 7 8 9 10; do
-    marked=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null) || break
+    # grep's exit code also tells of what it may not read and of processes that ended meanwhile.
+    marked=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null)
+    [ -n "$marked" ] || break
     for file in $marked; do pid=${file#/proc/}; kill -KILL "${pid%/environ}" 2>/dev/null; done
     sleep 0.1
 done
