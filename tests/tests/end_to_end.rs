@@ -108,7 +108,7 @@ async fn what_is_killed_comes_back() -> Result<()> {
     let other = world.wait_for_endpoints("other", 1).await?.remove(0).url;
 
     // One worker: the other model never notices.
-    let victim = worker_of(&world, "toy").await?;
+    let victim = worker_of(&world, "toy")?;
     let begun = Instant::now();
     rustix::process::kill_process(
         rustix::process::Pid::from_raw(i32::try_from(victim)?).context("a pid")?,
@@ -116,7 +116,7 @@ async fn what_is_killed_comes_back() -> Result<()> {
     )?;
     assert_eq!(content(&ask(&other, "other", &prompt).await?)?, answer);
     wait_for("another worker", SOON, || async {
-        let pid = worker_of(&world, "toy").await.map_err(|error| error.to_string())?;
+        let pid = worker_of(&world, "toy").map_err(|error| error.to_string())?;
         if pid == victim { Err(format!("still {pid}")) } else { Ok(()) }
     })
     .await?;
@@ -252,25 +252,27 @@ fn alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// The worker that serves a model: the process whose command line or open socket names its uid.
-async fn worker_of(world: &Scenario, name: &str) -> Result<u32> {
-    let uid = world.get(name).await?.metadata.uid.context("a uid")?;
-    let sockets = std::fs::read_to_string("/proc/net/unix")?;
-    for pid in workers(&world.agents[0]) {
-        let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        for entry in entries.flatten() {
-            let Ok(target) = std::fs::read_link(entry.path()) else { continue };
-            let target = target.to_string_lossy().into_owned();
-            let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else { continue };
-            if sockets
-                .lines()
-                .any(|line| line.split_whitespace().any(|field| field == inode) && line.contains(&uid[..8]))
-            {
-                return Ok(pid);
-            }
-        }
-    }
-    anyhow::bail!("no worker of {name} ({uid})")
+/// The worker that serves a model: the agent's log names its number, the number its socket, and the kernel its process.
+fn worker_of(world: &Scenario, name: &str) -> Result<u32> {
+    let agent = &world.agents[0];
+    let model = format!("model=\"{}/{name}\"", world.namespace);
+    let log = agent.proc.log();
+    let loaded = log.lines().rfind(|line| line.contains("loading the model") && line.contains(&model));
+    let number = loaded.and_then(|line| line.split_once("worker=")?.1.split(' ').next()).context("never loaded")?;
+    let listening = std::fs::read_to_string("/proc/net/unix")?;
+    let inodes: Vec<_> = listening
+        .lines()
+        .filter(|line| line.ends_with(&format!("/{number}.sock")))
+        .filter_map(|line| line.split_whitespace().nth(6))
+        .map(|inode| format!("socket:[{inode}]"))
+        .collect();
+    let holds = |pid: &u32| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        files
+            .filter_map(|file| std::fs::read_link(file.path()).ok())
+            .any(|target| inodes.iter().any(|inode| target.as_os_str() == inode.as_str()))
+    };
+    workers(agent).into_iter().find(holds).with_context(|| format!("no process has the socket of worker {number}"))
 }
 
 fn sockets_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use crate::command::{command, find, output};
 
 /// What the build and the tests need, each with what for.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("ca-certificates", "downloads over TLS"),
     ("cmake", "llama.cpp's build"),
     ("curl", "client tests"),
@@ -17,6 +17,7 @@ const PACKAGES: [(&str, &str); 12] = [
     ("mesa-vulkan-drivers", "a GPU in software for tests"),
     ("ninja-build", "llama.cpp's build"),
     ("pkg-config", "llama.cpp's build"),
+    ("prometheus", "promtool, which reads our metrics in tests"),
     ("python3", "client tests"),
     ("python3-venv", "client tests"),
     ("spirv-headers", "llama.cpp's Vulkan backend"),
@@ -45,6 +46,9 @@ pub(super) fn packages() -> Result<()> {
         let start = Instant::now();
         output(privileged(root, "env").args([
             "DEBIAN_FRONTEND=noninteractive",
+            // Programs are wanted, no service that starts by itself.
+            "RUNLEVEL=1",
+            "SYSTEMD_OFFLINE=1",
             "apt-get",
             "install",
             "--yes",
