@@ -43,6 +43,7 @@ impl ApiError {
     }
 
     /// 400: `param` is missing.
+    #[must_use]
     pub fn missing(param: &'static str) -> Self {
         Self { param: Some(param.to_owned()), ..Self::bad_request(format!("you must provide '{param}'")) }
             .with_code("missing_required_parameter")

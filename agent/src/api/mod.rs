@@ -78,7 +78,7 @@ impl Default for ApiOptions {
             body_limit: DEFAULT_BODY_LIMIT,
             body_timeout: Duration::from_secs(30),
             ping_interval: Duration::from_secs(10),
-            stuck_after: Duration::from_secs(120),
+            stuck_after: Duration::from_mins(2),
         }
     }
 }
@@ -444,10 +444,10 @@ async fn one_model(State(state): State<ApiState>, Path(id): Path<String>) -> Res
 }
 
 async fn health(State(state): State<ApiState>) -> Response {
-    let stats = state.engine().stats();
-    let stuck = stats.step_age > state.0.options.stuck_after;
+    let now = state.engine().stats();
+    let stuck = now.step_age > state.0.options.stuck_after;
     let (status, word) = if stuck { (StatusCode::SERVICE_UNAVAILABLE, "stuck") } else { (StatusCode::OK, "ok") };
-    let body = serde_json::json!({"status": word, "running": stats.running, "waiting": stats.waiting});
+    let body = serde_json::json!({"status": word, "running": now.running, "waiting": now.waiting});
     (status, Json(body)).into_response()
 }
 

@@ -176,8 +176,11 @@ fn include_usage(fields: &Fields, stream: bool) -> Result<bool, ApiError> {
     }
 }
 
+/// Whether a value asks for nothing.
+pub type IsNeutral = fn(&Value) -> bool;
+
 /// Fields that cannot be honoured, with the test for a value that asks for nothing.
-pub const UNSUPPORTED: [(&str, fn(&Value) -> bool); 34] = [
+pub const UNSUPPORTED: [(&str, IsNeutral); 34] = [
     ("tools", is_empty),
     ("functions", is_empty),
     ("tool_choice", is_none_word),

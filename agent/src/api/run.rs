@@ -13,7 +13,7 @@ use futures::stream::{BoxStream, SelectAll};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
-use super::wire::{self, Answer, ChoiceBody, FINGERPRINT, Message, Said, Shape};
+use super::wire::{self, Answer, ChoiceBody, FINGERPRINT, Message, Said, Shape, UsageSlot};
 use super::{ApiState, sse};
 use crate::engine::{FinishReason, GenerateEvent, GenerateRequest, Timings, TokenLogprob, Usage};
 use crate::metrics::{EndReason, RequestMetrics};
@@ -206,7 +206,7 @@ impl Run {
         });
         let choices = choices.collect();
         let mut answer = self.head(false, choices);
-        answer.usage = Some(Some(usage));
+        answer.usage = Some(UsageSlot::Now(usage));
         answer.timings = Some(timings);
         Ok(Json(answer).into_response())
     }
@@ -286,7 +286,7 @@ impl Stream {
             if self.run.include_usage {
                 let (usage, timings) = self.run.totals();
                 let mut last = self.run.head(true, Vec::new());
-                last.usage = Some(Some(usage));
+                last.usage = Some(UsageSlot::Now(usage));
                 last.timings = Some(timings);
                 let frame = sse::data(&last);
                 self.push_frame(frame);
@@ -331,7 +331,7 @@ impl Stream {
             model: run.state.served_name(),
             system_fingerprint: FINGERPRINT,
             choices,
-            usage: run.include_usage.then_some(None),
+            usage: run.include_usage.then_some(UsageSlot::Later),
             timings: None,
         };
         // Without a chunk for usage, the last one of all tells the timings, as llama-server's does.

@@ -91,7 +91,6 @@ impl ChatTemplate {
 #[error("{0}")]
 struct Raised(String);
 
-#[expect(clippy::needless_pass_by_value, reason = "minijinja's functions take owned arguments")]
 fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
 }

@@ -48,9 +48,8 @@ pub(crate) struct Answer<'a> {
     pub(crate) model: &'a str,
     pub(crate) system_fingerprint: &'static str,
     pub(crate) choices: Vec<ChoiceBody<'a>>,
-    /// `Some(None)` is written as null: in every chunk but the last when usage was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) usage: Option<Option<UsageBody>>,
+    pub(crate) usage: Option<UsageSlot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) timings: Option<TimingsBody>,
 }
@@ -88,6 +87,15 @@ pub(crate) fn finish_word(reason: FinishReason) -> &'static str {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
     }
+}
+
+/// What stands in `usage` where it stands at all.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum UsageSlot {
+    /// Null: in every chunk but the last when usage was asked for.
+    Later,
+    Now(UsageBody),
 }
 
 /// OpenAI's `usage`.

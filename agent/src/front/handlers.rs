@@ -95,7 +95,8 @@ async fn route(
         return generate(shared, visit, request, id, counted).await;
     }
     let is_models = path == "/v1/models" || path.starts_with("/v1/models/");
-    if !is_models && !(path == "/health" && matches!(visit.door, Door::Model(_))) {
+    let is_health = path == "/health" && matches!(visit.door, Door::Model(_));
+    if !(is_models || is_health) {
         return Err(ApiError::unknown_path(&method, &path));
     }
     if method != Method::GET && method != Method::HEAD {

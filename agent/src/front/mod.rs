@@ -147,9 +147,10 @@ impl Front {
     /// Says where requests for the model go from now on. Call it again with the same socket when another worker listens
     /// there: requests that wait for news of the old one see it by that.
     pub fn route(&self, uid: &str, route: Route) {
-        match self.model(uid) {
-            Some(model) => model.set_route(route),
-            None => tracing::debug!(uid, "a route for a model that is not published"),
+        if let Some(model) = self.model(uid) {
+            model.set_route(route);
+        } else {
+            tracing::debug!(uid, "a route for a model that is not published");
         }
     }
 

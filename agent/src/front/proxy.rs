@@ -126,6 +126,7 @@ async fn ready(
             }
         }
         let published = model.published();
+        // After the wake: who is refused here finds the model loaded when it comes again, also where none may wait.
         if !std::mem::replace(&mut admitted, true) && model.activity().waiting > published.max_queued() {
             return Err(ApiError::queue_full(published.max_queued(), 5));
         }

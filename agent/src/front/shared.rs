@@ -38,12 +38,12 @@ impl Default for FrontLimits {
     fn default() -> Self {
         Self {
             connections: 1024,
-            head_timeout: Duration::from_secs(60),
+            head_timeout: Duration::from_mins(1),
             body_timeout: Duration::from_secs(30),
             body_limit: crate::api::DEFAULT_BODY_LIMIT,
             buffered_bytes: 256 << 20,
             ping_interval: Duration::from_secs(10),
-            worker_silence: Duration::from_secs(60),
+            worker_silence: Duration::from_mins(1),
             scrape_timeout: Duration::from_secs(2),
         }
     }

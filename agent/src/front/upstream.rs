@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 const IDLE_CONNECTIONS: usize = 32;
 
 /// How long they do.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A client for all workers of the node; clones share its connections.
 #[derive(Clone)]

@@ -175,13 +175,11 @@ fn belongs(sample: &str, family: &str, kind: &str) -> bool {
 
 fn family<'f>(families: &'f mut Vec<(String, Family)>, name: &str) -> &'f mut Family {
     // A well-formed exposition names the family that came last, or a new one.
-    let at = match families.iter().rposition(|(known, _)| known == name) {
-        Some(at) => at,
-        None => {
-            families.push((name.to_owned(), Family::default()));
-            families.len() - 1
-        }
-    };
+    let known = families.iter().rposition(|(known, _)| known == name);
+    let at = known.unwrap_or(families.len());
+    if known.is_none() {
+        families.push((name.to_owned(), Family::default()));
+    }
     &mut families[at].1
 }
 
@@ -191,7 +189,7 @@ fn split_sample(line: &str) -> Option<(&str, f64)> {
         Some(open) => {
             let mut quoted = false;
             let mut escaped = false;
-            let close = line[open..].char_indices().find_map(|(at, letter)| {
+            line[open..].char_indices().find_map(|(at, letter)| {
                 match letter {
                     _ if escaped => escaped = false,
                     '\\' if quoted => escaped = true,
@@ -200,8 +198,7 @@ fn split_sample(line: &str) -> Option<(&str, f64)> {
                     _ => {}
                 }
                 None
-            })?;
-            close
+            })?
         }
         None => line.find(' ')?,
     };
