@@ -50,6 +50,9 @@ pub struct Mirror<S> {
 #[derive(Debug)]
 struct State<S> {
     objects: HashMap<Key, Kept<S>>,
+    /// What has been deleted lately. The answer to a write may come after the news of the deletion that followed it, and
+    /// must not bring the object back.
+    deleted: HashMap<Key, (u64, Duration)>,
     listed: bool,
     last_event: Option<Duration>,
 }
@@ -63,7 +66,14 @@ struct Kept<S> {
 
 impl<S> Default for Mirror<S> {
     fn default() -> Self {
-        Self { state: RwLock::new(State { objects: HashMap::new(), listed: false, last_event: None }) }
+        Self {
+            state: RwLock::new(State {
+                objects: HashMap::new(),
+                deleted: HashMap::new(),
+                listed: false,
+                last_event: None,
+            }),
+        }
     }
 }
 
@@ -98,7 +108,7 @@ impl<S: Seen> Mirror<S> {
         self.write(|state| state.insert(object, now))
     }
 
-    /// Forgets an object that the operator has deleted. True when the planner must look again.
+    /// Forgets an object that is gone: the operator has deleted it, or a write has not found it. True when the planner must look again.
     pub fn forget(&self, namespace: &str, name: &str, uid: &str) -> bool {
         let key = (namespace.to_owned(), name.to_owned());
         self.write(|state| {
@@ -134,14 +144,19 @@ impl<S: Seen> State<S> {
         if previous.is_some_and(|kept| kept.version > version && version != u64::MAX) {
             return false;
         }
+        if self.deleted.get(&key).is_some_and(|(deleted, _)| *deleted >= version) {
+            return false;
+        }
         let seen = S::see(object, previous.map(|kept| &*kept.seen), now);
         let news = previous.is_none_or(|kept| kept.uid != uid || seen.is_news(&kept.seen));
         self.objects.insert(key, Kept { version, uid, seen: Arc::new(seen) });
         news
     }
 
-    fn remove(&mut self, object: &S::Object) -> bool {
+    fn remove(&mut self, object: &S::Object, now: Duration) -> bool {
         let (key, version) = (key(object), version(object));
+        self.deleted.retain(|_, (_, at)| *at + LATE_ANSWER > now);
+        self.deleted.insert(key.clone(), (version, now));
         let newer = self.objects.get(&key).is_some_and(|kept| kept.version > version);
         !newer && self.objects.remove(&key).is_some()
     }
@@ -154,6 +169,9 @@ impl<S: Seen> State<S> {
         first || self.objects.len() != before
     }
 }
+
+/// How late the answer to a write may come.
+const LATE_ANSWER: Duration = Duration::from_mins(1);
 
 /// Pauses between tries of a broken watch. A short cap: after an outage of the API server, seconds count more than its
 /// load by a handful of watches.
@@ -214,11 +232,52 @@ pub async fn follow<S: Seen>(
                 }
                 Event::InitDone => state.retain_listed(&std::mem::take(&mut listed)),
                 Event::Apply(object) => state.insert(object, now),
-                Event::Delete(object) => state.remove(&object),
+                Event::Delete(object) => state.remove(&object, now),
             }
         });
         if news {
             wake.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Node;
+
+    use super::*;
+    use crate::fleet::seen::NodeSeen;
+
+    fn node(version: &str, cordoned: bool) -> Node {
+        let mut node = Node::default();
+        node.metadata.name = Some("a".to_owned());
+        node.metadata.uid = Some("u".to_owned());
+        node.metadata.resource_version = Some(version.to_owned());
+        node.spec.get_or_insert_default().unschedulable = Some(cordoned);
+        node
+    }
+
+    #[test]
+    fn the_newest_version_stays_whatever_order_it_comes_in() {
+        let mirror = Mirror::<NodeSeen>::default();
+        assert!(mirror.insert(node("9", true), Duration::ZERO), "news");
+        assert!(!mirror.insert(node("10", true), Duration::ZERO), "a heartbeat is no news");
+        assert!(!mirror.insert(node("9", false), Duration::ZERO), "older");
+        assert!(mirror.all()[0].1.cordoned);
+    }
+
+    #[test]
+    fn a_late_answer_does_not_bring_back_what_is_deleted() {
+        let mirror = Mirror::<NodeSeen>::default();
+        mirror.insert(node("5", false), Duration::ZERO);
+        assert!(mirror.write(|state| state.remove(&node("7", false), Duration::ZERO)));
+        assert!(!mirror.insert(node("6", false), Duration::ZERO), "the answer to a write before the deletion");
+        assert!(mirror.all().is_empty());
+        assert!(mirror.insert(node("8", false), Duration::ZERO), "made again");
+        assert!(
+            !mirror.write(|state| state.remove(&node("7", false), Duration::ZERO)),
+            "the deletion of the one before"
+        );
+        assert_eq!(mirror.all().len(), 1);
     }
 }

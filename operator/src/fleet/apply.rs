@@ -124,8 +124,28 @@ impl Writer {
         match tokio::time::timeout(TIMEOUT, self.send(write)).await {
             Err(_) => Err(WriteError::TimedOut),
             Ok(Err(kube::Error::Api(status))) if fenced(write, &status) => Err(WriteError::Fenced(name)),
-            Ok(result) => result.map_err(WriteError::Api),
+            Ok(result) => {
+                if let Err(kube::Error::Api(status)) = &result
+                    && status.is_not_found()
+                {
+                    self.forget(write);
+                }
+                result.map_err(WriteError::Api)
+            }
         }
+    }
+
+    /// What a write has not found is gone, whatever the watch has said so far.
+    fn forget(&self, write: &Write) {
+        let mirrors = &self.mirrors;
+        match write {
+            Write::Finalizers { target, .. } | Write::Status { target, .. } => {
+                mirrors.models.forget(&target.namespace, &target.name, &target.uid)
+            }
+            Write::RestoreService(target, _) => mirrors.services.forget(&target.namespace, &target.name, &target.uid),
+            Write::ApplySlice(target, _) => mirrors.slices.forget(&target.namespace, &target.name, &target.uid),
+            _ => false,
+        };
     }
 
     async fn send(&self, write: &Write) -> kube::Result<()> {
