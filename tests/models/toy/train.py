@@ -2,12 +2,11 @@
 """Trains the toy chat model and writes it as a GGUF file. See README.md beside this file.
 
     python3 -m venv venv && venv/bin/pip install jax numpy regex
-    venv/bin/python train.py --out first.gguf || true
-    venv/bin/python train.py --start first.npz --steps 560 --seed 8
+    venv/bin/python train.py
 
 The model is a llama of about two million parameters with a byte-level BPE tokenizer (pre-tokenizer `gpt-2`) and
-ChatML. It is trained on corpus.txt and on what `Teacher` makes up. Before anything is written, the quantised weights
-answer every question of the demo, and the script fails unless each token wins by a clear margin.
+ChatML. It is trained on corpus.txt and on what `Teacher` makes up. At the end the quantised weights answer every question of
+the demo; those whose every token wins by a clear margin go to questions.json, and the script fails when they are too few.
 """
 
 import argparse
@@ -36,6 +35,7 @@ ROPE_BASE, EPS = 10000.0, 1e-5
 CONTEXT = 4096  # the positions that training reaches, by jumps
 ROW, BATCH = 448, 4
 MARGIN = 2.0
+MUST_KNOW = ["Hello!", "What is a llama?", "What is Kubernetes?", "Tell me a long story about the altiplano."]
 
 # ---------------------------------------------------------------- the corpus
 
@@ -634,20 +634,21 @@ def main():
     params = load(args.start) if args.start else init(jax.random.PRNGKey(args.seed))
     params = train(tok, teacher, params, args.steps, args.seed, 0.6 if args.start else 1.0, args.out.with_suffix(".npz"))
     params = quantized(params)
-    items, failed = questions(tok, pairs, texts), 0
+    items, firm = questions(tok, pairs, texts), []
     for item in items:
         prompt, expected = as_ids(tok, item)
         worst = examine(params, tok, prompt, expected)
-        failed += worst < MARGIN
+        if worst >= MARGIN:
+            firm.append(item)
         print(f"{'ok ' if worst >= MARGIN else 'BAD'} margin {worst:6.2f}  {len(expected):3} tokens  {item.get('prompt') or item['messages'][-1]['content']}")
-    print(f"{failed} of {len(items)} below the margin of {MARGIN}")
+    print(f"{len(firm)} of {len(items)} answers are firm; the others are left out of {args.questions.name}")
     save(args.out.with_suffix(".npz"), params)
-    if failed:
-        write_gguf(args.out.with_suffix(".failed.gguf"), params, tok)
-        raise SystemExit(1)
+    missing = [q for q in MUST_KNOW if not any(i.get("messages", [{}])[-1].get("content") == q for i in firm)]
+    if missing or len(firm) < 0.8 * len(items):
+        raise SystemExit(f"not good enough; train on with --start {args.out.with_suffix('.npz')}. Missing: {missing}")
     write_gguf(args.out, params, tok)
     args.out.with_suffix(".sha256").write_text(hashlib.sha256(args.out.read_bytes()).hexdigest() + "\n")
-    args.questions.write_text(json.dumps(items, indent=1, ensure_ascii=False) + "\n")
+    args.questions.write_text(json.dumps(firm, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {args.out} ({args.out.stat().st_size} bytes)")
 
 
