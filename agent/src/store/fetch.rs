@@ -224,12 +224,11 @@ impl Fetch<'_> {
             drop(guard);
             written
         });
-        let broken = match response {
-            Some(response) => self.pump(response, keep, total, chunks).await.err(),
-            None => {
-                drop(chunks);
-                None
-            }
+        let broken = if let Some(response) = response {
+            self.pump(response, keep, total, chunks).await.err()
+        } else {
+            drop(chunks);
+            None
         };
         // The writer's error is the cause when the pump ended because of it.
         let written = writing.await.map_err(|e| StoreError::io("write the file")(e.into()))??;

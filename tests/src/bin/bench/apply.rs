@@ -75,7 +75,7 @@ async fn measure(world: &Scenario, place: &str, rows: &mut Vec<Row>) -> Result<(
     }
     for (what, times) in [("Ready", &mut ready), ("first token", &mut first_token)] {
         times.sort();
-        let spread = (percentile(times, 75) - percentile(times, 25)).as_secs_f64();
+        let spread = percentile(times, 75).as_secs_f64() - percentile(times, 25).as_secs_f64();
         let row =
             |p: usize| Row::new(format!("apply to {what}, {place}, p{p}"), "s", percentile(times, p).as_secs_f64());
         rows.push(row(50).below(1.0).spread(spread));
