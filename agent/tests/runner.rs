@@ -1,0 +1,327 @@
+//! The worker process: what the agent starts, reads, and ends. Vulkan runs on Mesa's software driver.
+#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use altiplano_agent::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport};
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention, TrafficSpec};
+use altiplano_test_models::{BadFile, Spec, toy};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Longest wait for anything: a software driver compiles its shaders, on a busy machine in a minute.
+const PATIENCE: Duration = Duration::from_mins(3);
+
+/// Makes llama.cpp use Mesa's software driver, which it passes over otherwise.
+const VULKAN: [(&str, &str); 1] = [("GGML_VK_VISIBLE_DEVICES", "0")];
+
+fn config(folder: &Path, model_path: PathBuf) -> RunnerConfig {
+    RunnerConfig {
+        uid: "uid".to_owned(),
+        revision: "1".to_owned(),
+        namespace: "default".to_owned(),
+        name: "test".to_owned(),
+        served_name: "test".to_owned(),
+        model_path,
+        chat_template: None,
+        socket: folder.join("worker.sock"),
+        context: ContextSpec { min_tokens: Some(512), max_tokens: Some(1024), parallel: 2, ..ContextSpec::default() },
+        engine: EngineSpec::default(),
+        traffic: TrafficSpec::default(),
+        devices: Vec::new(),
+        gpu_layers: None,
+        threads: 2,
+    }
+}
+
+/// A worker process; killed when the test ends without having ended it.
+struct Worker {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    log: PathBuf,
+}
+
+impl Worker {
+    fn start(folder: &Path, arguments: &[&str], environment: &[(&str, &str)], input: &str) -> Self {
+        let log = folder.join("worker.log");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_altiplano-agent"))
+            .arg("runner")
+            .args(arguments)
+            .env_remove("GGML_VK_VISIBLE_DEVICES")
+            .envs(environment.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log).expect("a log file"))
+            .spawn()
+            .expect("the worker starts");
+        let mut stdin = child.stdin.take().expect("standard input");
+        // A worker that has failed already reads nothing.
+        let _ = writeln!(stdin, "{input}");
+        let stdout = BufReader::new(child.stdout.take().expect("standard output"));
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Self { child, stdin: Some(stdin), lines, log }
+    }
+
+    fn serve(folder: &Path, config: &RunnerConfig, environment: &[(&str, &str)]) -> Self {
+        Self::start(folder, &[], environment, &serde_json::to_string(config).expect("JSON"))
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_else(|error| error.to_string())
+    }
+
+    /// The next line of standard output; `None` at its end.
+    fn line(&self) -> Option<String> {
+        match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => Some(line),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("the worker says nothing for minutes; its log:\n{}", self.log()),
+        }
+    }
+
+    fn event(&self) -> Option<RunnerEvent> {
+        let line = self.line()?;
+        Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")))
+    }
+
+    fn ready(&self) -> RunnerReport {
+        let mut last = 0;
+        loop {
+            match self.event() {
+                Some(RunnerEvent::Loading { percent }) => {
+                    assert!(percent >= last, "{percent} after {last}");
+                    last = percent;
+                }
+                Some(RunnerEvent::Ready(report)) => return report,
+                other => panic!("{other:?} instead of Ready; the log:\n{}", self.log()),
+            }
+        }
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let id = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw).expect("a process id");
+        rustix::process::kill_process(id, signal).expect("the signal is sent");
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child's status") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the worker does not end; its log:\n{}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Asks a worker over its socket.
+async fn post(socket: &Path, path: &str, body: &Value) -> (u16, Value) {
+    let exchange = async {
+        let stream = tokio::net::UnixStream::connect(socket).await.expect("the socket accepts");
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
+        tokio::spawn(connection);
+        let request = hyper::Request::post(path)
+            .header("host", "worker")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body.to_string())))
+            .expect("a request");
+        let response = sender.send_request(request).await.expect("a response");
+        let status = response.status().as_u16();
+        let bytes = response.into_body().collect().await.expect("a body").to_bytes();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    };
+    tokio::time::timeout(PATIENCE, exchange).await.expect("an answer within minutes")
+}
+
+fn chat(question: &str) -> Value {
+    json!({"model": "test", "temperature": 0, "messages": [{"role": "user", "content": question}]})
+}
+
+/// Asks a question whose answer is known.
+async fn check_answer(socket: &Path) {
+    let question = toy::questions().into_iter().find(|question| question.messages.len() == 1).expect("a question");
+    let (status, body) = post(socket, "/v1/chat/completions", &chat(&question.messages[0].content)).await;
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(body["choices"][0]["message"]["content"], question.answer, "{body}");
+    assert_eq!(body["choices"][0]["finish_reason"], "stop", "{body}");
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_worker_serves_until_it_is_told_to_end() {
+    let folder = folder();
+    let config = config(folder.path(), toy::path());
+    let mut worker = Worker::serve(folder.path(), &config, &[]);
+    let report = worker.ready();
+    assert_eq!((report.context_tokens, report.max_tokens, report.parallel), (512, 1024, 2));
+    assert_eq!((report.layers_offloaded, report.layers_total), (0, 5));
+    let mode = fs::metadata(&config.socket).expect("the socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "only this user may connect");
+    check_answer(&config.socket).await;
+
+    // From nobody to somebody and back is told at once.
+    let mut seen = Vec::new();
+    while seen.last() != Some(&0) {
+        match worker.event() {
+            Some(RunnerEvent::Activity { running, waiting }) => seen.push(running + waiting),
+            Some(RunnerEvent::Changed(_)) => {}
+            other => panic!("{other:?} after {seen:?}"),
+        }
+    }
+    assert_eq!(seen.first(), Some(&1), "{seen:?}");
+
+    // A request that runs when the signal comes still gets its whole answer.
+    let socket = config.socket.clone();
+    let long = tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::LONG_QUESTION)).await });
+    assert!(matches!(
+        worker.event(),
+        Some(RunnerEvent::Activity { running: 1, .. }) | Some(RunnerEvent::Activity { waiting: 1, .. })
+    ));
+    worker.signal(rustix::process::Signal::TERM);
+    let (status, body) = long.await.expect("an answer");
+    assert_eq!((status, &body["choices"][0]["finish_reason"]), (200, &json!("stop")), "{body}");
+    let status = worker.wait();
+    assert_eq!(status.code(), Some(0), "{status}: {}", worker.log());
+    assert!(!config.socket.exists(), "the socket is gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_worker_ends_with_its_agent() {
+    let folder = folder();
+    let config = config(folder.path(), toy::path());
+    let mut worker = Worker::serve(folder.path(), &config, &[]);
+    worker.ready();
+    let socket = config.socket.clone();
+    let endless =
+        tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::ENDLESS_QUESTION)).await });
+    assert!(matches!(worker.event(), Some(RunnerEvent::Activity { .. })));
+    drop(worker.stdin.take());
+    let status = worker.wait();
+    assert!(status.success(), "{status}: {}", worker.log());
+    // Whatever it got, it got an end.
+    drop(endless.await);
+}
+
+#[test]
+fn a_worker_that_cannot_start_says_why() {
+    let folder = folder();
+    let path = folder.path().join("bad.gguf");
+    for (bad, reason, words) in [
+        (BadFile::NotGguf, "LoadFailed", "magic"),
+        (BadFile::Truncated, "LoadFailed", "not within the file bounds"),
+        (BadFile::UnknownArchitecture, "UnknownArchitecture", "guana"),
+    ] {
+        bad.write(&Spec::default(), &path).expect("a bad file");
+        let config = config(folder.path(), path.clone());
+        for arguments in [&[][..], &["--estimate"][..]] {
+            let input = serde_json::to_string(&config).expect("JSON");
+            let mut worker = Worker::start(folder.path(), arguments, &[], &input);
+            let failure = std::iter::from_fn(|| worker.event()).last();
+            let Some(RunnerEvent::Failed(failure)) = failure else { panic!("{bad:?} {arguments:?}: {failure:?}") };
+            assert_eq!(failure.reason, reason, "{bad:?}: {failure:?}");
+            assert!(failure.message.contains(words), "{bad:?}: {failure:?}");
+            assert_eq!(worker.wait().code(), Some(1));
+        }
+    }
+
+    let mut worker = Worker::start(folder.path(), &[], &[], "{\"uid\": 7}");
+    let Some(RunnerEvent::Failed(failure)) = worker.event() else { panic!("no failure: {}", worker.log()) };
+    assert_eq!(failure.reason, "InvalidConfig", "{failure:?}");
+    assert_eq!(worker.wait().code(), Some(1));
+}
+
+/// llama.cpp aborts on some files. That ends the worker and nobody else, and its log says why.
+#[test]
+fn a_file_that_aborts_llama_cpp_ends_only_its_worker() {
+    let folder = folder();
+    let path = folder.path().join("bad.gguf");
+    BadFile::NoLayers.write(&Spec::default(), &path).expect("a bad file");
+    let mut worker = Worker::serve(folder.path(), &config(folder.path(), path), &[]);
+    while let Some(event) = worker.event() {
+        assert!(matches!(event, RunnerEvent::Loading { .. } | RunnerEvent::Failed(_)), "{event:?}");
+    }
+    let status = worker.wait();
+    assert!(!status.success(), "{status}");
+    if let Some(signal) = status.signal() {
+        assert_eq!(signal, rustix::process::Signal::ABORT.as_raw(), "{status}");
+        assert!(worker.log().contains("llama.cpp aborts"), "{}", worker.log());
+    }
+}
+
+fn probe(environment: &[(&str, &str)]) -> ProbeReport {
+    let folder = folder();
+    let mut worker = Worker::start(folder.path(), &["--probe"], environment, "");
+    let line = worker.line().unwrap_or_else(|| panic!("no report: {}", worker.log()));
+    assert!(worker.wait().success(), "{}", worker.log());
+    serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
+}
+
+#[test]
+fn the_probe_lists_devices() {
+    let report = probe(&[]);
+    assert_eq!(report.devices.last().map(|device| device.id.as_str()), Some("CPU"), "{report:?}");
+    let report = probe(&VULKAN);
+    let [gpu, cpu] = report.devices.as_slice() else {
+        panic!("install mesa-vulkan-drivers: llama.cpp sees {report:?}");
+    };
+    assert_eq!((gpu.id.as_str(), gpu.backend.as_str(), gpu.kind.as_str()), ("Vulkan0", "Vulkan", "GPU"), "{gpu:?}");
+    assert!(gpu.memory_total_bytes > 1 << 28 && gpu.memory_free_bytes > 0, "{gpu:?}");
+    assert_eq!((cpu.id.as_str(), report.backends.as_slice()), ("CPU", &["Vulkan".to_owned(), "CPU".to_owned()][..]));
+}
+
+/// All layers, and some of them, on a GPU: what was estimated is what is measured, and the answer is right.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn layers_go_to_a_gpu() {
+    for (gpu_layers, offloaded) in [(None, 5), (Some(2), 2), (Some(0), 0)] {
+        let folder = folder();
+        let config =
+            RunnerConfig { devices: vec!["Vulkan0".to_owned()], gpu_layers, ..config(folder.path(), toy::path()) };
+        let input = serde_json::to_string(&config).expect("JSON");
+        let estimator = Worker::start(folder.path(), &["--estimate"], &VULKAN, &input);
+        let line = estimator.line().unwrap_or_else(|| panic!("no estimate: {}", estimator.log()));
+        let estimate: EstimateReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        drop(estimator);
+
+        let mut worker = Worker::serve(folder.path(), &config, &VULKAN);
+        let report = worker.ready();
+        assert_eq!((report.layers_offloaded, report.layers_total), (offloaded, 5), "{report:?}");
+        assert_eq!((estimate.layers_offloaded, estimate.layers_total), (offloaded, 5));
+        assert_eq!(estimate.memory, report.memory, "{gpu_layers:?}");
+        let gpu = report.memory.iter().find(|memory| memory.device == "Vulkan0");
+        let (weights, context) = gpu.map(|gpu| (gpu.weights_bytes, gpu.context_bytes)).unwrap_or_default();
+        // All but the token embeddings, which stay on the host; the output layer is tied to them.
+        match offloaded {
+            0 => assert_eq!((weights, context), (0, 0), "{report:?}"),
+            2 => assert!((200_000..1_500_000).contains(&weights) && context > 0, "{report:?}"),
+            _ => assert!(weights > 1_500_000 && context > 0, "{report:?}"),
+        }
+        check_answer(&config.socket).await;
+        worker.signal(rustix::process::Signal::TERM);
+        assert_eq!(worker.wait().code(), Some(0), "{}", worker.log());
+    }
+}
