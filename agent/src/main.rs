@@ -25,7 +25,7 @@ struct Cli {
     #[arg(long, env = "ALTIPLANO_LOG_FORMAT", default_value = "text", global = true)]
     log_format: LogFormat,
 
-    /// Filter of the log, such as "info" or "info,altiplano_agent=debug".
+    /// Filter of the log, such as `info` or `info,altiplano_agent=debug`.
     #[arg(long, env = "ALTIPLANO_LOG", default_value = "info", global = true)]
     log: String,
 }

@@ -32,7 +32,7 @@ struct Agent {
 }
 
 impl Agent {
-    /// Starts with ModelDeployments (name, GGUF file, more of the spec).
+    /// Starts with models (name, GGUF file, more of the spec).
     async fn serve(models: &[(&str, &Path, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let yaml: Vec<String> = models

@@ -267,17 +267,17 @@ async fn an_object_that_cannot_be_parsed_blocks_no_other() -> Result<()> {
     ])?)?;
     let path = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/unload/properties/policy/enum";
     let old = crd.pointer(path).context("the enum of unload.policy")?.clone();
-    let patch = |values: &Value| json!([{"op": "replace", "path": path, "value": values}]).to_string();
+    let allow = |values: &Value| json!([{"op": "replace", "path": path, "value": values}]).to_string();
     let mut wider = old.clone();
     wider.as_array_mut().context("an enum")?.push("Hibernate".into());
     let crd_name = "crd/modeldeployments.altiplano.dev";
-    world.cluster.kubectl(&["patch", crd_name, "--type=json", "-p", &patch(&wider)])?;
+    world.cluster.kubectl(&["patch", crd_name, "--type=json", "-p", &allow(&wider)])?;
     let manifest = world.toy("future", "unload: {policy: Hibernate}");
     wait_for("the wider schema", SOON, || {
         std::future::ready(world.apply(&manifest).map_err(|error| format!("{error:#}")))
     })
     .await?;
-    world.cluster.kubectl(&["patch", crd_name, "--type=json", "-p", &patch(&old)])?;
+    world.cluster.kubectl(&["patch", crd_name, "--type=json", "-p", &allow(&old)])?;
 
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;

@@ -194,7 +194,7 @@ async fn an_agents_wrong_clock_is_no_matter() -> Result<()> {
 /// Rule 8: the API server gone for three minutes under load: not one move, not one failed request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_outage_moves_nothing() -> Result<()> {
-    const OUTAGE: Duration = Duration::from_secs(180);
+    const OUTAGE: Duration = Duration::from_mins(3);
     // A grace period far below the outage: only the rules can keep the models where they are.
     let arguments = ["--node-loss-grace-seconds", "10", "--agent-lease-seconds", "15"];
     let mut world = Scenario::start_with("outage", 3, &arguments).await?;
