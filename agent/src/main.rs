@@ -25,8 +25,9 @@ struct Cli {
     #[arg(long, env = "ALTIPLANO_LOG_FORMAT", default_value = "text", global = true)]
     log_format: LogFormat,
 
-    /// Filter of the log, such as "info" or "info,altiplano_agent=debug".
-    #[arg(long, env = "ALTIPLANO_LOG", default_value = "info", global = true)]
+    /// Filter of the log, such as `info` or `info,altiplano_agent=debug`.
+    // kube's client logs every failed call as an error, and so does who made the call.
+    #[arg(long, env = "ALTIPLANO_LOG", default_value = "info,kube_client::client::builder=off", global = true)]
     log: String,
 }
 

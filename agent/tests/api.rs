@@ -1,6 +1,8 @@
 //! The whole way of a request on real llama.cpp: a client, the agent's listeners, the worker's API on a Unix socket, the
 //! engine with the toy model, whose greedy answers are known.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -145,7 +147,8 @@ fn chat(question: &str) -> Value {
 }
 
 fn with(mut body: Value, more: Value) -> Value {
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let Value::Object(more) = more else { panic!("not an object: {more}") };
+    body.as_object_mut().unwrap().extend(more);
     body
 }
 

@@ -1,6 +1,8 @@
 //! The agent's listeners in front of a worker's transport: an HTTP server on a Unix socket that does what each test
 //! needs a worker to do on the wire. What a worker answers is tested with the engine, in `api.rs`.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};

@@ -202,7 +202,7 @@ async fn a_worker_serves_until_it_is_told_to_end() {
     let long = tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::LONG_QUESTION)).await });
     assert!(matches!(
         worker.event(),
-        Some(RunnerEvent::Activity { running: 1, .. }) | Some(RunnerEvent::Activity { waiting: 1, .. })
+        Some(RunnerEvent::Activity { running: 1, .. } | RunnerEvent::Activity { waiting: 1, .. })
     ));
     worker.signal(rustix::process::Signal::TERM);
     let (status, body) = long.await.expect("an answer");

@@ -32,7 +32,7 @@ struct Agent {
 }
 
 impl Agent {
-    /// Starts with ModelDeployments (name, GGUF file, more of the spec).
+    /// Starts with models (name, GGUF file, more of the spec).
     async fn serve(models: &[(&str, &Path, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let yaml: Vec<String> = models
@@ -64,9 +64,7 @@ impl Agent {
                 into.lock().unwrap_or_else(PoisonError::into_inner).push(line);
             }
         });
-        // Every test installs it; the first one counts.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let client = client();
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut agent = Self { child, lines, shared: nowhere, state, client, _folder: folder };
         let line = agent.line("it listens", |line| line.starts_with("listening on ")).await;
@@ -150,6 +148,12 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn client() -> reqwest::Client {
+    // Every test installs it; the first one counts.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().build().expect("a client")
 }
 
 fn command() -> Command {
@@ -330,6 +334,59 @@ async fn a_request_wakes_an_unloaded_model() {
         }
         assert_eq!(agent.ask("toy", &question).await, answer, "the request waits for the model");
     }
+}
+
+/// The agent of a node whose API server is away since before it started.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_cut_off_serves_what_it_was_last_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // A port that nobody listens on: it was free a moment ago.
+    let port = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.local_addr().expect("an address").port()
+    };
+    let kubeconfig = folder.path().join("kubeconfig");
+    let text = format!(
+        "{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}], \
+         users: [{{name: u, user: {{token: t}}}}], \
+         clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{}'}}}}]}}",
+        port()
+    );
+    std::fs::write(&kubeconfig, text).expect("the file is written");
+    let state = folder.path().join("state");
+    std::fs::create_dir_all(&state).expect("a folder");
+    let toy = toy::path();
+    let told = json!([{
+        "uid": "u1", "revision": "r1", "generation": 1, "namespace": "default", "name": "toy", "servedName": "toy",
+        "model": {"source": {"uri": format!("file://{}", toy.display())}},
+    }]);
+    std::fs::write(state.join("assignments-n1.json"), told.to_string()).expect("the file is written");
+    let shared = SocketAddr::from(([127, 0, 0, 1], port()));
+    let child = command()
+        .args(["node", "--node-name", "n1", "--pod-name", "p", "--pod-uid", "u", "--address", "127.0.0.1"])
+        .args(["--listen", &shared.to_string(), "--file-root"])
+        .arg(toy.parent().expect("a folder"))
+        .arg("--state-dir")
+        .arg(&state)
+        .env("KUBECONFIG", &kubeconfig)
+        .spawn()
+        .expect("the agent starts");
+    let client = client();
+    let mut agent = Agent { child, lines: Arc::default(), shared, state, client, _folder: folder };
+    let deadline = Instant::now() + PATIENCE;
+    let url = format!("http://{shared}/readyz");
+    loop {
+        let answer = agent.client.get(&url).send().await;
+        if answer.as_ref().is_ok_and(|answer| answer.status().is_success()) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the agent is not ready: {answer:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (question, answer) = question();
+    assert_eq!(agent.ask("toy", &question).await, answer);
+    agent.signal(Signal::TERM);
+    assert!(agent.exited().await.success(), "it ends in good order with no API server to tell");
 }
 
 #[test]

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Case {
-    case: String,
+    #[serde(rename = "case")]
+    title: String,
     name: Option<String>,
     spec: Value,
     refused: Option<String>,
@@ -22,7 +23,7 @@ async fn accept_and_reject_table() -> Result<()> {
     let namespace = cluster.namespace("validation").await?;
     let cases: Vec<Case> = serde_saphyr::from_str(include_str!("../../crds/tests/validation.yaml"))?;
     let mut wrong = Vec::new();
-    for Case { case, name, spec, refused, _strict_only } in cases {
+    for Case { title: case, name, spec, refused, _strict_only } in cases {
         let object = json!({
             "apiVersion": "altiplano.dev/v1alpha1",
             "kind": "ModelDeployment",

@@ -1,7 +1,8 @@
 //! The chart, through the real Helm and the real API server.
 
-use altiplano_tests::{ControlPlane, NAMESPACE, RELEASE, render_chart, run_helm};
+use altiplano_tests::{ControlPlane, NAMESPACE, RELEASE, program, render_chart, run_helm};
 use anyhow::Result;
+use serde_json::Value;
 
 /// Values that reach every branch of the templates.
 const EVERYTHING: [&str; 24] = [
@@ -58,6 +59,40 @@ fn crds_can_be_left_out() -> Result<()> {
     let count = |yaml: &str| yaml.matches("kind: CustomResourceDefinition").count();
     assert_eq!(count(&render_chart(&[])?), 2);
     assert_eq!(count(&render_chart(&["crds.install=false"])?), 0);
+    Ok(())
+}
+
+/// A flag or variable that the chart sets and the program does not know is a pod that never starts, or a setting that
+/// does nothing.
+#[test]
+fn the_programs_understand_what_the_chart_passes() -> Result<()> {
+    let yaml = render_chart(&EVERYTHING)?;
+    let workloads: Vec<Value> = yaml
+        .split("\n---\n")
+        .filter(|document| document.lines().any(|line| matches!(line, "kind: DaemonSet" | "kind: Deployment")))
+        .map(serde_saphyr::from_str)
+        .collect::<Result<_, _>>()?;
+    assert_eq!(workloads.len(), 2);
+    for workload in workloads {
+        let name = workload["metadata"]["name"].as_str().expect("a name");
+        let container = &workload["spec"]["template"]["spec"]["containers"][0];
+        let strings = |list: &Value, field: &str| -> Vec<String> {
+            let items = list.as_array().into_iter().flatten();
+            items
+                .filter_map(|item| if field.is_empty() { item } else { &item[field] }.as_str())
+                .map(str::to_owned)
+                .collect()
+        };
+        let arguments = strings(&container["args"], "");
+        let output = std::process::Command::new(program(name)?).args(&arguments).arg("--help").output()?;
+        let help = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{name} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let variables = strings(&container["env"], "name");
+        assert!(variables.contains(&"ALTIPLANO_NAMESPACE".to_owned()), "{name} has {variables:?}");
+        for variable in variables.iter().filter(|name| name.starts_with("ALTIPLANO_")) {
+            assert!(help.contains(&format!("[env: {variable}=")), "{name} knows no {variable}: {help}");
+        }
+    }
     Ok(())
 }
 

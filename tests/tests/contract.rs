@@ -194,7 +194,7 @@ async fn an_agents_wrong_clock_is_no_matter() -> Result<()> {
 /// Rule 8: the API server gone for three minutes under load: not one move, not one failed request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_outage_moves_nothing() -> Result<()> {
-    const OUTAGE: Duration = Duration::from_secs(180);
+    const OUTAGE: Duration = Duration::from_mins(3);
     // A grace period far below the outage: only the rules can keep the models where they are.
     let arguments = ["--node-loss-grace-seconds", "10", "--agent-lease-seconds", "15"];
     let mut world = Scenario::start_with("outage", 3, &arguments).await?;
@@ -258,6 +258,18 @@ async fn a_lost_nodes_models_move() -> Result<()> {
         Scenario::start_with("lost", 3, &["--node-loss-grace-seconds", "3", "--agent-lease-seconds", "6"]).await?;
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
+    // Agents that have shown that they live: an operator does not count what it never saw alive.
+    let leases = Api::<Lease>::namespaced(world.client.clone(), NAMESPACE);
+    for index in 0..3 {
+        let name = names::agent_lease(&world.node(index));
+        let renewed = |lease: Lease| lease.spec.and_then(|spec| spec.renew_time);
+        let before = renewed(leases.get(&name).await?);
+        wait_for(format!("the next renewal of {name}"), SOON, || async {
+            let now = renewed(leases.get(&name).await.map_err(|error| error.to_string())?);
+            if now == before { Err(format!("{now:?}")) } else { Ok(()) }
+        })
+        .await?;
+    }
     let first = world.wait_for_endpoints("toy", 1).await?.remove(0).node;
     let index = (0..3).find(|index| world.node(*index) == first).context("a node of ours")?;
     world.agents[index].proc.kill()?;

@@ -1,6 +1,6 @@
 //! `cargo xtask test`.
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use anyhow::{Result, bail};
 
@@ -9,8 +9,10 @@ use crate::{
     setup,
 };
 
-/// More than this many GiB in CI's kept target folder, and it is built anew: every clone leaves its own crates there.
-const KEPT_TARGET_GIB: u64 = 20;
+/// More than this in CI's kept target folder, and some of it is built anew.
+const KEPT_TARGET_GIB: u64 = 16;
+/// The workspace's crates, by their folders.
+const WORKSPACE: [&str; 6] = ["crds", "operator", "agent", "tests", "tests/models", "xtask"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -69,7 +71,7 @@ fn choose(names: &[String]) -> Result<Vec<Suite>> {
                     // These run the built programs.
                     suites.push(Suite::Build);
                     Suite::Integration(name.to_owned())
-                } else if root.join(name).join("Cargo.toml").is_file() {
+                } else if WORKSPACE.contains(&name) {
                     Suite::Crate(name.to_owned())
                 } else {
                     bail!("no suite is called {name}; see cargo xtask test --help");
@@ -113,7 +115,11 @@ fn execute_suite(suite: &Suite) -> Result<()> {
 }
 
 fn package(folder: &str) -> String {
-    if folder == "xtask" { folder.to_owned() } else { format!("altiplano-{folder}") }
+    match folder {
+        "xtask" => folder.to_owned(),
+        "tests/models" => "altiplano-test-models".to_owned(),
+        folder => format!("altiplano-{folder}"),
+    }
 }
 
 fn tests(arguments: &[&str]) -> Result<()> {
@@ -128,19 +134,30 @@ fn tests(arguments: &[&str]) -> Result<()> {
     )
 }
 
-/// The target folder that CI keeps grows by each clone's own crates: bounded by starting over.
+/// The target folder that CI keeps grows by each clone's own crates, as their names hold the clone's path. Over the limit
+/// those of all clones go, and if that is not enough, everything: then old versions of dependencies fill it.
 fn bound_kept_target() -> Result<()> {
     let dir = xtask::target_dir();
-    if !dir.starts_with(xtask::cache()) || !dir.is_dir() {
+    if !dir.starts_with(xtask::cache()) || gibibytes(&dir)? <= KEPT_TARGET_GIB {
         return Ok(());
     }
-    let kibibytes = crate::command::output(command("du").args(["--summarize", "--block-size=1K"]).arg(&dir))?;
-    let kibibytes: u64 = kibibytes.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0);
-    if kibibytes >> 20 > KEPT_TARGET_GIB {
-        eprintln!("{} holds {} GiB: removed, to be built anew", dir.display(), kibibytes >> 20);
+    eprintln!("{} holds more than {KEPT_TARGET_GIB} GiB: removing the crates of earlier clones", dir.display());
+    let own = WORKSPACE.map(|name| format!("--package={}", package(name)));
+    execute(cargo().args(["clean", "--quiet"]).args(own))?;
+    if gibibytes(&dir)? > KEPT_TARGET_GIB {
+        eprintln!("that was not enough: removing all of it");
         std::fs::remove_dir_all(&dir)?;
     }
     Ok(())
+}
+
+fn gibibytes(dir: &Path) -> Result<u64> {
+    if !dir.is_dir() {
+        return Ok(0);
+    }
+    let kibibytes = crate::command::output(command("du").args(["--summarize", "--block-size=1K"]).arg(dir))?;
+    let kibibytes: u64 = kibibytes.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0);
+    Ok(kibibytes >> 20)
 }
 
 #[cfg(test)]
@@ -153,6 +170,10 @@ mod tests {
         let expected =
             [Suite::Format, Suite::Crate("operator".into()), Suite::Build, Suite::Integration("control_plane".into())];
         assert_eq!(chosen, expected);
+        for name in WORKSPACE {
+            let manifest = std::fs::read_to_string(xtask::repository().join(name).join("Cargo.toml")).unwrap();
+            assert!(manifest.contains(&format!("name = \"{}\"", package(name))), "{name}");
+        }
         assert!(choose(&["no-such".into()]).unwrap_err().to_string().contains("no-such"));
     }
 }

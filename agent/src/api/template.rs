@@ -196,11 +196,11 @@ mod tests {
 
     fn render(
         source: &str,
-        messages: serde_json::Value,
-        variables: serde_json::Value,
+        messages: impl Into<serde_json::Value>,
+        variables: impl Into<serde_json::Value>,
     ) -> Result<String, TemplateError> {
-        let messages: Vec<_> = messages.as_array().unwrap().clone();
-        let variables: Map<_, _> = variables.as_object().unwrap().clone();
+        let messages: Vec<_> = messages.into().as_array().unwrap().clone();
+        let variables: Map<_, _> = variables.into().as_object().unwrap().clone();
         ChatTemplate::compile(source, "<s>", "</s>")?.render(&messages, true, &variables)
     }
 

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::observe::Desired;
+use super::recall::Recall;
 
 /// Time between two writes, on average.
 const WRITE_INTERVAL: Duration = Duration::from_secs(1);
@@ -51,6 +52,7 @@ pub async fn watch_own(
     node: &str,
     wanted: watch::Sender<Option<Desired>>,
     seen: watch::Sender<Seen>,
+    recall: Recall,
     shutdown: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("metadata.name={node}"));
@@ -103,6 +105,7 @@ pub async fn watch_own(
         if last.as_ref() != Some(&version) {
             last = Some(version);
             wanted.send_replace(Some(Desired::new(generation, &object.spec.models)));
+            recall.save(&object.spec.models).await;
         }
     }
 }

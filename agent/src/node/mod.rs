@@ -9,6 +9,7 @@ pub mod cluster;
 mod measure;
 pub mod observe;
 pub mod plan;
+pub mod recall;
 pub mod role;
 pub mod status;
 

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use altiplano_crds::ModelNodeStatus;
 
+use super::recall::Recall;
 use super::status::Identity;
 use super::{Node, NodeError, cluster};
 use crate::lease::{self, LeaseConfig};
@@ -131,9 +132,12 @@ pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), Role
         holding.await;
         "lease"
     });
+    let recall = Recall::new(&args.state_dir, &args.node_name);
+    // Ends by itself, so it is none of the tasks that must not.
+    let stand_in = tokio::spawn(recall.clone().stand_in(wanted_out.clone()));
     let (api, name, stop) = (Api::all(client.clone()), args.node_name.clone(), background.clone());
     tasks.spawn(async move {
-        cluster::watch_own(api, &name, wanted_out, seen_out, stop).await;
+        cluster::watch_own(api, &name, wanted_out, seen_out, recall, stop).await;
         "watch"
     });
     let (api, name, stop) = (Api::all(client), args.node_name.clone(), background.clone());
@@ -150,6 +154,7 @@ pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), Role
         },
     };
     shutdown.cancel();
+    stand_in.abort();
     if !node.is_finished() {
         node.await??;
     }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, Trouble};
+use super::super::status::{Identity, status};
 use super::{Limits, Plan, Step, plan};
 use crate::devices::Devices;
 use crate::ledger::bytes;
@@ -44,6 +45,9 @@ struct Scene {
     /// What happens.
     #[serde(default, rename = "do")]
     happens: Vec<String>,
+    /// Shows the whole status afterwards.
+    #[serde(default)]
+    status: bool,
 }
 
 struct World {
@@ -80,7 +84,7 @@ fn play(yaml: &str) -> String {
     });
     let report = ProbeReport { backends: Vec::new(), devices: devices.collect() };
     world.observed.note("", Happened::Probed(Ok(Devices::new(report, u64::MAX))), start);
-    for Scene { at, want, happens } in scenario.script {
+    for Scene { at, want, happens, status } in scenario.script {
         world.now = start + Duration::from_secs_f64(at);
         let _ = writeln!(world.text, "\n[{at} s]");
         if let Some(want) = want {
@@ -90,7 +94,10 @@ fn play(yaml: &str) -> String {
             let _ = writeln!(world.text, "  * {event}");
             world.happen(event);
         }
-        world.settle();
+        let decided = world.settle();
+        if status {
+            world.show_status(&decided);
+        }
     }
     world.text
 }
@@ -127,6 +134,7 @@ impl World {
             "progress" => Happened::FetchProgress(self.observed.models[uid].source.clone(), rest(2).parse().unwrap()),
             "loads" => Happened::WorkerSaid(worker_did(), RunnerEvent::Loading { percent: rest(2).parse().unwrap() }),
             "ready" => Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(RunnerReport::default())),
+            "measures" => Happened::WorkerSaid(worker_did(), RunnerEvent::Changed(self.measured(uid, worker_did()))),
             "busy" => self.requests(worker_did(), uid, 1),
             "quiet" => self.requests(worker_did(), uid, 0),
             "waits" => {
@@ -160,6 +168,27 @@ impl World {
         self.observed.note(uid, happened, self.now);
     }
 
+    /// A quarter more than the dry run said.
+    fn measured(&self, uid: &str, worker: WorkerId) -> RunnerReport {
+        let predicted = &self.observed.models[uid].workers[&worker].predicted;
+        let memory = predicted.iter().map(|(device, bytes)| MemoryUse {
+            device: device.clone(),
+            weights_bytes: *bytes,
+            compute_bytes: bytes / 4,
+            ..MemoryUse::default()
+        });
+        RunnerReport {
+            context_tokens: 8192,
+            max_tokens: 4096,
+            parallel: 4,
+            layers_offloaded: 33,
+            layers_total: 33,
+            memory: memory.collect(),
+            load_milliseconds: 1234,
+            notes: vec!["flash attention is off: the device lacks it".to_owned()],
+        }
+    }
+
     /// The worker counts its requests, and so does the listener.
     fn requests(&mut self, worker: WorkerId, uid: &str, running: u32) -> Happened {
         let event = RunnerEvent::Activity { running, waiting: 0 };
@@ -167,14 +196,14 @@ impl World {
         Happened::Activity(Activity { running, waiting: 0, last_request: Some(self.now) })
     }
 
-    fn settle(&mut self) {
+    fn settle(&mut self) -> Plan {
         self.observed.adopt(&self.desired);
         let limits = Limits { loading: 2, lame_duck: Duration::from_secs(1), drain: Duration::from_mins(1) };
         for _ in 0..20 {
             let decided = plan(&self.desired, &self.observed, limits, self.now);
             if decided.steps.is_empty() {
                 self.show(&decided);
-                return;
+                return decided;
             }
             for step in &decided.steps {
                 let line = self.describe(step);
@@ -251,6 +280,20 @@ impl World {
             Step::Stop { uid, worker, kill_at } => format!("stop {uid}#{worker}, kill at {} s", seconds(*kill_at)),
             Step::Remove { uid } => format!("remove {uid}"),
         }
+    }
+
+    fn show_status(&mut self, decided: &Plan) {
+        let identity = Identity {
+            pod_uid: "pod-1".to_owned(),
+            started_at: jiff::Timestamp::UNIX_EPOCH,
+            addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap(), "10.0.0.2".parse().unwrap()],
+            port: 8420,
+        };
+        let status = status(&identity, &self.desired, &self.observed, decided);
+        let mut value = serde_json::to_value(&status).unwrap();
+        value["agent"]["version"] = "this one".into();
+        let yaml = serde_saphyr::to_string(&value).unwrap();
+        self.text.extend(yaml.lines().map(|line| format!("  | {line}\n")));
     }
 
     /// What has changed since the last look.
@@ -340,6 +383,7 @@ macro_rules! scenarios {
 
 scenarios!(
     first_load,
+    whole_status,
     estimate_only,
     bad_entry,
     file_missing,
