@@ -2,8 +2,10 @@
 //!
 //! The agent has no right to create a ModelNode. While there is none, it keeps what it serves and writes nothing.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use altiplano_crds::conditions::states;
 use altiplano_crds::names::AGENT_FIELD_MANAGER;
 use altiplano_crds::{ModelNode, ModelNodeStatus};
 use futures::TryStreamExt as _;
@@ -27,8 +29,11 @@ const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 /// second is not to be reported a second late.
 const WRITE_BURST: u32 = 4;
 
-/// Changes that come within this time are one write.
-const GATHER: Duration = Duration::from_millis(15);
+/// Changes that come within this time are one write: those that somebody waits for, and steps on the way.
+const GATHER: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
+
+/// Writes that steps on the way leave to what somebody waits for.
+const KEPT_WRITES: u32 = 2;
 
 /// The longest wait after a write that failed.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(15);
@@ -122,19 +127,33 @@ pub async fn write_status(
     let mut writer = Writer::default();
     let mut bucket = Bucket::new(Instant::now());
     let mut backoff = Backoff::default();
+    let mut due_since = None;
     loop {
         let now = status.borrow_and_update().clone();
         let object = seen.borrow_and_update().clone();
         let holds = held.borrow_and_update().is_some();
         let due = if holds { writer.due(&now, &object) } else { None };
-        let wait = due.is_some().then(|| bucket.wait(Instant::now()).max(backoff.wait(Instant::now())).max(GATHER));
+        if due.is_none() {
+            due_since = None;
+        }
+        let wait = due.as_ref().map(|(_, urgency)| {
+            let (kept, gather) = match urgency {
+                Urgency::Awaited => (0, GATHER.0),
+                Urgency::OnTheWay => (KEPT_WRITES, GATHER.1),
+            };
+            // From the first change on: a stream of changes must not put the write off for ever.
+            let gathered = due_since.get_or_insert_with(Instant::now).elapsed();
+            let now = Instant::now();
+            bucket.wait(kept, now).max(backoff.wait(now)).max(gather.saturating_sub(gathered))
+        });
         tokio::select! {
             () = shutdown.cancelled() => break,
             changed = status.changed() => if changed.is_err() { break },
             changed = seen.changed() => if changed.is_err() { break },
             changed = held.changed() => if changed.is_err() { break },
             () = pause(wait) => {
-                if let Some(due) = due {
+                if let Some((due, _)) = due {
+                    due_since = None;
                     bucket.take(Instant::now());
                     let result = write(&api, node, &due).await;
                     writer.note(due, object.object, result, &mut backoff);
@@ -145,7 +164,7 @@ pub async fn write_status(
     // The last words: what is leaving.
     let (now, object) = (status.borrow().clone(), seen.borrow().clone());
     if held.borrow().is_some()
-        && let Some(due) = writer.due(&now, &object)
+        && let Some((due, _)) = writer.due(&now, &object)
         && let Err(error) = write(&api, node, &due).await
     {
         tracing::warn!(error = %super::apply::chain(&error), "the last status could not be written");
@@ -188,14 +207,15 @@ struct Writer {
 
 impl Writer {
     /// What is to be written; nothing while there is no object, or when it is there already.
-    fn due(&self, now: &ModelNodeStatus, seen: &Seen) -> Option<ModelNodeStatus> {
+    fn due(&self, now: &ModelNodeStatus, seen: &Seen) -> Option<(ModelNodeStatus, Urgency)> {
         let object = seen.object.as_ref()?;
         let written = match &self.last {
             Some((of, status)) if of == object => status,
             _ => &seen.status,
         };
         let due = with_transitions(now.clone(), written);
-        (due != *written).then_some(due)
+        let urgency = urgency(&due, written);
+        (due != *written).then_some((due, urgency))
     }
 
     fn note(
@@ -219,6 +239,34 @@ impl Writer {
             }
         }
     }
+}
+
+/// How much somebody waits for a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Urgency {
+    /// The operator acts on it.
+    Awaited,
+    /// People like to see it.
+    OnTheWay,
+}
+
+/// A model that has come to where it stays for a time or left it, one that is gone, another agent or other devices are awaited.
+fn urgency(now: &ModelNodeStatus, written: &ModelNodeStatus) -> Urgency {
+    let settled = |status: &ModelNodeStatus| -> BTreeSet<(String, String, String)> {
+        let passing = [states::PENDING, states::FETCHING, states::LOADING];
+        let models = status.models.iter().filter(|model| !passing.contains(&model.state.as_str()));
+        models.map(|model| (model.uid.clone(), model.revision.clone(), model.state.clone())).collect()
+    };
+    let known = |status: &ModelNodeStatus| -> BTreeSet<(String, String)> {
+        status.models.iter().map(|model| (model.uid.clone(), model.revision.clone())).collect()
+    };
+    let devices = |status: &ModelNodeStatus| status.devices.iter().map(|device| device.id.clone()).collect::<Vec<_>>();
+    let pod = |status: &ModelNodeStatus| status.agent.as_ref().map(|agent| agent.pod_uid.clone());
+    let is_awaited = pod(now) != pod(written)
+        || devices(now) != devices(written)
+        || settled(now) != settled(written)
+        || !known(written).is_subset(&known(now));
+    if is_awaited { Urgency::Awaited } else { Urgency::OnTheWay }
 }
 
 /// A condition's time is that of its last change.
@@ -251,9 +299,10 @@ impl Bucket {
         self.at = now;
     }
 
-    fn wait(&mut self, now: Instant) -> Duration {
+    /// Until a write that leaves `kept` to others.
+    fn wait(&mut self, kept: u32, now: Instant) -> Duration {
         self.refill(now);
-        WRITE_INTERVAL.saturating_sub(self.left)
+        (WRITE_INTERVAL * (kept + 1)).saturating_sub(self.left)
     }
 
     fn take(&mut self, now: Instant) {
@@ -282,6 +331,8 @@ impl Backoff {
 
 #[cfg(test)]
 mod tests {
+    use altiplano_crds::model_node::ModelState;
+
     use super::*;
 
     fn status(summary: &str) -> ModelNodeStatus {
@@ -294,11 +345,15 @@ mod tests {
         let seen = Seen { object: Some("u1".to_owned()), status: status("0/0") };
         assert_eq!(writer.due(&status("0/0"), &Seen::default()), None, "no ModelNode, no write");
         assert_eq!(writer.due(&status("0/0"), &seen), None, "it is there from before a restart");
-        assert_eq!(writer.due(&status("1/1"), &seen), Some(status("1/1")));
+        assert_eq!(writer.due(&status("1/1"), &seen), Some((status("1/1"), Urgency::OnTheWay)));
         writer.note(status("1/1"), seen.object.clone(), Ok(()), &mut Backoff::default());
         assert_eq!(writer.due(&status("1/1"), &seen), None, "also before the watch has seen it");
         let again = Seen { object: Some("u2".to_owned()), status: ModelNodeStatus::default() };
-        assert_eq!(writer.due(&status("1/1"), &again), Some(status("1/1")), "the object was made anew");
+        assert_eq!(
+            writer.due(&status("1/1"), &again),
+            Some((status("1/1"), Urgency::OnTheWay)),
+            "the object was made anew"
+        );
     }
 
     #[test]
@@ -308,7 +363,7 @@ mod tests {
         let mut now = start;
         let mut writes = 0;
         while now < start + Duration::from_mins(1) {
-            if bucket.wait(now).is_zero() {
+            if bucket.wait(0, now).is_zero() {
                 bucket.take(now);
                 writes += 1;
             }
@@ -317,13 +372,42 @@ mod tests {
         assert!((60..=60 + WRITE_BURST).contains(&writes), "{writes} writes in a minute");
         now += Duration::from_mins(10);
         let burst = (0..20).filter(|_| {
-            let may = bucket.wait(now).is_zero();
+            let may = bucket.wait(0, now).is_zero();
             if may {
                 bucket.take(now);
             }
             may
         });
         assert_eq!(burst.count(), WRITE_BURST as usize, "a quiet time saves up no more than the burst");
+    }
+
+    #[test]
+    fn what_somebody_waits_for_goes_first() {
+        let model = |uid: &str, state: &str| ModelState {
+            uid: uid.to_owned(),
+            revision: "r1".to_owned(),
+            state: state.to_owned(),
+            ..ModelState::default()
+        };
+        let with = |models: &[ModelState]| ModelNodeStatus { models: models.to_vec(), ..ModelNodeStatus::default() };
+        let written = with(&[model("a", "Ready"), model("b", "Loading")]);
+        let cases = [
+            (vec![model("a", "Ready"), model("b", "Ready")], Urgency::Awaited),
+            (vec![model("a", "Ready"), model("b", "Failed")], Urgency::Awaited),
+            (vec![model("a", "Ready")], Urgency::Awaited),
+            (vec![model("a", "Loading"), model("b", "Loading")], Urgency::Awaited),
+            (vec![model("a", "Ready"), model("b", "Pending")], Urgency::OnTheWay),
+            (vec![model("a", "Ready"), model("b", "Loading"), model("c", "Fetching")], Urgency::OnTheWay),
+        ];
+        for (models, expected) in cases {
+            assert_eq!(urgency(&with(&models), &written), expected, "{models:?}");
+        }
+        let now = Instant::now();
+        let mut bucket = Bucket::new(now);
+        bucket.take(now);
+        bucket.take(now);
+        assert!(!bucket.wait(KEPT_WRITES, now).is_zero(), "steps on the way leave room");
+        assert!(bucket.wait(0, now).is_zero());
     }
 
     #[test]
