@@ -108,10 +108,9 @@ impl Shared {
     /// Tells the owner that a request waits for `model`; once until the model's route changes.
     pub(super) fn wake(&self, model: &Model) {
         if model.wants_wake() {
-            let published = model.published();
-            match self.wakes.try_send(published.uid.clone()) {
-                Ok(()) => self.metrics.model_woken(&published.namespace, &published.name),
-                Err(_) => model.wake_failed(),
+            // Counted by the owner, who knows what came of it.
+            if self.wakes.try_send(model.published().uid.clone()).is_err() {
+                model.wake_failed();
             }
         }
     }
