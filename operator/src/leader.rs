@@ -155,7 +155,8 @@ impl Election {
         Ok(Some((leadership, lease)))
     }
 
-    /// Renews the Lease until `shutdown`, then gives it up so that a successor need not wait.
+    /// Renews the Lease until `shutdown`, then gives it up so that a successor need not wait. `answers` is told after
+    /// each try whether the API server has answered: an agent that cannot renew its Lease now is not to blame.
     ///
     /// # Errors
     /// When this process must not lead any more.
@@ -163,6 +164,7 @@ impl Election {
         &self,
         leadership: &Leadership,
         mut lease: Lease,
+        answers: impl Fn(bool),
         shutdown: &CancellationToken,
     ) -> Result<(), LeaderError> {
         let mut failing = false;
@@ -181,11 +183,13 @@ impl Election {
             {
                 Ok(Ok(renewed)) => {
                     lease = renewed;
+                    answers(true);
                     leadership.extend(now + self.times.renew_deadline);
                     failing = false;
                 }
                 Ok(Err(error @ LeaderError::Replaced(_))) => return Err(error),
                 Ok(Err(error)) | Err(error) => {
+                    answers(false);
                     if !std::mem::replace(&mut failing, true) {
                         warn!(error = %chain(&error), "cannot renew the leader's Lease; trying again");
                     }

@@ -38,7 +38,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let metrics = Arc::new(Metrics::new().context("cannot register the metrics")?);
     let config = Config::infer().await.context("no way to the API server is configured")?;
     let client = Client::try_from(config).context("cannot make a client of the API server")?;
-    let mirrors = Arc::new(Mirrors::default());
+    let mirrors = Arc::new(Mirrors::new(args.stale_after()));
     let wake = Arc::new(Notify::new());
 
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
@@ -132,6 +132,16 @@ async fn lead(args: &Args, times: Times, tools: Tools, shutdown: &CancellationTo
     metrics.leads(leadership.epoch());
 
     let (announcer, publish) = Announcer::new(client.clone(), &identity, clock, Arc::clone(&metrics));
+    let agents = Arc::clone(&mirrors.agents);
+    let answers = |answered: bool| {
+        if answered {
+            if agents.is_back(clock.mono()) {
+                wake.notify_one();
+            }
+        } else {
+            agents.broke_off(clock.mono());
+        }
+    };
     let writer = Writer { client, mirrors, clock, metrics, leadership: leadership.clone() };
     let settings = Settings { stale_after: args.stale_after(), loss_grace: args.loss_grace() };
     let mut planner = Planner::new(writer, announcer, settings, &args.cluster_domain);
@@ -142,7 +152,7 @@ async fn lead(args: &Args, times: Times, tools: Tools, shutdown: &CancellationTo
         stopped.cancel();
         result.context("cannot go on leading")
     };
-    let hold = async { election.hold(&leadership, lease, &stopped).await.context("cannot go on leading") };
+    let hold = async { election.hold(&leadership, lease, answers, &stopped).await.context("cannot go on leading") };
     tokio::pin!(publish);
     tokio::select! {
         both = async { tokio::try_join!(plan, hold) } => both.map(|_| ()),

@@ -35,7 +35,18 @@ pub trait Seen: Clone + PartialEq + Send + Sync + 'static {
     }
 
     /// Nothing could be seen for a while, and now it can: time during which nobody looked must not count.
-    fn outage_over(&mut self, _now: Duration) {}
+    fn outage_over(&mut self, _outage: Outage) {}
+}
+
+/// A time in which the API server could not be watched.
+#[derive(Clone, Copy, Debug)]
+pub struct Outage {
+    /// When the watch broke off.
+    pub from: Duration,
+    /// When it was back.
+    pub to: Duration,
+    /// How long an object of this kind may stay as it is before something is concluded from that.
+    pub patience: Duration,
 }
 
 /// Namespace (empty for kinds of the cluster) and name.
@@ -45,6 +56,7 @@ pub type Key = (String, String);
 #[derive(Debug)]
 pub struct Mirror<S> {
     state: RwLock<State<S>>,
+    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -55,6 +67,7 @@ struct State<S> {
     deleted: HashMap<Key, (u64, Duration)>,
     listed: bool,
     last_event: Option<Duration>,
+    blind_since: Option<Duration>,
 }
 
 #[derive(Clone, Debug)]
@@ -66,13 +79,23 @@ struct Kept<S> {
 
 impl<S> Default for Mirror<S> {
     fn default() -> Self {
+        Self::with_patience(Duration::ZERO)
+    }
+}
+
+impl<S> Mirror<S> {
+    /// An empty mirror; see [`Outage::patience`].
+    #[must_use]
+    pub fn with_patience(patience: Duration) -> Self {
         Self {
             state: RwLock::new(State {
                 objects: HashMap::new(),
                 deleted: HashMap::new(),
                 listed: false,
                 last_event: None,
+                blind_since: None,
             }),
+            patience,
         }
     }
 }
@@ -117,14 +140,28 @@ impl<S: Seen> Mirror<S> {
         })
     }
 
-    fn outage_over(&self, now: Duration) {
+    /// Since when the watch is broken, if it is.
+    pub fn blind_since(&self) -> Option<Duration> {
+        self.read(|state| state.blind_since)
+    }
+
+    /// Nothing can be concluded from silence from now on. True for the first of several failures in a row.
+    pub fn broke_off(&self, now: Duration) -> bool {
+        self.write(|state| state.blind_since.replace(state.blind_since.unwrap_or(now)).is_none())
+    }
+
+    /// Silence means something again. True when it did not before.
+    pub fn is_back(&self, now: Duration) -> bool {
         self.write(|state| {
+            let Some(from) = state.blind_since.take() else { return false };
+            let outage = Outage { from, to: now, patience: self.patience };
             for kept in state.objects.values_mut() {
                 let mut seen = S::clone(&kept.seen);
-                seen.outage_over(now);
+                seen.outage_over(outage);
                 kept.seen = Arc::new(seen);
             }
-        });
+            true
+        })
     }
 
     // A poisoned lock holds a whole state all the same: every change of it is one insert or remove.
@@ -176,7 +213,10 @@ const LATE_ANSWER: Duration = Duration::from_mins(1);
 /// Pauses between tries of a broken watch. A short cap: after an outage of the API server, seconds count more than its
 /// load by a handful of watches.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Time without another failure after which a broken watch counts as mended.
+const QUIET_MEANS_BACK: Duration = Duration::from_secs(5);
 
 /// Follows a kind for ever and wakes the planner when something has changed. Ends only when dropped.
 pub async fn follow<S: Seen>(
@@ -196,15 +236,22 @@ pub async fn follow<S: Seen>(
     let mut events = Box::pin(events);
     let mut pause = FIRST_PAUSE;
     let mut listed: HashSet<Key> = HashSet::new();
-    let mut outage = false;
-    while let Some(event) = events.next().await {
+    loop {
+        // A watch that goes on where it broke off says nothing until something changes.
+        let limit = if mirror.blind_since().is_some() { QUIET_MEANS_BACK } else { Duration::MAX };
+        let Ok(next) = tokio::time::timeout(limit, events.next()).await else {
+            if mirror.is_back(clock.mono()) {
+                wake.notify_one();
+            }
+            continue;
+        };
+        let Some(event) = next else { return };
         let event = match event {
             Ok(event) => event,
             Err(error) => {
-                if !outage {
+                if mirror.broke_off(clock.mono()) {
                     warn!(kind = S::KIND, error = %crate::fleet::apply::chain(&error), "watch broke off; trying again");
                 }
-                outage = true;
                 metrics.error("Watch");
                 // The stream starts again when polled again.
                 tokio::time::sleep(pause).await;
@@ -214,10 +261,10 @@ pub async fn follow<S: Seen>(
         };
         pause = FIRST_PAUSE;
         let now = clock.mono();
-        if outage && !matches!(event, Event::Init) {
+        // A list that has only begun says nothing yet.
+        let back = !matches!(event, Event::Init | Event::InitApply(_)) && mirror.is_back(now);
+        if back {
             info!(kind = S::KIND, "watch is back");
-            mirror.outage_over(now);
-            outage = false;
         }
         let news = mirror.write(|state| {
             state.last_event = Some(now);
@@ -235,7 +282,7 @@ pub async fn follow<S: Seen>(
                 Event::Delete(object) => state.remove(&object, now),
             }
         });
-        if news {
+        if news || back {
             wake.notify_one();
         }
     }

@@ -57,6 +57,7 @@ impl WriteError {
             Self::NotLeader => "NotLeader",
             Self::TimedOut => "TimedOut",
             Self::Api(kube::Error::Api(status)) if status.is_conflict() => "Conflict",
+            Self::Api(kube::Error::Api(status)) if status.is_not_found() => "NotFound",
             Self::Api(kube::Error::Api(status)) if status.is_forbidden() => "Forbidden",
             Self::Api(kube::Error::Api(status)) if status.is_invalid() => "Invalid",
             Self::Api(_) => "Api",
@@ -326,8 +327,8 @@ impl Pauses {
             return None;
         };
         let tries = times(self.failed.get(&key));
-        // A conflict means that something newer is on its way here: no reason to wait long.
-        let conflict = error.reason() == "Conflict";
+        // Something newer is on its way here: no reason to wait long.
+        let conflict = matches!(error.reason(), "Conflict" | "NotFound");
         let pause = if conflict { pause(tries) / 10 } else { pause(tries) };
         if tries == 0 && !conflict || (tries + 1).is_power_of_two() {
             let (kind, verb, namespace, name) = &key;

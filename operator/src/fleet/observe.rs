@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use altiplano_crds::model_node::ModelState;
 use altiplano_crds::names;
@@ -29,6 +30,12 @@ pub struct Mirrors {
 }
 
 impl Mirrors {
+    /// Empty ones. `stale_after` is how long an agent's Lease may stay as it is.
+    #[must_use]
+    pub fn new(stale_after: Duration) -> Self {
+        Self { agents: Arc::new(Mirror::with_patience(stale_after)), ..Self::default() }
+    }
+
     /// Kinds whose first list has not come yet.
     #[must_use]
     pub fn missing(&self) -> Vec<&'static str> {
@@ -49,7 +56,7 @@ impl Mirrors {
 
     /// When each watch has last said anything.
     #[must_use]
-    pub fn last_events(&self) -> [(&'static str, Option<std::time::Duration>); 6] {
+    pub fn last_events(&self) -> [(&'static str, Option<Duration>); 6] {
         use crate::watch::Seen;
         let Self { models, model_nodes, nodes, agents, services, slices } = self;
         [
@@ -82,6 +89,8 @@ pub struct Fleet {
     pub unreadable: BTreeSet<String>,
     /// Every Node, agent and ModelNode, by the node's name.
     pub nodes: BTreeMap<String, FleetNode>,
+    /// Since when the agents' Leases cannot be watched, if they cannot: nobody becomes stale meanwhile.
+    pub blind_since: Option<Duration>,
     /// Services by namespace and name.
     pub services: BTreeMap<Key, Arc<ServiceSeen>>,
     /// `EndpointSlice`s by namespace and name.
@@ -105,7 +114,7 @@ impl Fleet {
     /// Takes the snapshot.
     #[must_use]
     pub fn observe(mirrors: &Mirrors) -> Self {
-        let mut fleet = Self::default();
+        let mut fleet = Self { blind_since: mirrors.agents.blind_since(), ..Self::default() };
         for (_, seen) in mirrors.models.all() {
             match &*seen {
                 ModelSeen::Readable(model) => {

@@ -312,7 +312,7 @@ impl Round<'_> {
     }
 
     fn judge_agents(&mut self) {
-        let now = self.now.mono;
+        let now = self.fleet.blind_since.unwrap_or(self.now.mono);
         let (stale_after, grace) = (self.settings.stale_after, self.settings.loss_grace);
         let (mut known, mut silent) = (0_usize, 0_usize);
         let mut deadlines = Vec::new();

@@ -14,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Owne
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
-use crate::watch::Seen;
+use crate::watch::{Outage, Seen};
 
 /// A ModelDeployment.
 #[derive(Clone, Debug, PartialEq)]
@@ -229,8 +229,11 @@ impl Seen for AgentSeen {
             || self.changed.saturating_sub(previous.changed) >= QUIET_RENEWAL
     }
 
-    fn outage_over(&mut self, now: Duration) {
-        self.changed = self.changed.max(now);
+    /// The time does not count. Who was alive before starts anew, since its own tries come late after an outage; who was
+    /// stale stays so.
+    fn outage_over(&mut self, Outage { from, to, patience }: Outage) {
+        let was_alive = from < self.changed + patience;
+        self.changed = if was_alive { to } else { self.changed + to.saturating_sub(from) };
     }
 }
 
@@ -389,5 +392,23 @@ impl Seen for SliceSeen {
             || self.object.endpoints != previous.object.endpoints
             || self.object.ports != previous.object.ports
             || self.object.metadata.labels != previous.object.metadata.labels
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_makes_nobody_stale_and_revives_nobody() {
+        let seconds = Duration::from_secs;
+        let outage = Outage { from: seconds(100), to: seconds(280), patience: seconds(30) };
+        let after = |changed| {
+            let mut agent = AgentSeen::at(seconds(changed), 1);
+            agent.outage_over(outage);
+            agent.changed.as_secs()
+        };
+        assert_eq!(after(95), 280, "alive when the watch broke off");
+        assert_eq!(after(60), 240, "stale for 10 s before, and 40 s old after as before");
     }
 }
