@@ -170,7 +170,13 @@ mod tests {
         let folder = Path::new(words[2]);
         // A zombie has none: in a container nobody may ever ask for its exit code.
         let has_environment = || fs::read(format!("/proc/{}/environ", words[1])).is_ok_and(|bytes| !bytes.is_empty());
-        assert!(has_environment() && folder.exists());
+        // The program's environment can be read a moment after its start.
+        wait_for("what the victim started", Duration::from_secs(20), || {
+            let there = (has_environment(), folder.exists());
+            std::future::ready(if there == (true, true) { Ok(()) } else { Err(format!("process, folder: {there:?}")) })
+        })
+        .await
+        .unwrap();
 
         victim.kill().unwrap();
         victim.wait().unwrap();
