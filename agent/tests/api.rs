@@ -122,7 +122,7 @@ impl Node {
         let response = self.post(path, body).await;
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        assert_eq!(response.headers()["cache-control"], "no-cache");
+        assert_eq!(response.headers()["cache-control"], "no-cache, no-transform");
         let text = response.text().await.unwrap();
         let mut data: Vec<&str> = text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
         assert_eq!(data.pop(), Some("[DONE]"), "{text}");

@@ -1,14 +1,48 @@
 //! `POST /v1/chat/completions`.
 
+use axum::response::Response;
 use serde_json::{Map, Value};
 
 use super::ApiState;
+use super::dialect::{ChoiceJob, Dialect, Job};
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
+use super::intake::{Intake, Visit};
 use super::messages;
+use super::openai::OpenAi;
+use super::output::PlainText;
 use super::params::Params;
+use super::run;
 use super::template::ChatTemplate;
+use super::wire::Shape;
 use crate::engine::{MAX_TOP_LOGPROBS, SamplingParams, Token};
+
+/// The handler.
+pub(super) async fn chat_completions(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit, fields } = intake;
+    let request = ChatRequest::read(fields, state.defaults())?;
+    let dialect = OpenAi::new(&state, Shape::Chat, request.params.include_usage, request.logprobs.is_some());
+    converse(&state, visit, request, Box::new(dialect)).await
+}
+
+/// Answers a chat, whichever dialect asked.
+pub(super) async fn converse(
+    state: &ApiState,
+    visit: Visit,
+    request: ChatRequest,
+    dialect: Box<dyn Dialect>,
+) -> Result<Response, ApiError> {
+    let (request, prompt) = state
+        .prepare(move |state| {
+            let prompt = request.prompt(state)?;
+            Ok((request, prompt))
+        })
+        .await?;
+    let requests = request.params.requests(request.logprobs, vec![prompt], &visit);
+    let per_prompt = requests.len();
+    let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
+    run::answer(state, visit, Job { dialect, choices, per_prompt, stream: request.params.stream }).await
+}
 
 /// A chat request, checked.
 #[derive(Debug)]

@@ -1,11 +1,18 @@
 //! `POST /v1/completions`.
 
+use axum::response::Response;
 use serde_json::Value;
 
 use super::ApiState;
+use super::dialect::{ChoiceJob, Job};
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
+use super::intake::Intake;
+use super::openai::OpenAi;
+use super::output::PlainText;
 use super::params::Params;
+use super::run;
+use super::wire::Shape;
 use crate::engine::{MAX_TOP_LOGPROBS, SamplingParams, Token};
 
 /// Prompts that one request may have.
@@ -13,6 +20,21 @@ pub const MAX_PROMPTS: usize = 16;
 
 /// Tokens when none are said, as with OpenAI.
 pub const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// The handler.
+pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit, fields } = intake;
+    let CompletionRequest { params, prompts, logprobs, echo } = CompletionRequest::read(fields, state.defaults())?;
+    let resolve = move |state: &ApiState| prompts.into_iter().map(|prompt| prompt.resolve(state, echo)).collect();
+    let resolved: Vec<_> = state.prepare(resolve).await?;
+    let (prompts, texts): (Vec<_>, Vec<String>) = resolved.into_iter().unzip();
+    let per_prompt = params.n as usize;
+    let echoes = texts.iter().flat_map(|text| std::iter::repeat_n(text.clone(), per_prompt)).collect();
+    let dialect = OpenAi::new(&state, Shape::Text, params.include_usage, logprobs.is_some()).echoing(echoes);
+    let requests = params.requests(logprobs, prompts, &visit);
+    let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
+    run::answer(&state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream: params.stream }).await
+}
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Prompt {

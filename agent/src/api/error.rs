@@ -226,6 +226,8 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // For the one who knows which form the path has.
+        response.extensions_mut().insert(self);
         response
     }
 }

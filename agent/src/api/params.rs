@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
-use crate::engine::{MAX_LOGIT_BIAS, SamplingParams, Token};
+use super::intake::Visit;
+use crate::engine::{GenerateRequest, MAX_LOGIT_BIAS, SamplingParams, Token};
 
 /// Choices that one request may ask for.
 pub const MAX_CHOICES: u32 = 8;
@@ -46,6 +47,35 @@ impl Params {
             stream,
             include_usage: include_usage(fields, stream)?,
         })
+    }
+}
+
+impl Params {
+    /// `n` generations for each prompt. With a seed, each choice has its own, so that they differ and can be repeated.
+    pub(crate) fn requests(
+        &self,
+        logprobs: Option<u32>,
+        prompts: Vec<Vec<Token>>,
+        visit: &Visit,
+    ) -> Vec<GenerateRequest> {
+        let Self { max_tokens, sampling, stop, ignore_eos, n, stream: _, include_usage: _ } = self;
+        let mut requests = Vec::with_capacity(prompts.len() * *n as usize);
+        for prompt in prompts {
+            for choice in 0..*n {
+                let seed = sampling.seed.map(|seed| seed.wrapping_add(choice).min(u32::MAX - 1));
+                requests.push(GenerateRequest {
+                    id: visit.request_id.clone(),
+                    prompt: prompt.clone(),
+                    max_tokens: *max_tokens,
+                    sampling: SamplingParams { seed, ..sampling.clone() },
+                    stop: stop.clone(),
+                    ignore_eos: *ignore_eos,
+                    logprobs,
+                    deadline: Some(visit.queue_deadline),
+                });
+            }
+        }
+        requests
     }
 }
 

@@ -1,11 +1,12 @@
-//! What the server says: OpenAI's response objects, with llama-server's `timings` beside `usage`.
+//! What OpenAI's dialects say: their response objects, with llama-server's `timings` beside `usage`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::engine::{FinishReason, Timings, TokenLogprob, Usage};
+use super::dialect::Finish;
+use crate::engine::{Timings, TokenLogprob, Usage};
 
 /// Which of the two APIs speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,12 +81,37 @@ pub(crate) struct Message<'a> {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<&'a str>,
+    /// The reasoning apart from the answer, under the name that llama-server and vLLM use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<CallBody<'a>>,
 }
 
-pub(crate) fn finish_word(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
+/// A tool call, whole, or in pieces that `index` holds together.
+#[derive(Serialize)]
+pub(crate) struct CallBody<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    pub(crate) function: FunctionBody<'a>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct FunctionBody<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<&'a str>,
+    pub(crate) arguments: &'a str,
+}
+
+pub(crate) fn finish_word(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+        Finish::ToolCalls => "tool_calls",
     }
 }
 

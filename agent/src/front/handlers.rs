@@ -19,7 +19,7 @@ use super::scrape;
 use super::shared::Shared;
 use super::table::{self, InFlight, Lookup, Model, Route};
 use crate::api::{
-    ApiError, REQUEST_ID, check_content_length, check_content_type, clip, collect, is_stream, malformed, request_id,
+    ApiError, Form, check_content_length, check_content_type, clip, collect, is_stream, malformed, request_id,
 };
 
 /// Which listener a request came in by.
@@ -46,17 +46,16 @@ const GENERATION: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
 /// Answers a request, whatever it is.
 pub(super) async fn handle(shared: Arc<Shared>, visit: Visit, request: Request<Incoming>) -> Response {
     let id = request_id(request.headers());
+    let form = Form::of(request.uri().path());
     let mut counted = None;
-    let mut response = match route(&shared, &visit, request, &id, &mut counted).await {
+    let response = match route(&shared, &visit, request, &id, &mut counted).await {
         Ok(response) => response,
         Err(error) => {
             tracing::debug!(request_id = %id, status = error.status.as_u16(), error = %error.message, "refused");
             error.into_response()
         }
     };
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert(REQUEST_ID, value);
-    }
+    let mut response = form.finish(response, &id);
     let published = counted.map(|model| model.published());
     let (namespace, name) = published.as_ref().map_or(("", ""), |model| (&model.namespace, &model.name));
     shared.metrics.answered(namespace, name, response.status());
@@ -181,6 +180,7 @@ async fn generate(
         headers: proxy::outgoing(&parts.headers, id),
         body,
         buffered,
+        form: Form::of(parts.uri.path()),
         stream: stream == Some(Value::Bool(true)),
         request_id: id.to_owned(),
         arrived,

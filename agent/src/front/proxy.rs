@@ -16,7 +16,7 @@ use super::buffer::Buffered;
 use super::relay;
 use super::shared::Shared;
 use super::table::{InFlight, Route, Told};
-use crate::api::{ApiError, PING, QUEUE_BUDGET, REQUEST_ID, error_event, error_event_json, event_stream, is_stream};
+use crate::api::{ApiError, Form, QUEUE_BUDGET, REQUEST_ID, is_stream};
 
 /// How much later than the worker the agent gives a request up: the worker's own answer is the better one.
 const REQUEST_GRACE: Duration = Duration::from_secs(5);
@@ -35,15 +35,17 @@ pub(super) struct Ask {
     pub(super) body: Bytes,
     /// Keeps the body's bytes counted.
     pub(super) buffered: Buffered,
-    /// Whether the client reads events.
+    /// How the client wants to be spoken to.
+    pub(super) form: Form,
+    /// Whether it reads frames.
     pub(super) stream: bool,
     pub(super) request_id: String,
     pub(super) arrived: Instant,
 }
 
-/// Answers `ask`. A client that reads events gets a ping after each interval in which nothing else came.
+/// Answers `ask`. A client that reads frames gets a ping after each interval in which nothing else came.
 pub(super) async fn answer(shared: Arc<Shared>, in_flight: InFlight, ask: Ask) -> Result<Response, ApiError> {
-    let stream = ask.stream;
+    let Ask { form, stream, .. } = ask;
     let ping = shared.limits.ping_interval;
     let mut forwarding = forward(shared, in_flight, ask).boxed();
     if !stream {
@@ -51,7 +53,7 @@ pub(super) async fn answer(shared: Arc<Shared>, in_flight: InFlight, ask: Ask) -
     }
     match tokio::time::timeout(ping, &mut forwarding).await {
         Ok(answer) => answer,
-        Err(_) => Ok(event_stream(Body::from_stream(deferred(forwarding, ping)))),
+        Err(_) => Ok(form.stream(Body::from_stream(deferred(forwarding, form, ping)))),
     }
 }
 
@@ -73,9 +75,9 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
         match tokio::time::timeout_at(deadline.into(), sent).await {
             Err(_) => return Err(ApiError::request_timeout(published.request_timeout().as_secs())),
             Ok(Ok(response)) => {
-                let Ask { buffered, body, .. } = ask;
+                let Ask { buffered, body, form, .. } = ask;
                 drop((buffered, body));
-                return relayed(response, in_flight, shared.limits.worker_silence).await;
+                return relayed(response, in_flight, form, shared.limits.worker_silence).await;
             }
             Ok(Err(error)) => {
                 tracing::warn!(
@@ -147,12 +149,13 @@ async fn ready(
 async fn relayed(
     response: http::Response<Incoming>,
     in_flight: InFlight,
+    form: Form,
     silence: Duration,
 ) -> Result<Response, ApiError> {
     let (mut parts, body) = response.into_parts();
     strip_hop_by_hop(&mut parts.headers);
     if is_stream(&parts.headers) {
-        return Ok(Response::from_parts(parts, Body::from_stream(relay::events(body, in_flight, silence))));
+        return Ok(Response::from_parts(parts, Body::from_stream(relay::frames(body, in_flight, form, silence))));
     }
     let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length <= WHOLE_ANSWER) {
@@ -172,38 +175,41 @@ enum Deferred {
     Ended,
 }
 
-/// An answer that is not there yet, as events: pings, then the worker's events, or one error event.
-fn deferred(forwarding: Forwarding, ping: Duration) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    futures::stream::unfold(Deferred::Ping(forwarding), move |state| async move {
-        let (event, next) = match state {
-            Deferred::Ping(forwarding) => (PING, Deferred::Waiting(forwarding)),
-            Deferred::Waiting(mut forwarding) => match tokio::time::timeout(ping, &mut forwarding).await {
-                Err(_) => (PING, Deferred::Waiting(forwarding)),
-                Ok(Err(error)) => (error_event(&error), Deferred::Ended),
-                Ok(Ok(response)) if is_stream(response.headers()) => {
-                    relay_next(response.into_body().into_data_stream()).await?
-                }
-                Ok(Ok(response)) => {
-                    let bytes = axum::body::to_bytes(response.into_body(), 64 << 10).await.unwrap_or_default();
-                    let event = match std::str::from_utf8(&bytes) {
-                        Ok(json) if !json.is_empty() => error_event_json(&json.replace(['\r', '\n'], " ")),
-                        _ => error_event(&ApiError::worker_exited()),
-                    };
-                    (event, Deferred::Ended)
-                }
-            },
-            Deferred::Relaying(body) => relay_next(body).await?,
-            Deferred::Ended => return None,
-        };
-        Some((Ok(event), next))
+/// An answer that is not there yet, as frames: pings, then the worker's frames, or one of an error.
+fn deferred(
+    forwarding: Forwarding,
+    form: Form,
+    ping: Duration,
+) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    futures::stream::unfold(Deferred::Ping(forwarding), move |mut state| async move {
+        loop {
+            let (frame, next) = match state {
+                Deferred::Ping(forwarding) => (form.ping(), Deferred::Waiting(forwarding)),
+                Deferred::Waiting(mut forwarding) => match tokio::time::timeout(ping, &mut forwarding).await {
+                    Err(_) => (None, Deferred::Ping(forwarding)),
+                    Ok(Err(error)) => (Some(form.error_frame(&error, 0)), Deferred::Ended),
+                    Ok(Ok(response)) if is_stream(response.headers()) => {
+                        (None, Deferred::Relaying(response.into_body().into_data_stream()))
+                    }
+                    Ok(Ok(response)) => {
+                        let body = axum::body::to_bytes(response.into_body(), 64 << 10).await.unwrap_or_default();
+                        let frame = form.error_body_frame(&body);
+                        let frame = frame.unwrap_or_else(|| form.error_frame(&ApiError::worker_exited(), 0));
+                        (Some(frame), Deferred::Ended)
+                    }
+                },
+                Deferred::Relaying(mut body) => match body.next().await? {
+                    Ok(frame) => (Some(frame), Deferred::Relaying(body)),
+                    Err(_) => (Some(form.error_frame(&ApiError::worker_exited(), 0)), Deferred::Ended),
+                },
+                Deferred::Ended => return None,
+            };
+            match frame {
+                Some(frame) => return Some((Ok(frame), next)),
+                None => state = next,
+            }
+        }
     })
-}
-
-async fn relay_next(mut body: BodyDataStream) -> Option<(Bytes, Deferred)> {
-    match body.next().await? {
-        Ok(event) => Some((event, Deferred::Relaying(body))),
-        Err(_) => Some((error_event(&ApiError::worker_exited()), Deferred::Ended)),
-    }
 }
 
 /// Headers that are for one connection only (RFC 9110, 7.6.1), the ones that `connection` names included.

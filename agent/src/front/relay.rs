@@ -8,57 +8,74 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
 use super::table::InFlight;
-use crate::api::{ApiError, error_event};
+use crate::api::{ApiError, Form};
 
 /// Bytes of an unfinished event that are held back at most.
 const MOST_HELD: usize = 1 << 20;
 
-/// Passes events on as they come, whole ones only: when the worker dies in the middle of one, the client gets an error
-/// event that it can read. `silence`: a worker that says nothing for so long, not even a ping, is taken for dead.
-pub(super) fn events(
+/// Passes frames on as they come, whole ones only: when the worker dies in the middle of one, the client gets an error
+/// that it can read. `silence`: a worker that says nothing for so long, not even a ping, is taken for dead.
+pub(super) fn frames(
     body: Incoming,
     in_flight: InFlight,
+    form: Form,
     silence: Duration,
 ) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
     let pieces = body.into_data_stream();
-    whole_events(pieces, silence).map(move |event| {
+    whole_frames(pieces, form, silence).map(move |frame| {
         // Counts as running until the stream is dropped.
         let _held = &in_flight;
-        Ok(event)
+        Ok(frame)
     })
 }
 
-fn whole_events<E>(
+fn whole_frames<E>(
     pieces: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    form: Form,
     silence: Duration,
 ) -> impl Stream<Item = Bytes> {
-    let state = Some((pieces, BytesMut::new()));
+    let end = form.frame_end();
+    // Frames that were passed on, which is where Responses' events are.
+    let state = Some((pieces, BytesMut::new(), 0));
     futures::stream::unfold(state, move |state| async move {
-        let (mut pieces, mut held) = state?;
+        let (mut pieces, mut held, passed) = state?;
         loop {
             match tokio::time::timeout(silence, pieces.next()).await {
                 Ok(Some(Ok(piece))) => {
-                    if held.is_empty() && piece.ends_with(b"\n\n") {
-                        return Some((piece, Some((pieces, held))));
+                    if held.is_empty() && piece.ends_with(end) {
+                        let passed = passed + events(&piece);
+                        return Some((piece, Some((pieces, held, passed))));
                     }
                     held.extend_from_slice(&piece);
-                    let whole = if held.len() > MOST_HELD { held.len() } else { whole_length(&held) };
+                    let whole = if held.len() > MOST_HELD { held.len() } else { whole_length(&held, end) };
                     if whole > 0 {
-                        return Some((held.split_to(whole).freeze(), Some((pieces, held))));
+                        let frames = held.split_to(whole).freeze();
+                        let passed = passed + events(&frames);
+                        return Some((frames, Some((pieces, held, passed))));
                     }
                 }
                 // The worker ended its answer.
                 Ok(None) if held.is_empty() => return None,
                 Ok(None) => return Some((held.freeze(), None)),
-                Ok(Some(Err(_))) | Err(_) => return Some((error_event(&ApiError::worker_exited()), None)),
+                Ok(Some(Err(_))) | Err(_) => {
+                    return Some((form.error_frame(&ApiError::worker_exited(), passed), None));
+                }
             }
         }
     })
 }
 
-/// Bytes up to the end of the last whole event.
-fn whole_length(bytes: &[u8]) -> usize {
-    bytes.windows(2).rposition(|pair| pair == b"\n\n").map_or(0, |at| at + 2)
+/// Events with a name among whole frames, which is what Responses numbers.
+fn events(frames: &[u8]) -> u64 {
+    const NAME: &[u8] = b"event: ";
+    let named = frames.windows(NAME.len()).enumerate();
+    // A name stands at the beginning of a line; JSON has no line breaks.
+    named.filter(|(at, window)| *window == NAME && (*at == 0 || frames[at - 1] == b'\n')).count() as u64
+}
+
+/// Bytes up to the end of the last whole frame.
+fn whole_length(bytes: &[u8], end: &[u8]) -> usize {
+    bytes.windows(end.len()).rposition(|window| window == end).map_or(0, |at| at + end.len())
 }
 
 /// Passes any other body on as it is.
@@ -79,32 +96,44 @@ pub(super) async fn whole(body: Incoming, limit: usize) -> Option<Bytes> {
 mod tests {
     use super::*;
 
-    async fn relayed(pieces: &[Result<&'static str, ()>]) -> Vec<String> {
+    async fn relayed(form: Form, pieces: &[Result<&'static str, ()>]) -> Vec<String> {
         let pieces: Vec<_> = pieces.iter().map(|piece| piece.map(Bytes::from)).collect();
-        let events = whole_events(futures::stream::iter(pieces), Duration::from_secs(5));
-        events.map(|event| String::from_utf8(event.to_vec()).unwrap()).collect().await
+        let frames = whole_frames(futures::stream::iter(pieces), form, Duration::from_secs(5));
+        frames.map(|frame| String::from_utf8(frame.to_vec()).unwrap()).collect().await
     }
 
     #[tokio::test]
-    async fn events_pass_unchanged_and_whole() {
-        assert_eq!(relayed(&[Ok("data: 1\n\n"), Ok(": ping\n\n")]).await, ["data: 1\n\n", ": ping\n\n"]);
-        assert_eq!(relayed(&[Ok("data: 1\n"), Ok("\ndata: 2"), Ok("\n\n")]).await, ["data: 1\n\n", "data: 2\n\n"]);
-        assert_eq!(relayed(&[Ok("data: 1\n\ndata: [DO"), Ok("NE]")]).await, ["data: 1\n\n", "data: [DONE]"]);
+    async fn frames_pass_unchanged_and_whole() {
+        let events = async |pieces| relayed(Form::OpenAi, pieces).await;
+        assert_eq!(events(&[Ok("data: 1\n\n"), Ok(": ping\n\n")]).await, ["data: 1\n\n", ": ping\n\n"]);
+        assert_eq!(events(&[Ok("data: 1\n"), Ok("\ndata: 2"), Ok("\n\n")]).await, ["data: 1\n\n", "data: 2\n\n"]);
+        assert_eq!(events(&[Ok("data: 1\n\ndata: [DO"), Ok("NE]")]).await, ["data: 1\n\n", "data: [DONE]"]);
+        let lines = relayed(Form::Ollama, &[Ok("{\"a\": 1}\n{\"b\""), Ok(": 2}\n")]).await;
+        assert_eq!(lines, ["{\"a\": 1}\n", "{\"b\": 2}\n"]);
     }
 
     #[tokio::test]
-    async fn a_worker_that_dies_ends_the_stream_with_an_error_event() {
-        let got = relayed(&[Ok("data: 1\n\n"), Ok("data: {\"ha"), Err(())]).await;
-        assert_eq!(got[0], "data: 1\n\n");
-        assert!(got[1].starts_with("event: error\ndata: {\"error\""), "{}", got[1]);
-        assert!(got[1].contains("\"code\":\"worker_exited\""));
-        assert_eq!(got.len(), 2);
+    async fn a_worker_that_dies_ends_the_stream_with_an_error_in_the_apis_form() {
+        let dies = [Ok("data: 1\n\n"), Ok("data: {\"ha"), Err(())];
+        for (form, begin, has) in [
+            (Form::OpenAi, "event: error\ndata: {\"error\"", "\"code\":\"worker_exited\""),
+            (Form::Anthropic, "event: error\ndata: {", "\"type\":\"api_error\""),
+        ] {
+            let got = relayed(form, &dies).await;
+            assert_eq!((got[0].as_str(), got.len()), ("data: 1\n\n", 2));
+            assert!(got[1].starts_with(begin) && got[1].contains(has) && got[1].ends_with("\n\n"), "{}", got[1]);
+        }
+        let typed = [Ok("event: a\ndata: \"event: x\"\n\nevent: b\ndata: 1\n\n: ping\n\n"), Err(())];
+        let got = relayed(Form::Responses, &typed).await;
+        assert!(got[1].contains("\"sequence_number\":2") && got[1].contains("\"type\":\"error\""), "{}", got[1]);
+        let lines = relayed(Form::Ollama, &[Ok("{}\n"), Ok("{\"ha"), Err(())]).await;
+        assert!(lines[1].starts_with("{\"error\":\"") && lines[1].ends_with("}\n"), "{}", lines[1]);
     }
 
     #[tokio::test]
     async fn a_worker_that_is_silent_is_taken_for_dead() {
         let pieces = futures::stream::pending::<Result<Bytes, ()>>();
-        let got: Vec<_> = whole_events(pieces, Duration::from_millis(20)).collect().await;
+        let got: Vec<_> = whole_frames(pieces, Form::OpenAi, Duration::from_millis(20)).collect().await;
         assert_eq!(got.len(), 1);
         assert!(got[0].starts_with(b"event: error"));
     }

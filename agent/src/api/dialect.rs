@@ -1,0 +1,137 @@
+//! The seam between a run, which drives generations, and the APIs: a [`Dialect`] turns what was generated into bytes.
+
+use bytes::Bytes;
+
+use super::error::ApiError;
+use super::form::Form;
+use super::frames::Frames;
+use super::output::{Delta, Output, OutputParser};
+use super::wire::{self, TimingsBody, UsageBody};
+use crate::engine::{GenerateRequest, Timings, Token, TokenLogprob, Usage};
+
+/// What is to be generated, prompts and parameters checked, and how it will be said.
+pub(crate) struct Job {
+    /// The API that asks.
+    pub(crate) dialect: Box<dyn Dialect>,
+    /// The choices, in the order of their indices; at least one.
+    pub(crate) choices: Vec<ChoiceJob>,
+    /// Choices of the same prompt.
+    pub(crate) per_prompt: usize,
+    /// Whether the client reads frames.
+    pub(crate) stream: bool,
+}
+
+/// One choice.
+pub(crate) struct ChoiceJob {
+    pub(crate) request: GenerateRequest,
+    pub(crate) parser: Box<dyn OutputParser>,
+}
+
+/// How one of the APIs says what a run generates. One of these answers one request; `whole` is for an answer at once,
+/// the others for a stream, in the order in which they stand here.
+pub(crate) trait Dialect: Send {
+    /// Errors, framing and signs of life.
+    fn form(&self) -> Form;
+
+    /// The parameter that holds the prompt, for errors about it.
+    fn prompt_param(&self) -> &'static str;
+
+    /// The body of a whole answer; `choices` by index.
+    fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error>;
+
+    /// The request was taken; nothing was generated yet. `prompt_tokens`: of all prompts.
+    fn started(&mut self, prompt_tokens: u64, frames: &mut Frames) -> Result<(), serde_json::Error> {
+        let _ = (prompt_tokens, frames);
+        Ok(())
+    }
+
+    /// A choice said something.
+    fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error>;
+
+    /// A choice has ended; `tally` knows how.
+    fn choice_ended(&mut self, choice: usize, tally: &Tally, frames: &mut Frames) -> Result<(), serde_json::Error>;
+
+    /// All choices have.
+    fn ended(&mut self, tally: &Tally, frames: &mut Frames) -> Result<(), serde_json::Error>;
+
+    /// What is sent when nothing else was for a while.
+    fn ping(&self) -> Option<Bytes> {
+        self.form().ping()
+    }
+
+    /// The run failed; nothing follows.
+    fn failed(&mut self, error: &ApiError, frames: &mut Frames) {
+        frames.raw(self.form().error_frame(error, 0));
+    }
+}
+
+/// What came of one token of one choice.
+pub(crate) struct Piece {
+    /// Index of the choice.
+    pub(crate) choice: usize,
+    /// Empty when the text is held back, or when there is none.
+    pub(crate) deltas: Vec<Delta>,
+    /// The token that completed the text; `None` for text that was held back until the end.
+    #[expect(dead_code, reason = "llama-server's own API can return tokens")]
+    pub(crate) token: Option<Token>,
+    /// Where it was asked for.
+    pub(crate) logprob: Option<TokenLogprob>,
+}
+
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// The model ended, or a stop text came.
+    Stop,
+    /// `max_tokens` or the context is used up.
+    Length,
+    /// It ended with calls of tools.
+    ToolCalls,
+}
+
+/// How a choice ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    pub(crate) finish: Finish,
+    pub(crate) usage: Usage,
+    pub(crate) timings: Timings,
+}
+
+/// How the choices of a run ended, those that have.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    per_prompt: usize,
+    ends: Vec<Option<End>>,
+}
+
+impl Tally {
+    pub(crate) fn new(choices: usize, per_prompt: usize) -> Self {
+        Self { per_prompt, ends: vec![None; choices] }
+    }
+
+    pub(crate) fn end(&mut self, choice: usize, end: End) {
+        if let Some(slot) = self.ends.get_mut(choice) {
+            *slot = Some(end);
+        }
+    }
+
+    pub(crate) fn of(&self, choice: usize) -> Option<&End> {
+        self.ends.get(choice)?.as_ref()
+    }
+
+    pub(crate) fn all_ended(&self) -> bool {
+        self.ends.iter().all(Option::is_some)
+    }
+
+    /// OpenAI's `finish_reason` of a choice; `None` while it runs.
+    pub(crate) fn finish(&self, choice: usize) -> Option<Finish> {
+        self.of(choice).map(|end| end.finish)
+    }
+
+    /// Sums over the choices that have ended.
+    pub(crate) fn totals(&self) -> (UsageBody, TimingsBody) {
+        let ended = |end: &Option<End>| end.map_or_else(Default::default, |end| (end.usage, end.timings));
+        let ended: Vec<_> = self.ends.iter().map(ended).collect();
+        wire::totals(&ended, self.per_prompt)
+    }
+}

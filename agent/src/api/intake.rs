@@ -1,0 +1,56 @@
+//! How a request comes in: let in, read whole, and meant for this model. Every handler that generates begins with it.
+
+use std::time::{Duration, Instant};
+
+use axum::extract::{FromRequest, Request};
+use http::HeaderMap;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::body::{check_content_length, check_content_type, collect, parse_object};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{ApiOptions, ApiState, QUEUE_BUDGET, RequestId};
+
+/// A request that was let in, its body an object that asks for this model.
+pub(crate) struct Intake {
+    pub(crate) state: ApiState,
+    pub(crate) visit: Visit,
+    pub(crate) fields: Fields,
+}
+
+/// A request as such.
+pub(crate) struct Visit {
+    /// For logs and headers.
+    pub(crate) request_id: String,
+    pub(crate) arrived: Instant,
+    /// When it leaves the queue, should it still be waiting.
+    pub(crate) queue_deadline: Instant,
+    /// Held until the answer is complete.
+    _admission: OwnedSemaphorePermit,
+}
+
+impl FromRequest<ApiState> for Intake {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &ApiState) -> Result<Self, ApiError> {
+        let arrived = Instant::now();
+        let admission = state.admit()?;
+        let ApiOptions { body_limit, body_timeout, .. } = *state.options();
+        let (parts, body) = request.into_parts();
+        check_content_type(&parts.headers)?;
+        check_content_length(&parts.headers, body_limit)?;
+        let bytes = collect(body, body_limit, body_timeout, |_| Ok(())).await?;
+        let fields = parse_object(&bytes)?;
+        state.check_model(&fields)?;
+        let request_id = parts.extensions.get().map(|RequestId(id)| id.clone()).unwrap_or_default();
+        let queue_deadline = arrived + queue_timeout(state, &parts.headers);
+        let visit = Visit { request_id, arrived, queue_deadline, _admission: admission };
+        Ok(Self { state: state.clone(), visit, fields: Fields(fields) })
+    }
+}
+
+/// The deployment's limit, or what the agent says is left of it.
+fn queue_timeout(state: &ApiState, headers: &HeaderMap) -> Duration {
+    let left = headers.get(QUEUE_BUDGET).and_then(|value| value.to_str().ok()?.parse().ok());
+    left.map_or(state.queue_timeout(), |left| Duration::from_millis(left).min(state.queue_timeout()))
+}

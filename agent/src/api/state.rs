@@ -1,0 +1,252 @@
+//! What the handlers share: the engine, the model's names, defaults, limits and metrics.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use altiplano_crds::model_deployment::{SamplingSpec, TrafficSpec};
+use serde_json::{Map, Value};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::body::DEFAULT_BODY_LIMIT;
+use super::error::{ApiError, clip};
+use super::fields;
+use super::template::{ChatTemplate, TemplateError};
+use crate::engine::{Engine, SamplingParams};
+use crate::metrics::WorkerMetrics;
+use crate::runner::protocol::RunnerConfig;
+
+/// Limits that do not come from the ModelDeployment.
+#[derive(Clone, Debug)]
+pub struct ApiOptions {
+    /// Bytes of a body.
+    pub body_limit: usize,
+    /// Time for a client to send its body.
+    pub body_timeout: Duration,
+    /// Time between two signs of life on a stream.
+    pub ping_interval: Duration,
+    /// A step of the engine that takes longer makes `/health` fail.
+    pub stuck_after: Duration,
+}
+
+impl Default for ApiOptions {
+    fn default() -> Self {
+        Self {
+            body_limit: DEFAULT_BODY_LIMIT,
+            body_timeout: Duration::from_secs(30),
+            ping_interval: Duration::from_secs(10),
+            stuck_after: Duration::from_mins(2),
+        }
+    }
+}
+
+/// A state that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiStateError {
+    /// A sampling parameter of the deployment is no number in its range.
+    #[error("spec.engine.sampling.{field} is '{value}', which is no number in its range")]
+    InvalidSampling {
+        /// Field of the spec.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// The metrics could not be made.
+    #[error("cannot make the metrics")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// What the handlers share; clones are cheap.
+#[derive(Clone)]
+pub struct ApiState(Arc<Inner>);
+
+struct Inner {
+    engine: Engine,
+    served_name: String,
+    names: [String; 2],
+    created: u64,
+    defaults: SamplingParams,
+    template: Option<Result<ChatTemplate, TemplateError>>,
+    metrics: Arc<WorkerMetrics>,
+    options: ApiOptions,
+    queue_timeout: Duration,
+    request_timeout: Duration,
+    max_queued: u32,
+    /// Requests that are read, wait or run: a bound on the memory of their bodies.
+    admission: Arc<Semaphore>,
+    /// Threads that render and tokenise at the same time.
+    preparing: Semaphore,
+}
+
+impl ApiState {
+    /// The API of the model that `engine` holds.
+    pub fn new(engine: Engine, config: &RunnerConfig, options: ApiOptions) -> Result<Self, ApiStateError> {
+        let TrafficSpec { max_queued, queue_timeout_seconds, request_timeout_seconds, rate_limits: _ } =
+            &config.traffic;
+        let seconds = |number: i32| Duration::from_secs(u64::try_from(number).unwrap_or(0).max(1));
+        let max_queued = u32::try_from(*max_queued).unwrap_or(0);
+        let parallel = engine.report().parallel.max(1);
+        let facts = engine.model();
+        let compile = |source: &String| ChatTemplate::compile(source, &facts.bos_text, &facts.eos_text);
+        let template = facts.chat_template.as_ref().map(compile);
+        if let Some(Err(error)) = &template {
+            tracing::warn!(%error, "chat completions will be refused");
+        }
+        // Some more than run and wait: who comes to a full queue reads "queue full", not a connection that hangs.
+        let in_flight = max_queued.saturating_add(parallel).saturating_add(8) as usize;
+        Ok(Self(Arc::new(Inner {
+            template,
+            engine,
+            served_name: config.served_name.clone(),
+            names: [config.name.clone(), format!("{}/{}", config.namespace, config.name)],
+            created: super::unix_seconds(),
+            defaults: sampling_defaults(config.engine.sampling.as_ref())?,
+            metrics: Arc::new(WorkerMetrics::new(&config.namespace, &config.name)?),
+            options,
+            queue_timeout: seconds(*queue_timeout_seconds),
+            request_timeout: seconds(*request_timeout_seconds),
+            max_queued,
+            admission: Arc::new(Semaphore::new(in_flight.min(Semaphore::MAX_PERMITS))),
+            preparing: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from)),
+        })))
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.0.engine
+    }
+
+    pub(crate) fn served_name(&self) -> &str {
+        &self.0.served_name
+    }
+
+    pub(crate) fn metrics(&self) -> &Arc<WorkerMetrics> {
+        &self.0.metrics
+    }
+
+    pub(crate) fn request_timeout(&self) -> Duration {
+        self.0.request_timeout
+    }
+
+    pub(crate) fn ping_interval(&self) -> Duration {
+        self.0.options.ping_interval
+    }
+
+    /// The deployment's sampling parameters.
+    pub(crate) fn defaults(&self) -> &SamplingParams {
+        &self.0.defaults
+    }
+
+    /// Limits that do not come from the ModelDeployment.
+    pub(crate) fn options(&self) -> &ApiOptions {
+        &self.0.options
+    }
+
+    /// How long a request may wait for a slot.
+    pub(crate) fn queue_timeout(&self) -> Duration {
+        self.0.queue_timeout
+    }
+
+    /// Seconds since 1970 when the API was made.
+    pub(crate) fn created(&self) -> u64 {
+        self.0.created
+    }
+
+    /// `namespace/name` of the ModelDeployment.
+    pub(crate) fn full_name(&self) -> &str {
+        &self.0.names[1]
+    }
+
+    /// Whether a client means this model by `asked`.
+    pub(crate) fn answers_to(&self, asked: &str) -> bool {
+        asked == self.0.served_name || self.0.names.iter().any(|name| name == asked)
+    }
+
+    /// Seconds after which a slot may be free: what a request takes here on average.
+    pub(crate) fn retry_after(&self) -> u32 {
+        let seconds = self.0.metrics.mean_request_seconds().unwrap_or(1.0).ceil().clamp(1.0, 60.0);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 60")]
+        let seconds = seconds as u32;
+        seconds
+    }
+
+    pub(crate) fn template(&self) -> Result<&ChatTemplate, ApiError> {
+        match &self.0.template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(error)) => Err(ApiError::invalid("messages", error.to_string())),
+            None => Err(ApiError::invalid(
+                "messages",
+                "this model has no chat template: use /v1/completions, or set spec.model.chatTemplate",
+            )),
+        }
+    }
+
+    /// Refuses a body that asks for another model.
+    pub(crate) fn check_model(&self, fields: &Map<String, Value>) -> Result<(), ApiError> {
+        match fields.get("model") {
+            None | Some(Value::Null) => Ok(()),
+            Some(Value::String(model)) if self.answers_to(model) => Ok(()),
+            Some(Value::String(model)) => Err(ApiError::model_not_found(model)),
+            Some(other) => Err(fields::wrong_type("model", "a string", other)),
+        }
+    }
+
+    /// Lets a request in, or says that too many are in.
+    pub(crate) fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        Arc::clone(&self.0.admission)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::queue_full(self.0.max_queued, self.retry_after()))
+    }
+
+    /// Runs what takes long (rendering, tokenising) on a thread that may block, as many at once as there are CPUs.
+    pub(crate) async fn prepare<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let state = self.clone();
+        let turn = self.0.preparing.acquire().await.map_err(|error| ApiError::internal(error.to_string()))?;
+        let done = tokio::task::spawn_blocking(move || work(&state)).await;
+        drop(turn);
+        done.map_err(|error| ApiError::internal(error.to_string()))?
+    }
+}
+
+/// The deployment's `sampling` over llama.cpp's defaults.
+fn sampling_defaults(spec: Option<&SamplingSpec>) -> Result<SamplingParams, ApiStateError> {
+    let mut sampling = SamplingParams::default();
+    let Some(SamplingSpec { temperature, top_p, min_p, top_k, repeat_penalty }) = spec else { return Ok(sampling) };
+    let number = |field, value: &Option<String>, default: f32, most: f32| match value {
+        None => Ok(default),
+        Some(text) => match text.parse::<f32>() {
+            Ok(number) if (0.0..=most).contains(&number) => Ok(number),
+            _ => Err(ApiStateError::InvalidSampling { field, value: clip(text).into_owned() }),
+        },
+    };
+    sampling.temperature = number("temperature", temperature, sampling.temperature, 100.0)?;
+    sampling.top_p = number("topP", top_p, sampling.top_p, 1.0)?;
+    sampling.min_p = number("minP", min_p, sampling.min_p, 1.0)?;
+    sampling.repeat_penalty = number("repeatPenalty", repeat_penalty, sampling.repeat_penalty, 100.0)?;
+    if let Some(top_k) = top_k {
+        sampling.top_k = u32::try_from(*top_k)
+            .map_err(|_| ApiStateError::InvalidSampling { field: "topK", value: top_k.to_string() })?;
+    }
+    Ok(sampling)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deployments_sampling_goes_over_llama_cpps() {
+        let spec = SamplingSpec { temperature: Some("0".into()), top_k: Some(7), ..SamplingSpec::default() };
+        let sampling = sampling_defaults(Some(&spec)).unwrap();
+        assert_eq!(sampling, SamplingParams { temperature: 0.0, top_k: 7, ..SamplingParams::default() });
+        for (field, spec) in [
+            ("temperature", SamplingSpec { temperature: Some("hot".into()), ..SamplingSpec::default() }),
+            ("topP", SamplingSpec { top_p: Some("1.5".into()), ..SamplingSpec::default() }),
+            ("topK", SamplingSpec { top_k: Some(-1), ..SamplingSpec::default() }),
+        ] {
+            let message = sampling_defaults(Some(&spec)).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("spec.engine.sampling.{field} is ")), "{message}");
+        }
+    }
+}
