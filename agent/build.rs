@@ -3,9 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+const FOLDER: &str = "src/engine/ffi";
+
+/// One for each topic.
+const SOURCES: [&str; 2] = ["shim.cpp", "shim_sampler.cpp"];
+
 fn main() -> Result<(), String> {
-    println!("cargo:rerun-if-changed=src/engine/ffi/shim.cpp");
-    println!("cargo:rerun-if-changed=src/engine/ffi/shim.h");
+    for file in ["guard.h", "shim.h"].iter().chain(&SOURCES) {
+        println!("cargo:rerun-if-changed={FOLDER}/{file}");
+    }
     println!("cargo:rerun-if-env-changed=DEP_LLAMA_ROOT");
 
     let root = env::var("DEP_LLAMA_ROOT").map_err(|_| "llama-cpp-sys-2 did not say where it has built llama.cpp")?;
@@ -14,11 +20,11 @@ fn main() -> Result<(), String> {
         .cpp(true)
         .std("c++17")
         .flag_if_supported("-fexceptions")
-        .include("src/engine/ffi")
+        .include(FOLDER)
         .include(source.join("include"))
         .include(source.join("ggml/include"))
         .include(source.join("src"))
-        .file("src/engine/ffi/shim.cpp")
+        .files(SOURCES.map(|file| format!("{FOLDER}/{file}")))
         .opt_level(2)
         .warnings(false)
         .try_compile("altiplano_shim")

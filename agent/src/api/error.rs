@@ -156,9 +156,9 @@ impl ApiError {
                     .with_code("context_length_exceeded")
             }
             SubmitError::EmptyPrompt | SubmitError::InvalidToken { .. } => Self::invalid(prompt_param, message),
-            SubmitError::InvalidParameter(_) => Self::bad_request(message),
+            SubmitError::InvalidParameter(_) | SubmitError::InvalidGrammar(_) => Self::bad_request(message),
             SubmitError::ShuttingDown => Self::unavailable("model_unloading", message, 1),
-            SubmitError::EngineFailed => Self::internal(message),
+            SubmitError::Internal(_) | SubmitError::EngineFailed => Self::internal(message),
         }
     }
 

@@ -68,6 +68,7 @@ impl Params {
                     prompt: prompt.clone(),
                     max_tokens: *max_tokens,
                     sampling: SamplingParams { seed, ..sampling.clone() },
+                    grammar: None,
                     stop: stop.clone(),
                     ignore_eos: *ignore_eos,
                     logprobs,
@@ -346,6 +347,7 @@ mod tests {
             presence_penalty: 1.5,
             seed: Some(42),
             logit_bias: logit_bias.clone(),
+            ..SamplingParams::default()
         };
         assert_eq!(params.sampling, expected);
         assert_eq!(params.stop, ["a", "b"]);

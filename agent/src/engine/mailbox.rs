@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::Activity;
+use super::ffi::Sampler;
 use super::request::{GenerateEvent, GenerateRequest, SubmitError};
 
 /// A request that has no slot yet.
 pub(super) struct Waiting {
     pub(super) request: GenerateRequest,
+    pub(super) sampler: Sampler,
     pub(super) events: mpsc::Sender<GenerateEvent>,
     pub(super) submitted: Instant,
 }
@@ -215,7 +217,7 @@ mod tests {
     fn waiting(deadline: Option<Instant>) -> (Waiting, mpsc::Receiver<GenerateEvent>) {
         let (events, receiver) = mpsc::channel(4);
         let request = GenerateRequest { deadline, ..GenerateRequest::default() };
-        (Waiting { request, events, submitted: Instant::now() }, receiver)
+        (Waiting { request, sampler: Sampler::default(), events, submitted: Instant::now() }, receiver)
     }
 
     #[test]

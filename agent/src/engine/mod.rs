@@ -14,6 +14,7 @@ mod mailbox;
 mod pool;
 mod prefix;
 mod request;
+mod sampling;
 mod schedule;
 mod sequence;
 mod shared;
@@ -22,6 +23,7 @@ mod step;
 mod stop;
 mod worker;
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,12 +32,16 @@ use tokio::sync::{mpsc, watch};
 
 pub use error::EngineError;
 pub use request::{
-    FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, PENALTY_WINDOW,
-    SamplingParams, SubmitError, Timings, Token, TokenLogprob, TopLogprob, Usage,
+    FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, SubmitError, Timings, Token,
+    TokenLogprob, TopLogprob, Usage,
+};
+pub use sampling::{
+    DryParams, Grammar, MAX_BIAS_TEXT_BYTES, MAX_LOGIT_BIAS, MAX_SAMPLERS, MAX_SEQUENCE_BREAKER_BYTES,
+    MAX_SEQUENCE_BREAKERS, Mirostat, SamplerKind, SamplingParams, Triggers, WHOLE_CONTEXT,
 };
 
 use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
-use ffi::Model;
+use ffi::{Model, Sampler};
 use load::Loaded;
 use mailbox::{Mailbox, Waiting};
 use shared::Shared;
@@ -217,10 +223,17 @@ impl Engine {
 
     /// Puts a request into the queue.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
-        check::check(&self.inner.model, self.inner.facts.max_tokens, &request)?;
+        let Inner { model, facts, .. } = &*self.inner;
+        check::check(model, facts.max_tokens, &request)?;
+        if request.grammar.is_some() {
+            return Err(SubmitError::InvalidGrammar("grammars are not supported yet".to_owned()));
+        }
+        let seed = request.sampling.seed.unwrap_or_else(random_seed);
+        let sampler = Sampler::new(model, &request.sampling, seed, facts.max_tokens);
+        let sampler = sampler.map_err(SubmitError::Internal)?;
         let mailbox = Arc::clone(&self.inner.mailbox);
         let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
-        mailbox.submit(Waiting { request, events: sender, submitted: Instant::now() })?;
+        mailbox.submit(Waiting { request, sampler, events: sender, submitted: Instant::now() })?;
         Ok(Generation { events, mailbox, finished: false })
     }
 
@@ -276,6 +289,12 @@ impl Drop for End {
         drop(self.mailbox.end());
         self.ended.send_replace(Some(self.result.take().unwrap_or_else(panicked)));
     }
+}
+
+fn random_seed() -> u32 {
+    // The standard library's keys are random and differ each time.
+    let number = RandomState::new().build_hasher().finish();
+    u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default()
 }
 
 /// The devices that llama.cpp sees in this process, the CPU last. Opens them, so only a short-lived process should ask.

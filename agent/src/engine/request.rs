@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::error::EngineError;
 use super::mailbox::Mailbox;
+use super::sampling::{Grammar, SamplingParams};
 
 /// A token of the model's vocabulary.
 pub type Token = i32;
@@ -26,6 +27,8 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
+    /// What the output must be; the generation ends with `stop` when nothing more may come.
+    pub grammar: Option<Grammar>,
     /// Texts that end the generation; they never appear in the output.
     pub stop: Vec<String>,
     /// Goes on after the model's end-of-generation token, as benchmarks do.
@@ -38,51 +41,6 @@ pub struct GenerateRequest {
 
 /// Most alternatives per token whose log-probabilities are reported.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
-
-/// How the next token is chosen, in llama.cpp's words. The default is llama.cpp's.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SamplingParams {
-    /// 0 or less is greedy.
-    pub temperature: f32,
-    /// Keeps this many of the most probable tokens; 0 keeps all.
-    pub top_k: u32,
-    /// Keeps the most probable tokens that together have this probability; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps tokens at least this probable compared with the best one; 0 keeps all.
-    pub min_p: f32,
-    /// Divides the logits of tokens among the last [`PENALTY_WINDOW`]; 1 is off.
-    pub repeat_penalty: f32,
-    /// Subtracted from a token's logit for each time it was seen lately; 0 is off.
-    pub frequency_penalty: f32,
-    /// Subtracted from the logit of every token seen lately; 0 is off.
-    pub presence_penalty: f32,
-    /// Seed of the random numbers; `None`: another one for each request.
-    pub seed: Option<u32>,
-    /// Added to the logits of these tokens; at most [`MAX_LOGIT_BIAS`] entries.
-    pub logit_bias: Vec<(Token, f32)>,
-}
-
-/// Tokens that the penalties look back.
-pub const PENALTY_WINDOW: i32 = 64;
-
-/// Most entries of a logit bias.
-pub const MAX_LOGIT_BIAS: usize = 1024;
-
-impl Default for SamplingParams {
-    fn default() -> Self {
-        Self {
-            temperature: 0.8,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            seed: None,
-            logit_bias: Vec::new(),
-        }
-    }
-}
 
 /// One piece of an answer.
 #[derive(Clone, Debug)]
@@ -192,9 +150,15 @@ pub enum SubmitError {
         /// Size of the vocabulary.
         n_vocab: u32,
     },
-    /// The logit bias has more than [`MAX_LOGIT_BIAS`] entries, or a number is not finite.
+    /// A sampling parameter is out of its range.
     #[error("{0}")]
     InvalidParameter(&'static str),
+    /// The grammar or the schema cannot be compiled, or is larger than is allowed.
+    #[error("{0}")]
+    InvalidGrammar(String),
+    /// llama.cpp could not make the sampler.
+    #[error("{0}")]
+    Internal(String),
     /// The engine takes no more requests.
     #[error("the model is being unloaded")]
     ShuttingDown,

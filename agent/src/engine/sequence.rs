@@ -1,6 +1,5 @@
 //! One request while it is generated.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Instant;
 
 use tokio::sync::mpsc::{OwnedPermit, Sender};
@@ -9,9 +8,7 @@ use super::error::EngineError;
 use super::ffi::{LogprobRow, Model, Sampler};
 use super::mailbox::Waiting;
 use super::pool::SeqId;
-use super::request::{
-    FinishReason, GenerateEvent, GenerateRequest, PENALTY_WINDOW, Timings, Token, TokenLogprob, TopLogprob, Usage,
-};
+use super::request::{FinishReason, GenerateEvent, GenerateRequest, Timings, Token, TokenLogprob, TopLogprob, Usage};
 use super::sizing::CELLS_STEP;
 use super::stop::TextAssembler;
 
@@ -52,20 +49,20 @@ pub(super) struct Sequence {
 
 impl Sequence {
     /// A request begins. `max_tokens` is what a request may use, prompt and answer.
-    pub(super) fn new(
-        model: &Model,
-        waiting: Waiting,
-        max_tokens: u32,
-        need: u32,
-        now: Instant,
-    ) -> Result<Self, String> {
-        let Waiting { request, events, submitted } = waiting;
-        let GenerateRequest { id, prompt, max_tokens: wanted, sampling, stop, ignore_eos, logprobs, deadline } =
-            request;
-        let seed = sampling.seed.unwrap_or_else(random_seed);
-        let mut sampler = Sampler::new(model, &sampling, seed)?;
-        let window = usize::try_from(PENALTY_WINDOW).unwrap_or(0);
-        for &token in &prompt[prompt.len().saturating_sub(window)..] {
+    pub(super) fn new(waiting: Waiting, max_tokens: u32, need: u32, now: Instant) -> Result<Self, String> {
+        let Waiting { request, mut sampler, events, submitted } = waiting;
+        let GenerateRequest {
+            id,
+            prompt,
+            max_tokens: wanted,
+            sampling: _,
+            grammar: _,
+            stop,
+            ignore_eos,
+            logprobs,
+            deadline,
+        } = request;
+        for &token in &prompt[prompt.len().saturating_sub(sampler.lookback())..] {
             sampler.accept(token)?;
         }
         let limit = (max_tokens as usize).min(prompt.len().saturating_add(wanted.map_or(usize::MAX, |n| n as usize)));
@@ -226,10 +223,4 @@ fn described(model: &Model, token: Token, row: &LogprobRow) -> Result<TokenLogpr
     };
     let top = row.top.iter().map(|&(token, logprob)| Ok(TopLogprob { token, logprob, bytes: bytes(token)? }));
     Ok(TokenLogprob { logprob: row.chosen, bytes: bytes(token)?, top: top.collect::<Result<_, String>>()? })
-}
-
-fn random_seed() -> u32 {
-    // The standard library's keys are random and differ each time.
-    let number = RandomState::new().build_hasher().finish();
-    u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default()
 }

@@ -135,7 +135,10 @@ impl Executor {
 
     /// The next token after a row of the last step.
     pub(super) fn sample(&mut self, sampler: &mut Sampler, row: i32) -> Result<Token, String> {
-        self.context.as_mut().ok_or("no context")?.sample(sampler, row)
+        let token = self.context.as_mut().ok_or("no context")?.pick(sampler, row, None)?;
+        let token = token.ok_or("no token may come")?;
+        sampler.accept(token)?;
+        Ok(token)
     }
 
     /// Log-probabilities after a row of the last step.

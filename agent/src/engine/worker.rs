@@ -173,7 +173,7 @@ impl Worker {
                 let limits = &self.plan.limits;
                 let prompt = u32::try_from(waiting.request.prompt.len()).unwrap_or(u32::MAX);
                 let need = limits.need(prompt, waiting.request.max_tokens);
-                match Sequence::new(&self.model, waiting, limits.max_tokens, need, now) {
+                match Sequence::new(waiting, limits.max_tokens, need, now) {
                     Ok(sequence) => sequence,
                     Err(reason) => {
                         // Checked when it was submitted, so this is the reader that has gone meanwhile.

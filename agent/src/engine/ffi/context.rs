@@ -1,7 +1,7 @@
 //! A KV cache and what computes on it.
 
 use std::ffi::CStr;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 use std::sync::{Mutex, PoisonError};
 
 use altiplano_crds::model_deployment::{CacheType, FlashAttention, RopeScaling, RopeSpec};
@@ -175,21 +175,29 @@ impl Context {
         usize::try_from(row).ok().and_then(|row| self.output_rows.get(row)).is_some_and(|&output| output != 0)
     }
 
-    /// The next token after a row of the last batch; the sampler remembers it.
-    pub(in crate::engine) fn sample(&mut self, sampler: &mut Sampler, row: i32) -> Result<Token, String> {
+    /// The next token after a row of the last batch, among those whose bits are set in `allowed` (`None`: all). The
+    /// sampler does not yet remember it. `Ok(None)`: no token may come.
+    pub(in crate::engine) fn pick(
+        &mut self,
+        sampler: &mut Sampler,
+        row: i32,
+        allowed: Option<&[u32]>,
+    ) -> Result<Option<Token>, String> {
         if !self.has_output(row) {
             return Err(format!("row {row} has no logits"));
         }
+        if allowed.is_some_and(|bits| bits.len() * 32 < self.model.n_vocab() as usize) {
+            return Err("a mask that is shorter than the vocabulary".to_owned());
+        }
+        let allowed = allowed.map_or(ptr::null(), <[u32]>::as_ptr);
         let mut error = shim::Error::new();
-        let context = self.raw.as_ptr();
-        // SAFETY: context and chain are alive and the row has logits.
-        let token = unsafe {
-            match sampler.chain() {
-                None => shim::altiplano_argmax(context, row, &raw mut error),
-                Some(chain) => shim::altiplano_sample(chain, context, row, &raw mut error),
-            }
-        };
-        if self.model.has(token) { Ok(token) } else { Err(error.text()) }
+        // SAFETY: context and chain are alive, the row has logits and the mask a bit for each token.
+        let token = unsafe { shim::altiplano_pick(sampler.chain(), self.raw.as_ptr(), row, allowed, &raw mut error) };
+        match token {
+            shim::NO_TOKEN => Ok(None),
+            token if self.model.has(token) => Ok(Some(token)),
+            _ => Err(error.text()),
+        }
     }
 
     /// Log-probabilities of `token` and of the `top` most probable ones after a row of the last batch.

@@ -77,7 +77,7 @@ impl Model {
         unsafe { *std::ptr::from_ref::<LlamaModel>(&self.inner).cast::<*mut llama_model>() }
     }
 
-    fn vocab(&self) -> *const llama_vocab {
+    pub(super) fn vocab(&self) -> *const llama_vocab {
         // SAFETY: the model is alive.
         unsafe { llama_cpp_sys_2::llama_model_get_vocab(self.raw()) }
     }
@@ -182,6 +182,19 @@ impl Model {
     /// Whether the token ends a generation.
     pub(in crate::engine) fn is_end(&self, token: Token) -> bool {
         self.has(token) && self.inner.vocab().is_eog(LlamaToken(token))
+    }
+
+    /// Tokens that the model's file says must never be generated.
+    pub(in crate::engine) fn suppressed(&self) -> Vec<Token> {
+        let mut count = 0;
+        // SAFETY: the vocabulary lives with the model; the array has `count` tokens and lives with it too.
+        unsafe {
+            let tokens = llama_cpp_sys_2::llama_vocab_get_suppress_tokens(self.vocab(), &raw mut count);
+            match usize::try_from(count) {
+                Ok(count) if count > 0 && !tokens.is_null() => std::slice::from_raw_parts(tokens, count).to_vec(),
+                _ => Vec::new(),
+            }
+        }
     }
 
     /// Whether the vocabulary has the token.

@@ -1,9 +1,7 @@
-#include "shim.h"
+#include "guard.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <exception>
 #include <map>
 #include <string>
 #include <utility>
@@ -15,26 +13,10 @@
 // In src/llama-model.h, which would bring all of llama.cpp's inner types along.
 const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
 
+using altiplano::guarded;
+using altiplano::say;
+
 namespace {
-
-void say(altiplano_error * error, const char * text) {
-    if (error != nullptr) {
-        std::snprintf(error->text, sizeof(error->text), "%s", text);
-    }
-}
-
-// Runs `body`; what it throws becomes `failure`.
-template <typename Body, typename Result>
-Result guarded(altiplano_error * error, Result failure, Body body) noexcept {
-    try {
-        return body();
-    } catch (const std::exception & exception) {
-        say(error, exception.what());
-    } catch (...) {
-        say(error, "an exception of an unknown kind");
-    }
-    return failure;
-}
 
 const float * row_logits(llama_context * context, int32_t row, altiplano_error * error) {
     const float * logits = llama_get_logits_ith(context, row);
@@ -78,32 +60,6 @@ int32_t altiplano_decode(llama_context * context, const llama_batch * batch, alt
             llama_synchronize(context);
         }
         return result;
-    });
-}
-
-int32_t altiplano_argmax(llama_context * context, int32_t row, altiplano_error * error) {
-    return guarded(error, static_cast<int32_t>(ALTIPLANO_EXCEPTION), [&] {
-        const float * logits = row_logits(context, row, error);
-        if (logits == nullptr) {
-            return static_cast<int32_t>(ALTIPLANO_EXCEPTION);
-        }
-        return static_cast<int32_t>(std::max_element(logits, logits + vocabulary(context)) - logits);
-    });
-}
-
-int32_t altiplano_sample(llama_sampler * sampler, llama_context * context, int32_t row, altiplano_error * error) {
-    return guarded(error, static_cast<int32_t>(ALTIPLANO_EXCEPTION), [&] {
-        if (row_logits(context, row, error) == nullptr) {
-            return static_cast<int32_t>(ALTIPLANO_EXCEPTION);
-        }
-        return static_cast<int32_t>(llama_sampler_sample(sampler, context, row));
-    });
-}
-
-int32_t altiplano_accept(llama_sampler * sampler, llama_token token, altiplano_error * error) {
-    return guarded(error, static_cast<int32_t>(ALTIPLANO_EXCEPTION), [&] {
-        llama_sampler_accept(sampler, token);
-        return static_cast<int32_t>(0);
     });
 }
 

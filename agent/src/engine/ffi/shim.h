@@ -14,6 +14,9 @@ extern "C" {
 // Returned by the functions below when an exception was caught; its text is then in `error`.
 #define ALTIPLANO_EXCEPTION (-1000)
 
+// Returned by altiplano_pick.
+#define ALTIPLANO_NO_TOKEN (-1001)
+
 struct altiplano_error {
     char text[512];
 };
@@ -36,13 +39,15 @@ struct llama_context * altiplano_context_new(struct llama_model * model, const s
 // As llama_decode, then waits for the devices.
 int32_t altiplano_decode(struct llama_context * context, const struct llama_batch * batch, struct altiplano_error * error);
 
-// The most probable token of an output row; the lowest id wins a draw.
-int32_t altiplano_argmax(struct llama_context * context, int32_t row, struct altiplano_error * error);
-
-// Samples and accepts.
-int32_t altiplano_sample(struct llama_sampler * sampler, struct llama_context * context, int32_t row, struct altiplano_error * error);
+// The next token of an output row: what the chain selects (null: the most probable one, the lowest id wins a draw) among
+// the tokens whose bits are set in `allowed` (null: all). Nothing is remembered: that is altiplano_accept.
+// ALTIPLANO_NO_TOKEN: none may come.
+int32_t altiplano_pick(struct llama_sampler * chain, struct llama_context * context, int32_t row, const uint32_t * allowed, struct altiplano_error * error);
 
 int32_t altiplano_accept(struct llama_sampler * sampler, llama_token token, struct altiplano_error * error);
+
+// Null when an exception was caught.
+struct llama_sampler * altiplano_dry_new(const struct llama_vocab * vocab, float multiplier, float base, int32_t allowed_length, int32_t last_n, const char ** breakers, size_t count, struct altiplano_error * error);
 
 // Log-probabilities of `token` (out[0]) and of the `top` most probable tokens (out[1..], best first); returns their
 // number, out[0] counted.

@@ -7,6 +7,9 @@ use llama_cpp_sys_2::{llama_batch, llama_context, llama_context_params, llama_mo
 /// Returned when an exception was caught.
 pub(super) const EXCEPTION: i32 = -1000;
 
+/// Returned by [`altiplano_pick`] when no token may come.
+pub(super) const NO_TOKEN: i32 = -1001;
+
 /// Text of a caught exception.
 #[repr(C)]
 pub(super) struct Error {
@@ -50,14 +53,24 @@ unsafe extern "C" {
         error: *mut Error,
     ) -> *mut llama_context;
     pub(super) fn altiplano_decode(context: *mut llama_context, batch: *const llama_batch, error: *mut Error) -> i32;
-    pub(super) fn altiplano_argmax(context: *mut llama_context, row: i32, error: *mut Error) -> i32;
-    pub(super) fn altiplano_sample(
-        sampler: *mut llama_sampler,
+    pub(super) fn altiplano_pick(
+        chain: *mut llama_sampler,
         context: *mut llama_context,
         row: i32,
+        allowed: *const u32,
         error: *mut Error,
     ) -> i32;
     pub(super) fn altiplano_accept(sampler: *mut llama_sampler, token: i32, error: *mut Error) -> i32;
+    pub(super) fn altiplano_dry_new(
+        vocab: *const llama_vocab,
+        multiplier: f32,
+        base: f32,
+        allowed_length: i32,
+        last_n: i32,
+        breakers: *mut *const c_char,
+        count: usize,
+        error: *mut Error,
+    ) -> *mut llama_sampler;
     pub(super) fn altiplano_logprobs(
         context: *mut llama_context,
         row: i32,

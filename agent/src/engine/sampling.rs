@@ -1,0 +1,277 @@
+//! How the next token is chosen, and what the output must be: in llama.cpp's words, with llama.cpp's defaults.
+
+use serde_json::Value;
+
+use super::request::Token;
+
+/// Most entries of a logit bias, tokens and texts together.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+
+/// Bytes of all texts in a logit bias.
+pub const MAX_BIAS_TEXT_BYTES: usize = 8 << 10;
+
+/// Most entries of [`SamplingParams::samplers`].
+pub const MAX_SAMPLERS: usize = 16;
+
+/// Most sequence breakers of [`DryParams`].
+pub const MAX_SEQUENCE_BREAKERS: usize = 16;
+
+/// Bytes of one sequence breaker; llama.cpp looks at no more.
+pub const MAX_SEQUENCE_BREAKER_BYTES: usize = 40;
+
+/// Tokens looked back when all of the context is meant.
+pub const WHOLE_CONTEXT: u32 = u32::MAX;
+
+/// How the next token is chosen. The default is llama.cpp's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 or less is greedy.
+    pub temperature: f32,
+    /// The temperature moves by so much around [`Self::temperature`] with the entropy of the distribution; 0 is off.
+    pub dynatemp_range: f32,
+    /// Exponent of that movement.
+    pub dynatemp_exponent: f32,
+    /// Keeps this many of the most probable tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the most probable tokens that together have this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least this probable compared with the best one; 0 keeps all.
+    pub min_p: f32,
+    /// Keeps the tokens whose surprise is typical, up to this probability; 1 is off.
+    pub typical_p: f32,
+    /// Keeps tokens whose logit is at most this many standard deviations below the best one; 0 or less is off.
+    pub top_n_sigma: f32,
+    /// Chance that the most probable tokens, all but one, are taken away; 0 is off.
+    pub xtc_probability: f32,
+    /// Probability from which a token counts for that; above 0.5 is off.
+    pub xtc_threshold: f32,
+    /// Tokens at least that `top_p`, `min_p`, `typical_p` and XTC keep; 0 is the same as 1.
+    pub min_keep: u32,
+    /// Tokens that the penalties look back; 0 is off, [`WHOLE_CONTEXT`] all.
+    pub repeat_last_n: u32,
+    /// Divides the logits of tokens seen lately; 1 is off.
+    pub repeat_penalty: f32,
+    /// Subtracted from a token's logit for each time it was seen lately; 0 is off.
+    pub frequency_penalty: f32,
+    /// Subtracted from the logit of every token seen lately; 0 is off.
+    pub presence_penalty: f32,
+    /// Against repeated sequences.
+    pub dry: DryParams,
+    /// Keeps the surprise of the text at a target instead of `samplers`.
+    pub mirostat: Mirostat,
+    /// Surprise that Mirostat aims for, in bits.
+    pub mirostat_tau: f32,
+    /// How fast Mirostat learns.
+    pub mirostat_eta: f32,
+    /// The samplers in their order, at most [`MAX_SAMPLERS`]; one that is not named is not used.
+    pub samplers: Vec<SamplerKind>,
+    /// Seed of the random numbers; `None`: another one for each request.
+    pub seed: Option<u32>,
+    /// Added to the logits of these tokens; minus infinity forbids one.
+    pub logit_bias: Vec<(Token, f32)>,
+    /// The same for every token of a text. Both together have at most [`MAX_LOGIT_BIAS`] entries.
+    pub text_bias: Vec<(String, f32)>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 0.8,
+            dynatemp_range: 0.0,
+            dynatemp_exponent: 1.0,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            typical_p: 1.0,
+            top_n_sigma: -1.0,
+            xtc_probability: 0.0,
+            xtc_threshold: 0.1,
+            min_keep: 0,
+            repeat_last_n: 64,
+            repeat_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            dry: DryParams::default(),
+            mirostat: Mirostat::Off,
+            mirostat_tau: 5.0,
+            mirostat_eta: 0.1,
+            samplers: SamplerKind::DEFAULT_ORDER.to_vec(),
+            seed: None,
+            logit_bias: Vec::new(),
+            text_bias: Vec::new(),
+        }
+    }
+}
+
+/// "Don't repeat yourself": a token that would go on with a sequence seen before loses
+/// `multiplier * base ^ (length of the sequence - allowed_length)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DryParams {
+    /// 0 is off.
+    pub multiplier: f32,
+    /// Less than 1 is off.
+    pub base: f32,
+    /// Tokens that may be repeated.
+    pub allowed_length: u32,
+    /// Tokens looked back; 0 is off, [`WHOLE_CONTEXT`] all.
+    pub penalty_last_n: u32,
+    /// Texts at which a sequence ends; at most [`MAX_SEQUENCE_BREAKERS`] of [`MAX_SEQUENCE_BREAKER_BYTES`].
+    pub sequence_breakers: Vec<String>,
+}
+
+impl Default for DryParams {
+    fn default() -> Self {
+        Self {
+            multiplier: 0.0,
+            base: 1.75,
+            allowed_length: 2,
+            penalty_last_n: 64,
+            sequence_breakers: ["\n", ":", "\"", "*"].map(str::to_owned).to_vec(),
+        }
+    }
+}
+
+/// Version of Mirostat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mirostat {
+    /// Not used.
+    #[default]
+    Off,
+    /// As first published.
+    V1,
+    /// "Mirostat 2.0".
+    V2,
+}
+
+/// A sampler of the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SamplerKind {
+    /// Repeat, frequency and presence penalty.
+    Penalties,
+    /// [`DryParams`].
+    Dry,
+    /// [`SamplingParams::top_n_sigma`].
+    TopNSigma,
+    /// [`SamplingParams::top_k`].
+    TopK,
+    /// [`SamplingParams::typical_p`].
+    TypicalP,
+    /// [`SamplingParams::top_p`].
+    TopP,
+    /// [`SamplingParams::min_p`].
+    MinP,
+    /// [`SamplingParams::xtc_probability`].
+    Xtc,
+    /// [`SamplingParams::temperature`].
+    Temperature,
+}
+
+impl SamplerKind {
+    /// llama.cpp's order.
+    pub const DEFAULT_ORDER: [Self; 9] = [
+        Self::Penalties,
+        Self::Dry,
+        Self::TopNSigma,
+        Self::TopK,
+        Self::TypicalP,
+        Self::TopP,
+        Self::MinP,
+        Self::Xtc,
+        Self::Temperature,
+    ];
+
+    /// llama-server's word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Penalties => "penalties",
+            Self::Dry => "dry",
+            Self::TopNSigma => "top_n_sigma",
+            Self::TopK => "top_k",
+            Self::TypicalP => "typ_p",
+            Self::TopP => "top_p",
+            Self::MinP => "min_p",
+            Self::Xtc => "xtc",
+            Self::Temperature => "temperature",
+        }
+    }
+
+    /// The sampler of that name; llama-server's other spellings count too.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        let name = match name {
+            "temp" => "temperature",
+            "typ" | "typical_p" => "typ_p",
+            "nucleus" => "top_p",
+            other => other,
+        };
+        // "top-k" and "topk" are "top_k" too.
+        let plain = |name: &str| name.replace(['_', '-'], "");
+        Self::DEFAULT_ORDER.into_iter().find(|kind| plain(kind.name()) == plain(name))
+    }
+
+    /// The sampler of llama.cpp's letter (`--sampling-seq`).
+    #[must_use]
+    pub fn from_letter(letter: char) -> Option<Self> {
+        Some(match letter {
+            'e' => Self::Penalties,
+            'd' => Self::Dry,
+            's' => Self::TopNSigma,
+            'k' => Self::TopK,
+            'y' => Self::TypicalP,
+            'p' => Self::TopP,
+            'm' => Self::MinP,
+            'x' => Self::Xtc,
+            't' => Self::Temperature,
+            _ => return None,
+        })
+    }
+}
+
+/// What the output must be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Grammar {
+    /// JSON that this schema allows; `{"type": "object"}` for any object.
+    JsonSchema(Value),
+    /// llama.cpp's GBNF, from its rule `root`.
+    Gbnf {
+        /// The rules.
+        source: String,
+        /// With triggers everything is allowed until one of them comes (tool calls).
+        lazy: Option<Triggers>,
+        /// Text at the end of the prompt that the grammar counts as its own beginning; empty for none.
+        prefix: String,
+    },
+}
+
+/// What makes a lazy grammar begin; the first that comes counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Triggers {
+    /// Texts; the grammar begins with the first character of one.
+    pub words: Vec<String>,
+    /// Regular expressions over all of the output so far; the grammar begins with the first group that is not empty, or
+    /// with the match where there is none. In the syntax of the crate `regex`: no look-around, no back-references.
+    pub patterns: Vec<String>,
+    /// Tokens; the grammar begins with one.
+    pub tokens: Vec<Token>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samplers_have_llama_cpps_names_and_letters() {
+        let letters: Vec<_> = "edskypmxt".chars().filter_map(SamplerKind::from_letter).collect();
+        assert_eq!(letters, SamplerKind::DEFAULT_ORDER);
+        for kind in SamplerKind::DEFAULT_ORDER {
+            assert_eq!(SamplerKind::from_name(kind.name()), Some(kind));
+        }
+        for (name, kind) in
+            [("temp", SamplerKind::Temperature), ("top-k", SamplerKind::TopK), ("minp", SamplerKind::MinP)]
+        {
+            assert_eq!(SamplerKind::from_name(name), Some(kind));
+        }
+        assert_eq!(SamplerKind::from_name("infill"), None);
+    }
+}
