@@ -14,7 +14,7 @@ use altiplano_agent::engine::{Engine, EngineStats};
 use altiplano_agent::front::{Front, FrontConfig, FrontLimits, PublishedModel, Route};
 use altiplano_agent::metrics::AgentMetrics;
 use altiplano_agent::runner::protocol::RunnerConfig;
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, SamplingSpec, TrafficSpec};
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, SamplingSpec};
 use altiplano_test_models::toy;
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -49,13 +49,10 @@ impl Node {
         let folder = tempfile::tempdir().unwrap();
         let sampling = SamplingSpec { temperature: Some("0".into()), ..SamplingSpec::default() };
         let mut config = RunnerConfig {
-            uid: "uid".into(),
-            revision: "1".into(),
             namespace: "ml".into(),
             name: "toy".into(),
             served_name: "toy-chat".into(),
             model_path: toy::path(),
-            chat_template: None,
             socket: folder.path().join("toy.sock"),
             context: ContextSpec {
                 min_tokens: Some(1024),
@@ -64,10 +61,8 @@ impl Node {
                 ..ContextSpec::default()
             },
             engine: EngineSpec { sampling: Some(sampling), ..EngineSpec::default() },
-            traffic: TrafficSpec::default(),
-            devices: Vec::new(),
-            gpu_layers: None,
             threads: 2,
+            ..RunnerConfig::default()
         };
         change(&mut config);
         let engine = {

@@ -10,9 +10,7 @@ use altiplano_agent::engine::{
     Timings, Token, TokenLogprob, Usage,
 };
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
-use altiplano_crds::model_deployment::{
-    CacheType, ContextSizing, ContextSpec, EngineSpec, FlashAttention, TrafficSpec,
-};
+use altiplano_crds::model_deployment::{CacheType, ContextSizing, ContextSpec, EngineSpec, FlashAttention};
 use altiplano_test_models::{Architecture, BadFile, Quantization, Spec, toy};
 use futures::StreamExt;
 use tempfile::TempDir;
@@ -21,22 +19,7 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_mins(1);
 
 fn config(model_path: PathBuf, context: ContextSpec) -> RunnerConfig {
-    RunnerConfig {
-        uid: "uid".to_owned(),
-        revision: "1".to_owned(),
-        namespace: "default".to_owned(),
-        name: "test".to_owned(),
-        served_name: "test".to_owned(),
-        model_path,
-        chat_template: None,
-        socket: PathBuf::new(),
-        context,
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: None,
-        threads: 2,
-    }
+    RunnerConfig { model_path, context, threads: 2, ..RunnerConfig::default() }
 }
 
 fn dynamic(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {

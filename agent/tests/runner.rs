@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use altiplano_agent::runner::protocol::{
     EstimateReport, MemoryUse, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport,
 };
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention, TrafficSpec};
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention};
 use altiplano_test_models::{BadFile, Spec, toy};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -30,20 +30,13 @@ const VULKAN: [(&str, &str); 1] = [("GGML_VK_VISIBLE_DEVICES", "0")];
 
 fn config(folder: &Path, model_path: PathBuf) -> RunnerConfig {
     RunnerConfig {
-        uid: "uid".to_owned(),
-        revision: "1".to_owned(),
-        namespace: "default".to_owned(),
         name: "test".to_owned(),
         served_name: "test".to_owned(),
         model_path,
-        chat_template: None,
         socket: folder.join("worker.sock"),
         context: ContextSpec { min_tokens: Some(512), max_tokens: Some(1024), parallel: 2, ..ContextSpec::default() },
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: None,
         threads: 2,
+        ..RunnerConfig::default()
     }
 }
 

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_agent::runner::spawn::{Runner, SpawnError};
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
 use altiplano_test_models::{BadFile, Spec, toy};
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal, kill_process};
@@ -410,22 +409,7 @@ async fn short_questions_are_answered_by_children_that_end() {
     let probe = runner.probe(PATIENCE).await.expect("a probe");
     assert!(probe.devices.iter().any(|device| device.kind == "CPU" && device.memory_total_bytes > 0), "{probe:?}");
 
-    let config = |model_path: PathBuf| RunnerConfig {
-        uid: "u".to_owned(),
-        revision: "r".to_owned(),
-        namespace: "n".to_owned(),
-        name: "m".to_owned(),
-        served_name: "m".to_owned(),
-        model_path,
-        chat_template: None,
-        socket: PathBuf::new(),
-        context: ContextSpec::default(),
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: Some(0),
-        threads: 1,
-    };
+    let config = |model_path: PathBuf| RunnerConfig { model_path, threads: 1, ..RunnerConfig::default() };
     let estimate = runner.estimate(&config(toy::path()), PATIENCE).await.expect("an estimate");
     let size = std::fs::metadata(toy::path()).expect("the toy model").len();
     let bytes: u64 = estimate.memory.iter().map(altiplano_agent::runner::protocol::MemoryUse::total).sum();

@@ -1,23 +1,14 @@
-//! The accept and reject table of `validation.yaml`, against schema and CEL rules, without a cluster.
+//! The accept and reject table of `validation/cases.yaml`, against schema and CEL rules, without a cluster.
 
 #![expect(clippy::unwrap_used, reason = "a helper of tests fails like a test")]
 
-use altiplano_crds::generate::crds;
-use kube::core::cel::{ValidationErrors, Validator, apply_defaults};
-use serde::Deserialize;
-use serde_json::{Value, json};
+#[path = "validation/case.rs"]
+mod case;
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Case {
-    #[serde(rename = "case")]
-    title: String,
-    name: Option<String>,
-    spec: Value,
-    refused: Option<String>,
-    #[serde(default)]
-    strict_only: bool,
-}
+use altiplano_crds::generate::crds;
+use case::Case;
+use kube::core::cel::{ValidationErrors, Validator, apply_defaults};
+use serde_json::{Value, json};
 
 fn cel(schema: &Value, object: &Value, old: Option<&Value>) -> Result<(), ValidationErrors> {
     // An API server evaluates rules after it has filled in defaults, those inside a defaulted object too.
@@ -46,7 +37,7 @@ fn problems(schema: &Value, object: &Value) -> Vec<String> {
 fn accept_and_reject_table() {
     let [(_, crd), _] = crds();
     let schema = crd.pointer("/spec/versions/0/schema/openAPIV3Schema").unwrap();
-    let cases: Vec<Case> = serde_saphyr::from_str(include_str!("validation.yaml")).unwrap();
+    let cases = case::all().unwrap();
     assert!(cases.len() > 30, "the table has lost its rows");
     let mut wrong = Vec::new();
     for Case { title: case, name, spec, refused, strict_only } in cases {

@@ -183,6 +183,17 @@ impl Scenario {
         Ok(Api::<ModelNode>::all(self.client.clone()).get(&self.node(index)).await?)
     }
 
+    /// What should be on each node: uid and revision of every entry, node by node.
+    pub async fn placed(&self) -> Result<Vec<Vec<(String, String)>>> {
+        let mut all = Vec::new();
+        for index in 0..self.agents.len() {
+            let node = self.model_node(index).await?;
+            let entries = node.spec.models.iter().filter_map(|entry| entry.parse().ok());
+            all.push(entries.map(|entry| (entry.uid, entry.revision)).collect());
+        }
+        Ok(all)
+    }
+
     /// Waits until `check` finds what it wants in the ModelDeployment; its error is what it saw instead.
     pub async fn wait_until<T>(
         &self,

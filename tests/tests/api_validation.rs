@@ -1,29 +1,19 @@
-//! The accept and reject table of crds/tests/validation.yaml against a real API server, as `kubectl apply` sees it.
+//! The accept and reject table of crds/tests/validation/cases.yaml against a real API server, as `kubectl apply` sees it.
+
+#[path = "../../crds/tests/validation/case.rs"]
+mod case;
 
 use altiplano_tests::ControlPlane;
 use anyhow::Result;
-use serde::Deserialize;
+use case::Case;
 use serde_json::{Value, json};
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Case {
-    #[serde(rename = "case")]
-    title: String,
-    name: Option<String>,
-    spec: Value,
-    refused: Option<String>,
-    #[serde(default, rename = "strictOnly")]
-    _strict_only: bool,
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn accept_and_reject_table() -> Result<()> {
     let cluster = ControlPlane::shared_with_chart().await?;
     let namespace = cluster.namespace("validation").await?;
-    let cases: Vec<Case> = serde_saphyr::from_str(include_str!("../../crds/tests/validation.yaml"))?;
     let mut wrong = Vec::new();
-    for Case { title: case, name, spec, refused, _strict_only } in cases {
+    for Case { title: case, name, spec, refused, strict_only: _ } in case::all()? {
         let object = json!({
             "apiVersion": "altiplano.dev/v1alpha1",
             "kind": "ModelDeployment",
@@ -52,6 +42,10 @@ async fn kubectl_explains_the_fields() -> Result<()> {
     let text = cluster.kubectl(&["explain", "mdep.spec.context"])?;
     for expected in ["maxTokens", "Tokens that one request (prompt and answer) may use", "Dynamic", "overflow"] {
         assert!(text.contains(expected), "`{expected}` is missing:\n{text}");
+    }
+    for field in ["mdep", "mdep.spec", "mdep.status", "modelnode.spec", "modelnode.status"] {
+        let text = cluster.kubectl(&["explain", field])?;
+        assert!(text.contains("DESCRIPTION:") && !text.contains("<empty>"), "{field} lacks a description:\n{text}");
     }
     let all = cluster.kubectl(&["api-resources", "--categories=altiplano", "-o", "name"])?;
     assert_eq!(all.lines().count(), 2, "{all}");

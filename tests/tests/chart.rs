@@ -138,3 +138,51 @@ async fn helm_installs_upgrades_and_uninstalls() -> Result<()> {
     assert_eq!(ours, kept, "the CRDs, and the models in them, outlive the release; nothing else does");
     cluster.stop().await
 }
+
+/// What each program may do, asked of the API server's own authorizer.
+#[tokio::test]
+async fn rights_are_what_the_roles_say_and_no_more() -> Result<()> {
+    let cluster = ControlPlane::shared_with_chart().await?;
+    let (operator, agent, here, elsewhere) = ("altiplano-operator", "altiplano-agent", NAMESPACE, "default");
+    let (leases, nodes) = ("leases.coordination.k8s.io", "modelnodes.altiplano.dev");
+    let models = "modeldeployments.altiplano.dev";
+    for (account, namespace, verb, resource, subresource, allowed) in [
+        (operator, elsewhere, "watch", "nodes", "", true),
+        (operator, elsewhere, "update", "nodes", "", false),
+        (operator, elsewhere, "patch", models, "status", true),
+        (operator, elsewhere, "create", models, "", false),
+        (operator, elsewhere, "create", nodes, "", true),
+        (operator, elsewhere, "patch", nodes, "status", false),
+        (operator, elsewhere, "patch", "services", "", true),
+        (operator, elsewhere, "create", "endpointslices.discovery.k8s.io", "", true),
+        (operator, elsewhere, "create", "events.events.k8s.io", "", true),
+        (operator, here, "update", leases, "", true),
+        (operator, elsewhere, "update", leases, "", false),
+        (operator, here, "get", "secrets", "", false),
+        (operator, here, "create", "pods", "", false),
+        (agent, elsewhere, "watch", nodes, "", true),
+        (agent, elsewhere, "patch", nodes, "", false),
+        (agent, elsewhere, "create", nodes, "", false),
+        (agent, elsewhere, "patch", nodes, "status", true),
+        (agent, here, "update", leases, "", true),
+        (agent, here, "list", leases, "", false),
+        (agent, elsewhere, "update", leases, "", false),
+        (agent, elsewhere, "get", models, "", false),
+        (agent, here, "get", "secrets", "", false),
+        (agent, here, "get", "nodes", "", false),
+    ] {
+        let user = format!("--as=system:serviceaccount:{NAMESPACE}:{account}");
+        let subresource_flag = format!("--subresource={subresource}");
+        let asked = ["-n", namespace, "auth", "can-i", verb, resource, &user, &subresource_flag];
+        let found = match cluster.kubectl(&asked) {
+            Ok(answer) => answer.trim() == "yes",
+            // "no" comes with exit code 1.
+            Err(error) => {
+                assert!(error.to_string().contains(": no"), "{error}");
+                false
+            }
+        };
+        assert_eq!(found, allowed, "{account} in {namespace}: {verb} {resource} {subresource}");
+    }
+    Ok(())
+}

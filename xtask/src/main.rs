@@ -4,6 +4,7 @@ mod bench;
 mod command;
 mod demo;
 mod setup;
+mod suites;
 mod test;
 
 use std::process::ExitCode;

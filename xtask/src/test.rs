@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use crate::{
     command::{cargo, command, run as execute},
     setup,
+    suites::{self, cargo_test},
 };
 
 /// More than this in CI's kept target folder, and some of it is built anew.
@@ -108,9 +109,9 @@ fn execute_suite(suite: &Suite) -> Result<()> {
         }
         // With --all-targets the features are those of the tests, so that nothing is built twice.
         Suite::Build => execute(cargo().args(["build", "--workspace", "--all-targets", "--locked"])),
-        Suite::Workspace => tests(&["--workspace"]),
-        Suite::Crate(name) => tests(&["--package", &package(name)]),
-        Suite::Integration(name) => tests(&["--package", "altiplano-tests", "--test", name]),
+        Suite::Workspace => suites::run(),
+        Suite::Crate(name) => execute(cargo_test().args(["--package", &package(name)])),
+        Suite::Integration(name) => execute(cargo_test().args(["--package", "altiplano-tests", "--test", name])),
     }
 }
 
@@ -120,18 +121,6 @@ fn package(folder: &str) -> String {
         "tests/models" => "altiplano-test-models".to_owned(),
         folder => format!("altiplano-{folder}"),
     }
-}
-
-fn tests(arguments: &[&str]) -> Result<()> {
-    let programs = xtask::target_dir().join("debug");
-    execute(
-        cargo()
-            .args(["test", "--locked", "--no-fail-fast"])
-            .args(arguments)
-            .env("ALTIPLANO_BIN_DIR", programs)
-            // Golden files are compared, never rewritten, whatever the shell says.
-            .env("INSTA_UPDATE", "no"),
-    )
 }
 
 /// The target folder that CI keeps grows by each clone's own crates, as their names hold the clone's path. Over the limit

@@ -311,7 +311,7 @@ pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
 mod tests {
     use std::path::PathBuf;
 
-    use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
+    use altiplano_crds::model_deployment::ContextSpec;
     use altiplano_test_models::toy;
     use futures::StreamExt;
 
@@ -319,22 +319,7 @@ mod tests {
 
     /// A configuration for a model on the CPU.
     pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
-        RunnerConfig {
-            uid: "uid".to_owned(),
-            revision: "1".to_owned(),
-            namespace: "default".to_owned(),
-            name: "test".to_owned(),
-            served_name: "test".to_owned(),
-            model_path,
-            chat_template: None,
-            socket: PathBuf::new(),
-            context: ContextSpec::default(),
-            engine: EngineSpec::default(),
-            traffic: TrafficSpec::default(),
-            devices: Vec::new(),
-            gpu_layers: None,
-            threads: 2,
-        }
+        RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() }
     }
     async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) {
         let mut text = String::new();

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
 use serde::{Deserialize, Serialize};
 
-/// Everything a worker needs to know.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
-#[serde(rename_all = "camelCase")]
+/// Everything a worker needs to know. The default is no model, the API's defaults, and the CPU alone.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
 pub struct RunnerConfig {
     /// Uid of the ModelDeployment, for logs.
     pub uid: String,
