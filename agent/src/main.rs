@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use altiplano_agent::client::{self, ChatArgs};
 use altiplano_agent::node::role::{self, NodeArgs};
 use altiplano_agent::runner::child::{self, Mode};
 use altiplano_agent::serve::{self, ServeArgs};
@@ -37,6 +38,8 @@ enum Role {
     Node(NodeArgs),
     /// Serve models from ModelDeployment files on this machine, without Kubernetes.
     Serve(ServeArgs),
+    /// Talk to a model that is served somewhere.
+    Chat(ChatArgs),
     /// One model in one process; started by the agent.
     #[command(hide = true)]
     Runner(RunnerArgs),
@@ -94,13 +97,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     // One provider for the API server's client and for downloads; nobody can have installed another yet.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
+    if let Role::Chat(args) = cli.role {
+        // Ctrl-C ends it at once: no model depends on it.
+        let result = runtime.block_on(client::run(args));
+        runtime.shutdown_background();
+        return Ok(result?);
+    }
     let result = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         stop_on_signal(shutdown.clone())?;
         match cli.role {
             Role::Node(args) => role::run(args, shutdown).await?,
             Role::Serve(args) => serve::run(args, shutdown).await?,
-            Role::Runner(_) => {}
+            Role::Chat(_) | Role::Runner(_) => {}
         }
         anyhow::Ok(())
     });

@@ -2,7 +2,7 @@
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -419,4 +419,40 @@ async fn short_questions_are_answered_by_children_that_end() {
     assert!(matches!(missing, Err(SpawnError::Refused(_))), "{missing:?}");
     let quick = runner.estimate(&config(toy::path()), Duration::from_millis(1)).await;
     assert!(matches!(quick, Err(SpawnError::TimedOut(_))), "{quick:?}");
+}
+
+/// `altiplano-agent chat`: the prompt as an argument or on standard input, the only model by default.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chat_client_shows_answers_and_timings() {
+    let agent = Agent::serve(&[("toy", &toy::path(), "")]).await;
+    agent.ready("toy", 1).await;
+    let (question, answer) = question();
+    let url = format!("http://{}", agent.shared);
+    let chat = |arguments: &[&str], input: &str| {
+        let mut child = command()
+            .args(["chat", "--url", &url, "--temperature", "0"])
+            .args(arguments)
+            .env("NO_PROXY", "127.0.0.1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the client starts");
+        let mut stdin = child.stdin.take().expect("standard input");
+        // A client that refuses its arguments does not read.
+        let _ = stdin.write_all(input.as_bytes());
+        drop(stdin);
+        let output = child.wait_with_output().expect("the client ends");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let said = format!("{answer}\n");
+    let (code, stdout, stderr) = chat(&["--verbose", &question], "");
+    assert_eq!((code, &stdout), (Some(0), &said), "{stderr}");
+    assert!(stderr.contains("time to first token ") && !stderr.contains('?'), "{stderr}");
+    let (code, stdout, stderr) = chat(&["--model", "default/toy"], &question);
+    assert_eq!((code, stdout, stderr.as_str()), (Some(0), said, ""));
+    let (code, stdout, stderr) = chat(&["--model", "other", "hello"], "");
+    assert_eq!((code, stdout.as_str()), (Some(1), ""));
+    assert!(stderr.contains("404") && stderr.contains("other"), "{stderr}");
 }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 pub(super) const MAX_LINE_BYTES: usize = 64 * 1024;
 
 /// The next line without its end, invalid UTF-8 replaced; `None` at the end of the stream.
-pub(super) async fn next_line(reader: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
+pub(crate) async fn next_line(reader: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
     let mut line = Vec::new();
     if (&mut *reader).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);

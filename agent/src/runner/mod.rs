@@ -10,3 +10,5 @@ mod log;
 pub mod protocol;
 pub mod spawn;
 pub mod supervise;
+
+pub(crate) use lines::next_line;
