@@ -49,6 +49,7 @@ impl Node {
         let folder = tempfile::tempdir().unwrap();
         let sampling = SamplingSpec { temperature: Some("0".into()), ..SamplingSpec::default() };
         let mut config = RunnerConfig {
+            uid: "uid".into(),
             namespace: "ml".into(),
             name: "toy".into(),
             served_name: "toy-chat".into(),

@@ -28,7 +28,10 @@ pub(crate) fn run() -> Result<()> {
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
-                while let Some(suite) = lock(&suites).pop_front() {
+                loop {
+                    // Not in a `while let`: that would hold the lock as long as the suite runs.
+                    let next = lock(&suites).pop_front();
+                    let Some(suite) = next else { break };
                     let name = suite.join(" ");
                     let start = Instant::now();
                     let outcome = finish(cargo_test().args(&suite));
