@@ -34,6 +34,7 @@ fn normalised(crd: &CustomResourceDefinition) -> Value {
             }
         }
     }
+    value.sort_all_objects();
     value
 }
 

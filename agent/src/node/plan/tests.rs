@@ -291,6 +291,7 @@ impl World {
         };
         let status = status(&identity, &self.desired, &self.observed, decided);
         let mut value = serde_json::to_value(&status).unwrap();
+        value.sort_all_objects();
         value["agent"]["version"] = "this one".into();
         let yaml = serde_saphyr::to_string(&value).unwrap();
         self.text.extend(yaml.lines().map(|line| format!("  | {line}\n")));
