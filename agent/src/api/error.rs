@@ -157,6 +157,7 @@ impl ApiError {
             }
             SubmitError::EmptyPrompt | SubmitError::InvalidToken { .. } => Self::invalid(prompt_param, message),
             SubmitError::InvalidParameter(_) | SubmitError::InvalidGrammar(_) => Self::bad_request(message),
+            SubmitError::Unsupported(_) => Self::unsupported("model", message),
             SubmitError::ShuttingDown => Self::unavailable("model_unloading", message, 1),
             SubmitError::Internal(_) | SubmitError::EngineFailed => Self::internal(message),
         }

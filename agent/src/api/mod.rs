@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | `POST /v1/chat/completions` | the model's own Jinja template; streaming or not | [`chat`] |
 //! | `POST /v1/completions` | a string, strings, or tokens; streaming or not | [`completions`] |
+//! | `POST /v1/embeddings`, `/v1/rerank` and their other names | for models whose file names a pooling | [`embed`] |
 //! | `GET /v1/models`, `/v1/models/{id}` | this model | [`models`] |
 //! | `GET /health` | 200 while the engine makes steps | [`health`] |
 //! | `GET /metrics` | this worker's metrics | [`health`] |
@@ -22,6 +23,7 @@ mod body;
 mod chat;
 pub mod completions;
 mod dialect;
+pub mod embed;
 mod error;
 mod fields;
 mod form;
@@ -54,6 +56,7 @@ pub use state::{ApiOptions, ApiState, ApiStateError};
 pub use template::{ChatTemplate, TemplateError};
 
 pub(crate) use body::{check_content_length, check_content_type, collect, malformed};
+pub(crate) use embed::PATHS as EMBEDDING_PATHS;
 pub(crate) use error::clip;
 pub(crate) use form::{Form, is_stream};
 pub(crate) use request_id::{REQUEST_ID, request_id};
@@ -67,6 +70,7 @@ pub fn router(state: ApiState) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::text_completions))
+        .merge(embed::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/health", get(health::health))

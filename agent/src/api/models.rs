@@ -18,6 +18,8 @@ struct ModelBody {
     root: String,
     /// vLLM's name for the tokens that one request may use.
     max_model_len: u32,
+    /// What it can be asked for: completion, embedding, rerank, vision, audio.
+    capabilities: Vec<&'static str>,
     meta: MetaBody,
 }
 
@@ -26,6 +28,7 @@ struct ModelBody {
 struct MetaBody {
     architecture: String,
     n_vocab: u32,
+    n_embd: u32,
     n_ctx: u32,
     n_ctx_train: u32,
     n_params: u64,
@@ -42,9 +45,11 @@ fn model_body(state: &ApiState) -> ModelBody {
         owned_by: "altiplano",
         root: state.full_name().to_owned(),
         max_model_len: report.max_tokens,
+        capabilities: facts.abilities.iter().map(|ability| ability.word()).collect(),
         meta: MetaBody {
             architecture: facts.architecture.clone(),
             n_vocab: facts.n_vocab,
+            n_embd: facts.embedding_width,
             n_ctx: report.context_tokens,
             n_ctx_train: facts.trained_context,
             n_params: facts.parameter_count,

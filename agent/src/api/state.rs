@@ -11,7 +11,7 @@ use super::body::DEFAULT_BODY_LIMIT;
 use super::error::{ApiError, clip};
 use super::fields;
 use super::template::{ChatTemplate, TemplateError};
-use crate::engine::{Engine, SamplingParams};
+use crate::engine::{Ability, Engine, SamplingParams};
 use crate::metrics::WorkerMetrics;
 use crate::runner::protocol::RunnerConfig;
 
@@ -169,6 +169,12 @@ impl ApiState {
     }
 
     pub(crate) fn template(&self) -> Result<&ChatTemplate, ApiError> {
+        if !self.0.engine.model().can(Ability::Completion) {
+            return Err(ApiError::unsupported(
+                "model",
+                "this model generates no text: see its capabilities in /v1/models",
+            ));
+        }
         match &self.0.template {
             Some(Ok(template)) => Ok(template),
             Some(Err(error)) => Err(ApiError::invalid("messages", error.to_string())),

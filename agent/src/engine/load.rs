@@ -5,21 +5,22 @@ use std::thread;
 
 use altiplano_crds::model_deployment::ContextSpec;
 
-use super::ModelFacts;
 use super::capability::{Capability, Traits};
+use super::embed;
 use super::error::EngineError;
 use super::ffi::{self, Batch, Context, ContextParams, DecodeError, Device, Model, ModelParams};
 use super::sizing::Limits;
+use super::{Ability, ModelFacts};
 use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport};
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
 
 /// Tokens computed at once unless the configuration says otherwise; llama.cpp's own default.
-const MICRO_BATCH: u32 = 512;
+pub(super) const MICRO_BATCH: u32 = 512;
 
 /// Tokens in one call on a GPU, where a long prompt must not wait for the host between micro-batches.
-const GPU_BATCH: u32 = 2048;
+pub(super) const GPU_BATCH: u32 = 2048;
 
 /// Percent of the progress when the weights are loaded.
 const LOADED_PERCENT: u8 = 90;
@@ -51,18 +52,24 @@ pub(super) struct Plan {
     pub(super) layers_total: u32,
 }
 
-/// Loads the model, makes the context and decodes once, so that all memory is taken. `progress` gets 0 to 100.
-pub(super) fn load(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Loaded, EngineError> {
+/// Loads the weights; says also whether they are on a GPU. `progress` gets 0 to 100.
+pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Model, bool), EngineError> {
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
     progress(0);
-    let model = load_model(config, devices.clone(), false, progress)?;
+    let gpu = !devices.is_empty();
+    let model = load_model(config, devices, false, progress)?;
     progress(LOADED_PERCENT);
     if let Some(reason) = model.unsupported() {
         return Err(EngineError::UnsupportedModel(reason.to_owned()));
     }
-    let (plan, params) = plan(config, &model, !devices.is_empty());
+    Ok((model, gpu))
+}
+
+/// Makes the context of a model that generates and decodes once, so that all memory is taken.
+pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
+    let (plan, params) = plan(config, &model, gpu);
     let mut context = new_context(&model, &params)?;
-    warm_up(&model, &mut context, !devices.is_empty())?;
+    warm_up(&model, &mut context, gpu)?;
     let report = RunnerReport {
         context_tokens: context.cells(),
         max_tokens: plan.limits.max_tokens,
@@ -73,18 +80,23 @@ pub(super) fn load(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Loade
         load_milliseconds: 0,
         notes: notes(config, &model, &plan),
     };
-    let facts = facts(config, &model, &plan);
+    let facts = facts(config, &model, plan.limits.max_tokens);
+    let facts = ModelFacts { abilities: vec![Ability::Completion], ..facts };
     Ok(Loaded { model, context, params, plan, facts, report })
 }
 
 /// llama.cpp's dry run: what [`load`] would take, without reading weights.
 pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
-    let model = load_model(config, devices.clone(), true, &|_| {})?;
+    let gpu = !devices.is_empty();
+    let model = load_model(config, devices, true, &|_| {})?;
     if let Some(reason) = model.unsupported() {
         return Err(EngineError::UnsupportedModel(reason.to_owned()));
     }
-    let (plan, params) = plan(config, &model, !devices.is_empty());
+    if let Some(pooling) = embed::pooling(&model) {
+        return embed::estimate(config, &model, pooling, gpu);
+    }
+    let (plan, params) = plan(config, &model, gpu);
     let context = new_context(&model, &params)?;
     Ok(EstimateReport {
         memory: context.memory(),
@@ -198,8 +210,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     let batch = batch.max(sequences);
     let micro_batch = micro_batch.clamp(sequences, batch);
 
-    let layers_total = model.n_layer() + 1;
-    let layers_offloaded = if gpu { config.gpu_layers.unwrap_or(layers_total).min(layers_total) } else { 0 };
+    let (layers_offloaded, layers_total) = layers(config, model, gpu);
     let plan = Plan { limits, parallel, kept, capability, layers_offloaded, layers_total };
     let params = ContextParams {
         cells: limits.initial,
@@ -216,14 +227,23 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     (plan, params)
 }
 
+/// Layers on a GPU and in all, the output layer counted.
+pub(super) fn layers(config: &RunnerConfig, model: &Model, gpu: bool) -> (u32, u32) {
+    let total = model.n_layer() + 1;
+    (if gpu { config.gpu_layers.unwrap_or(total).min(total) } else { 0 }, total)
+}
+
 fn new_context(model: &Model, params: &ContextParams) -> Result<Context, EngineError> {
-    Context::new(model, params).map_err(|message| {
-        if speaks_of_memory(&message) {
-            EngineError::InsufficientMemory(message)
-        } else {
-            EngineError::ContextFailed(message)
-        }
-    })
+    Context::new(model, params).map_err(context_failed)
+}
+
+/// Why there is no context, from llama.cpp's words.
+pub(super) fn context_failed(message: String) -> EngineError {
+    if speaks_of_memory(&message) {
+        EngineError::InsufficientMemory(message)
+    } else {
+        EngineError::ContextFailed(message)
+    }
 }
 
 /// A GPU takes memory when it computes for the first time, so it computes a whole micro-batch; a CPU does not, and two
@@ -244,7 +264,8 @@ fn warm_up(model: &Model, context: &mut Context, gpu: bool) -> Result<(), Engine
     Ok(())
 }
 
-fn facts(config: &RunnerConfig, model: &Model, plan: &Plan) -> ModelFacts {
+/// What the file says. What the model can do is left to the caller.
+pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> ModelFacts {
     let text = |token: Option<i32>| token.and_then(|token| model.token_text(token)).unwrap_or_default();
     ModelFacts {
         name: model.metadata("general.name"),
@@ -252,7 +273,9 @@ fn facts(config: &RunnerConfig, model: &Model, plan: &Plan) -> ModelFacts {
         description: model.description(),
         n_vocab: model.n_vocab(),
         trained_context: model.trained_context(),
-        max_tokens: plan.limits.max_tokens,
+        max_tokens,
+        embedding_width: model.embedding_width(),
+        abilities: Vec::new(),
         bos: model.bos(),
         bos_text: text(model.bos()),
         eos: model.eos(),

@@ -19,6 +19,24 @@ pub(super) struct Waiting {
     pub(super) submitted: Instant,
 }
 
+/// What can wait in a queue.
+pub(super) trait Queued {
+    /// Nobody waits for the answer any more.
+    fn is_closed(&self) -> bool;
+    /// When it leaves the queue, should it still be waiting.
+    fn deadline(&self) -> Option<Instant>;
+}
+
+impl Queued for Waiting {
+    fn is_closed(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.request.deadline
+    }
+}
+
 /// How far the end has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -31,17 +49,16 @@ pub(super) enum Phase {
     Ended,
 }
 
-#[derive(Default)]
-struct State {
-    waiting: VecDeque<Waiting>,
+struct State<W> {
+    waiting: VecDeque<W>,
     running: usize,
     phase: Phase,
     woken: bool,
 }
 
 /// The queue. All waiting is bounded: `parallel` may run and `queue_limit` may wait.
-pub(super) struct Mailbox {
-    state: Mutex<State>,
+pub(super) struct Mailbox<W = Waiting> {
+    state: Mutex<State<W>>,
     changed: Condvar,
     /// Some sequence waits for its reader.
     parked: AtomicBool,
@@ -50,10 +67,10 @@ pub(super) struct Mailbox {
     queue_limit: usize,
 }
 
-impl Mailbox {
+impl<W: Queued> Mailbox<W> {
     pub(super) fn new(parallel: usize, queue_limit: usize) -> Self {
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(State { waiting: VecDeque::new(), running: 0, phase: Phase::default(), woken: false }),
             changed: Condvar::new(),
             parked: AtomicBool::new(false),
             activity: watch::Sender::default(),
@@ -63,12 +80,12 @@ impl Mailbox {
     }
 
     // A panic elsewhere cannot leave the state half-changed: every change is one assignment or one queue operation.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<W>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a request into the queue.
-    pub(super) fn submit(&self, waiting: Waiting) -> Result<(), SubmitError> {
+    pub(super) fn submit(&self, waiting: W) -> Result<(), SubmitError> {
         let mut state = self.lock();
         match state.phase {
             Phase::Open => {}
@@ -77,7 +94,7 @@ impl Mailbox {
         }
         if state.running + state.waiting.len() >= self.parallel + self.queue_limit {
             // Those that hung up while they waited no longer count.
-            state.waiting.retain(|waiting| !waiting.events.is_closed());
+            state.waiting.retain(|waiting| !waiting.is_closed());
             if state.running + state.waiting.len() >= self.parallel + self.queue_limit {
                 return Err(SubmitError::QueueFull { limit: u32::try_from(self.queue_limit).unwrap_or(u32::MAX) });
             }
@@ -118,13 +135,13 @@ impl Mailbox {
     }
 
     /// Takes the next request that can run; `give_up` gets those whose deadline is over.
-    pub(super) fn take(&self, now: Instant, mut give_up: impl FnMut(Waiting)) -> Option<Waiting> {
+    pub(super) fn take(&self, now: Instant, mut give_up: impl FnMut(W)) -> Option<W> {
         let mut state = self.lock();
         while let Some(waiting) = state.waiting.pop_front() {
-            if waiting.events.is_closed() {
+            if waiting.is_closed() {
                 continue;
             }
-            if waiting.request.deadline.is_some_and(|deadline| deadline <= now) {
+            if waiting.deadline().is_some_and(|deadline| deadline <= now) {
                 give_up(waiting);
                 continue;
             }
@@ -137,12 +154,12 @@ impl Mailbox {
     }
 
     /// Removes those who hung up or whose deadline is over from the queue.
-    pub(super) fn expire(&self, now: Instant, mut give_up: impl FnMut(Waiting)) {
+    pub(super) fn expire(&self, now: Instant, mut give_up: impl FnMut(W)) {
         let mut state = self.lock();
         let mut index = 0;
         while let Some(waiting) = state.waiting.get(index) {
-            let late = waiting.request.deadline.is_some_and(|deadline| deadline <= now);
-            if !late && !waiting.events.is_closed() {
+            let late = waiting.deadline().is_some_and(|deadline| deadline <= now);
+            if !late && !waiting.is_closed() {
                 index += 1;
                 continue;
             }
@@ -155,7 +172,7 @@ impl Mailbox {
 
     /// The earliest deadline in the queue.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.lock().waiting.iter().filter_map(|waiting| waiting.request.deadline).min()
+        self.lock().waiting.iter().filter_map(Queued::deadline).min()
     }
 
     /// Nobody waits.
@@ -176,7 +193,7 @@ impl Mailbox {
     }
 
     // Under the lock, so that the last to publish is the last to have changed something.
-    fn publish(&self, state: &State) {
+    fn publish(&self, state: &State<W>) {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let now = Activity { running: count(state.running), waiting: count(state.waiting.len()) };
         self.activity.send_if_modified(|known| std::mem::replace(known, now) != now);
@@ -200,7 +217,7 @@ impl Mailbox {
     }
 
     /// The engine's thread ends: returns those who still wait, and nobody comes any more.
-    pub(super) fn end(&self) -> Vec<Waiting> {
+    pub(super) fn end(&self) -> Vec<W> {
         let mut state = self.lock();
         state.phase = Phase::Ended;
         state.running = 0;

@@ -6,6 +6,7 @@
 
 mod capability;
 mod check;
+mod embed;
 mod error;
 #[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
 mod ffi;
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
+pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
 pub use request::{
     FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, SubmitError, Timings, Token,
@@ -47,6 +49,35 @@ use mailbox::{Mailbox, Waiting};
 use shared::Shared;
 use worker::Worker;
 
+/// What a model can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ability {
+    /// Text that goes on from a prompt.
+    Completion,
+    /// Vectors of texts.
+    Embedding,
+    /// Scores of documents for a query.
+    Rerank,
+    /// Images in a prompt.
+    Vision,
+    /// Sound in a prompt.
+    Audio,
+}
+
+impl Ability {
+    /// The word that clients know: Ollama's, where it has one.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Completion => "completion",
+            Self::Embedding => "embedding",
+            Self::Rerank => "rerank",
+            Self::Vision => "vision",
+            Self::Audio => "audio",
+        }
+    }
+}
+
 /// What is known about the model once it is loaded.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelFacts {
@@ -62,6 +93,10 @@ pub struct ModelFacts {
     pub trained_context: u32,
     /// Tokens that one request may use, prompt and answer.
     pub max_tokens: u32,
+    /// Numbers in an embedding.
+    pub embedding_width: u32,
+    /// What the model can be asked for.
+    pub abilities: Vec<Ability>,
     /// Token that begins a text.
     pub bos: Option<Token>,
     /// `bos` as text, for chat templates; empty when there is none.
@@ -78,6 +113,14 @@ pub struct ModelFacts {
     pub parameter_count: u64,
     /// Bytes of all tensors.
     pub size_bytes: u64,
+}
+
+impl ModelFacts {
+    /// Whether the model can be asked for it.
+    #[must_use]
+    pub fn can(&self, ability: Ability) -> bool {
+        self.abilities.contains(&ability)
+    }
 }
 
 /// What the engine is doing and has done.
@@ -99,7 +142,9 @@ pub struct EngineStats {
     pub cached_prompt_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
-    /// Requests that ended with `stop`.
+    /// Texts of which a vector or a score was made.
+    pub embedded_texts: u64,
+    /// Requests that ended with `stop`, or with their embeddings.
     pub finished_stop: u64,
     /// Requests that ended with `length`.
     pub finished_length: u64,
@@ -136,45 +181,106 @@ pub struct Engine {
 struct Inner {
     model: Model,
     facts: ModelFacts,
-    mailbox: Arc<Mailbox>,
+    queue: Queue,
     shared: Arc<Shared>,
     report: watch::Receiver<RunnerReport>,
     ended: watch::Receiver<Option<Result<(), EngineError>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Where requests wait: a model generates text, or it makes vectors or scores.
+#[derive(Clone)]
+enum Queue {
+    Generate(Arc<Mailbox>),
+    Embed(Arc<Mailbox<embed::Waiting>>),
+}
+
+impl Queue {
+    fn activity(&self) -> watch::Receiver<Activity> {
+        match self {
+            Self::Generate(mailbox) => mailbox.activity(),
+            Self::Embed(mailbox) => mailbox.activity(),
+        }
+    }
+
+    fn drain_until(&self, deadline: Instant) {
+        match self {
+            Self::Generate(mailbox) => mailbox.drain_until(deadline),
+            Self::Embed(mailbox) => mailbox.drain_until(deadline),
+        }
+    }
+
+    /// Dropping those who wait ends them.
+    fn end(&self) {
+        match self {
+            Self::Generate(mailbox) => drop(mailbox.end()),
+            Self::Embed(mailbox) => drop(mailbox.end()),
+        }
+    }
+}
+
 impl Engine {
     /// Loads the model, makes the context and warms up. Blocks; `progress` gets 0 to 100.
     pub fn start(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Self, EngineError> {
         let started = Instant::now();
-        let mut loaded = load::load(config, progress)?;
-        loaded.report.load_milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let engine = Self::launch(loaded, usize::try_from(config.traffic.max_queued).unwrap_or(0))?;
+        let (model, gpu) = load::open(config, progress)?;
+        let queue = usize::try_from(config.traffic.max_queued).unwrap_or(0);
+        let milliseconds = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let engine = if let Some(pooling) = embed::pooling(&model) {
+            let mut loaded = embed::load(config, model, pooling, gpu)?;
+            loaded.report.load_milliseconds = milliseconds();
+            Self::launch_embedder(loaded, queue)?
+        } else {
+            let mut loaded = load::load(config, model, gpu)?;
+            loaded.report.load_milliseconds = milliseconds();
+            Self::launch(loaded, queue)?
+        };
         progress(100);
         Ok(engine)
     }
 
-    /// Starts the thread; `queue` requests may wait.
+    /// Starts the thread of a model that generates; `queue` requests may wait.
     fn launch(loaded: Loaded, queue: usize) -> Result<Self, EngineError> {
         let mailbox = Arc::new(Mailbox::new(loaded.plan.parallel as usize, queue));
         let shared = Arc::new(Shared::default());
-        let (report_sender, report) = watch::channel(loaded.report.clone());
-        let (ended_sender, ended) = watch::channel(None);
+        let (sender, report) = watch::channel(loaded.report.clone());
         let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
-        let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), report_sender);
+        let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
+        Self::spawn(model, facts, Queue::Generate(mailbox), shared, report, || worker.run())
+    }
+
+    /// The same of one that makes vectors or scores.
+    fn launch_embedder(loaded: embed::Loaded, queue: usize) -> Result<Self, EngineError> {
+        let mailbox = Arc::new(Mailbox::new(loaded.parallel as usize, queue));
+        let shared = Arc::new(Shared::default());
+        let (sender, report) = watch::channel(loaded.report.clone());
+        let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
+        let worker = embed::Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
+        Self::spawn(model, facts, Queue::Embed(mailbox), shared, report, || worker.run())
+    }
+
+    fn spawn(
+        model: Model,
+        facts: ModelFacts,
+        queue: Queue,
+        shared: Arc<Shared>,
+        report: watch::Receiver<RunnerReport>,
+        work: impl FnOnce() -> Result<(), EngineError> + Send + 'static,
+    ) -> Result<Self, EngineError> {
+        let (ended_sender, ended) = watch::channel(None);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn({
-                let mailbox = Arc::clone(&mailbox);
+                let queue = queue.clone();
                 move || {
                     // Says that the engine has ended even when it panics.
-                    let mut end = End { mailbox, ended: ended_sender, result: None };
-                    end.result = Some(worker.run());
+                    let mut end = End { queue, ended: ended_sender, result: None };
+                    end.result = Some(work());
                 }
             })
             .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { inner: Arc::new(Inner { model, facts, mailbox, shared, report, ended, thread }) })
+        Ok(Self { inner: Arc::new(Inner { model, facts, queue, shared, report, ended, thread }) })
     }
 
     /// What is known about the model.
@@ -198,7 +304,7 @@ impl Engine {
     /// Requests running and waiting, and every change of it.
     #[must_use]
     pub fn activity(&self) -> watch::Receiver<Activity> {
-        self.inner.mailbox.activity()
+        self.inner.queue.activity()
     }
 
     /// Text to tokens. `add_special` puts the model's own first token before it; `parse_special` reads control tokens
@@ -221,8 +327,12 @@ impl Engine {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Puts a request into the queue.
+    /// Puts a request into the queue of a model that generates.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        let Queue::Generate(mailbox) = &self.inner.queue else {
+            let can_rank = self.inner.facts.can(Ability::Rerank);
+            return Err(SubmitError::Unsupported(if can_rank { embed::RANKS_ONLY } else { embed::EMBEDS_ONLY }));
+        };
         let Inner { model, facts, .. } = &*self.inner;
         check::check(model, facts.max_tokens, &request)?;
         if request.grammar.is_some() {
@@ -231,23 +341,37 @@ impl Engine {
         let seed = request.sampling.seed.unwrap_or_else(random_seed);
         let sampler = Sampler::new(model, &request.sampling, seed, facts.max_tokens);
         let sampler = sampler.map_err(SubmitError::Internal)?;
-        let mailbox = Arc::clone(&self.inner.mailbox);
+        let mailbox = Arc::clone(mailbox);
         let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
         mailbox.submit(Waiting { request, sampler, events: sender, submitted: Instant::now() })?;
         Ok(Generation { events, mailbox, finished: false })
     }
 
+    /// Puts a request into the queue of a model that makes vectors or scores.
+    pub fn embed(&self, request: EmbedRequest) -> Result<Embedding, SubmitError> {
+        let Queue::Embed(mailbox) = &self.inner.queue else {
+            return Err(SubmitError::Unsupported(embed::GENERATES_ONLY));
+        };
+        let facts = &self.inner.facts;
+        embed::submit(&self.inner.model, facts.can(Ability::Rerank), facts.max_tokens, mailbox, request)
+    }
+
+    /// A query and a document as the one text that a reranker scores.
+    pub fn rerank_prompt(&self, query: &str, document: &str) -> Result<Vec<Token>, EngineError> {
+        embed::rerank_prompt(&self.inner.model, query, document).map_err(EngineError::Internal)
+    }
+
     /// What the engine is doing and has done.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        let Activity { running, waiting } = *self.inner.mailbox.activity().borrow();
+        let Activity { running, waiting } = *self.inner.queue.activity().borrow();
         EngineStats { running, waiting, ..self.inner.shared.stats() }
     }
 
     /// Takes no more requests, lets those that are here end until `deadline`, then ends the engine's thread. Blocks. A
     /// second call can only shorten the time.
     pub fn shutdown(&self, deadline: Instant) {
-        self.inner.mailbox.drain_until(deadline);
+        self.inner.queue.drain_until(deadline);
         let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the engine's thread panicked");
@@ -265,7 +389,7 @@ impl Engine {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Nobody can ask any more; the thread is not waited for, because this may be on a runtime.
-        self.mailbox.drain_until(Instant::now());
+        self.queue.drain_until(Instant::now());
     }
 }
 
@@ -277,7 +401,7 @@ impl std::fmt::Debug for Engine {
 
 /// Tells everybody that the engine's thread has ended.
 struct End {
-    mailbox: Arc<Mailbox>,
+    queue: Queue,
     ended: watch::Sender<Option<Result<(), EngineError>>>,
     result: Option<Result<(), EngineError>>,
 }
@@ -286,7 +410,7 @@ impl Drop for End {
     fn drop(&mut self) {
         let panicked = || Err(EngineError::Internal("the engine's thread panicked".to_owned()));
         // Empty but for a panic; dropping the rest ends their streams.
-        drop(self.mailbox.end());
+        self.queue.end();
         self.ended.send_replace(Some(self.result.take().unwrap_or_else(panicked)));
     }
 }
@@ -341,7 +465,8 @@ mod tests {
         let context =
             ContextSpec { min_tokens: Some(256), max_tokens: Some(1024), parallel: 3, ..ContextSpec::default() };
         let config = RunnerConfig { context, ..config(toy::path()) };
-        let mut loaded = load::load(&config, &|_| {}).expect("the toy model loads");
+        let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+        let mut loaded = load::load(&config, model, gpu).expect("the context is made");
         loaded.plan.limits.cap = 768;
         let engine = Engine::launch(loaded, 8).expect("the engine starts");
         let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");

@@ -159,6 +159,9 @@ pub enum SubmitError {
     /// llama.cpp could not make the sampler.
     #[error("{0}")]
     Internal(String),
+    /// The model cannot do what is asked.
+    #[error("{0}")]
+    Unsupported(&'static str),
     /// The engine takes no more requests.
     #[error("the model is being unloaded")]
     ShuttingDown,

@@ -19,7 +19,8 @@ use super::scrape;
 use super::shared::Shared;
 use super::table::{self, InFlight, Lookup, Model, Route};
 use crate::api::{
-    ApiError, Form, check_content_length, check_content_type, clip, collect, is_stream, malformed, request_id,
+    ApiError, EMBEDDING_PATHS, Form, check_content_length, check_content_type, clip, collect, is_stream, malformed,
+    request_id,
 };
 
 /// Which listener a request came in by.
@@ -87,7 +88,7 @@ async fn route(
         }
     }
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    if GENERATION.contains(&path.as_str()) {
+    if GENERATION.contains(&path.as_str()) || EMBEDDING_PATHS.contains(&path.as_str()) {
         if method != Method::POST {
             return Ok(not_allowed(&method, &path, "POST"));
         }

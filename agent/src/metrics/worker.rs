@@ -63,6 +63,7 @@ pub struct WorkerMetrics {
     cache_queries: IntCounter,
     cache_hits: IntCounter,
     resizes: IntCounter,
+    embedded_texts: IntCounter,
     /// Held while the engine's counters are copied, so that two scrapes do not count the same difference twice.
     scrape: Mutex<()>,
 }
@@ -122,7 +123,7 @@ impl WorkerMetrics {
             )?,
             prefill: histogram(
                 "request_prefill_time_seconds",
-                "Seconds from the slot to the first token.",
+                "Seconds from the slot to the first token, or to the last embedding.",
                 REQUEST_SECONDS_BUCKETS,
             )?,
             decode: histogram(
@@ -134,7 +135,7 @@ impl WorkerMetrics {
             generation_tokens: histogram("request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS)?,
             success: counters(
                 "request_success_total",
-                "Generations that ended, by how: stop, length, abort (the client went away) or error.",
+                "Requests that ended, by how: stop (also all embeddings made), length, abort (the client went away) or error.",
                 "finished_reason",
                 &["stop", "length", "abort", "error"],
             )?,
@@ -152,6 +153,7 @@ impl WorkerMetrics {
             cache_queries: counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")?,
             cache_hits: counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
             resizes: counter("context_resizes_total", "Times that the context got another size.")?,
+            embedded_texts: counter("embedded_texts_total", "Texts of which an embedding or a score was made.")?,
             scrape: Mutex::new(()),
             registry,
         })
@@ -187,6 +189,7 @@ impl WorkerMetrics {
             (&self.cache_queries, stats.prompt_tokens),
             (&self.cache_hits, stats.cached_prompt_tokens),
             (&self.resizes, stats.resizes),
+            (&self.embedded_texts, stats.embedded_texts),
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
         }
@@ -227,6 +230,16 @@ impl RequestMetrics {
         metrics.prompt_tokens.observe(f64::from(usage.prompt_tokens));
         metrics.generation_tokens.observe(f64::from(usage.completion_tokens));
         self.end(reason.into());
+    }
+
+    /// Texts were embedded or scored: there is no first token and no answer.
+    pub fn embedded(&mut self, now: Instant, prompt_tokens: u32, queue: Duration, compute: Duration) {
+        let metrics = &self.metrics;
+        metrics.end_to_end.observe(seconds(now, self.arrived));
+        metrics.queue.observe(queue.as_secs_f64());
+        metrics.prefill.observe(compute.as_secs_f64());
+        metrics.prompt_tokens.observe(f64::from(prompt_tokens));
+        self.end(EndReason::Stop);
     }
 
     /// The generation ended otherwise.

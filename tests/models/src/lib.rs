@@ -15,7 +15,7 @@ mod vocab;
 mod weights;
 
 pub use bad::BadFile;
-pub use spec::{Architecture, CHATML, Quantization, Spec, Tokenizer};
+pub use spec::{Architecture, CHATML, Pooling, Quantization, Spec, Tokenizer};
 
 /// Why a file was not written.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use altiplano_test_models::{Architecture, BadFile, Error, Quantization, Spec, Tokenizer};
+use altiplano_test_models::{Architecture, BadFile, Error, Pooling, Quantization, Spec, Tokenizer};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -26,7 +26,7 @@ struct Generate {
     #[arg(long)]
     out: PathBuf,
     /// Start from a well-known shape; the other options change it.
-    #[arg(long, value_parser = ["1b", "3b", "8b"])]
+    #[arg(long, value_parser = ["1b", "3b", "8b", "embedder", "reranker", "causal-embedder"])]
     preset: Option<String>,
     #[arg(long)]
     architecture: Option<Architecture>,
@@ -52,6 +52,9 @@ struct Generate {
     quantization: Option<Quantization>,
     #[arg(long)]
     tokenizer: Option<Tokenizer>,
+    /// Makes an embedder or a reranker.
+    #[arg(long)]
+    pooling: Option<Pooling>,
     /// File that holds a Jinja chat template.
     #[arg(long)]
     chat_template: Option<PathBuf>,
@@ -83,7 +86,8 @@ impl Generate {
             quantization: self.quantization.unwrap_or(base.quantization),
             tokenizer: self.tokenizer.unwrap_or(base.tokenizer),
             chat_template,
-            endless: !self.may_end,
+            pooling: self.pooling.or(base.pooling),
+            endless: !self.may_end && base.endless,
             seed: self.seed.unwrap_or(base.seed),
         })
     }

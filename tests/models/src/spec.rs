@@ -24,6 +24,33 @@ pub enum Architecture {
     Qwen2,
     /// Sliding-window attention in five layers of six, tied embeddings.
     Gemma3,
+    /// An encoder: every token sees every other, no KV cache, positions learnt; needs [`Tokenizer::Wpm`].
+    Bert,
+}
+
+/// How an embedder makes one vector of a text's tokens: `{arch}.pooling_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Pooling {
+    /// The mean of all tokens.
+    Mean,
+    /// The first token.
+    Cls,
+    /// The last token.
+    Last,
+    /// A reranker's score, by a classification head over the first token (BERT only).
+    Rank,
+}
+
+impl Pooling {
+    /// llama.cpp's number.
+    fn number(self) -> u32 {
+        match self {
+            Self::Mean => 1,
+            Self::Cls => 2,
+            Self::Last => 3,
+            Self::Rank => 4,
+        }
+    }
 }
 
 /// Type of the matrices; norms and biases are always F32.
@@ -42,13 +69,15 @@ pub enum Quantization {
     Q4_0,
 }
 
-/// The tokenizer's kind. Either takes any UTF-8 input.
+/// The tokenizer's kind. Each takes any UTF-8 input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Tokenizer {
     /// Byte-level BPE (`gpt2`).
     Bpe,
     /// SentencePiece-like with byte fallback (`llama`).
     Spm,
+    /// BERT's word pieces (`bert`): lower case, and words that it does not know become `[UNK]`.
+    Wpm,
 }
 
 /// A model with random weights. All lengths are in tokens or elements.
@@ -80,6 +109,8 @@ pub struct Spec {
     pub tokenizer: Tokenizer,
     /// Jinja chat template; `None` leaves the key out.
     pub chat_template: Option<String>,
+    /// Makes an embedder or a reranker; `None` leaves the key out.
+    pub pooling: Option<Pooling>,
     /// Keep the model from ending by itself: end-of-text and other tokens that are no printable text get logit 0, far
     /// below the winner, so generation runs to its limit and its text is ASCII.
     pub endless: bool,
@@ -104,6 +135,7 @@ impl Default for Spec {
             quantization: Quantization::F16,
             tokenizer: Tokenizer::Bpe,
             chat_template: Some(CHATML.to_owned()),
+            pooling: None,
             endless: true,
             seed: 1,
         }
@@ -111,11 +143,46 @@ impl Default for Spec {
 }
 
 impl Spec {
+    /// A small BERT: an encoder with the mean of its tokens as the text's vector.
+    #[must_use]
+    pub fn embedder() -> Self {
+        Self {
+            architecture: Architecture::Bert,
+            name: "Altiplano Random Embedder".to_owned(),
+            kv_heads: 2,
+            tokenizer: Tokenizer::Wpm,
+            chat_template: None,
+            pooling: Some(Pooling::Mean),
+            endless: false,
+            ..Self::default()
+        }
+    }
+
+    /// The same with a head that scores a query and a document.
+    #[must_use]
+    pub fn reranker() -> Self {
+        Self { name: "Altiplano Random Reranker".to_owned(), pooling: Some(Pooling::Rank), ..Self::embedder() }
+    }
+
+    /// A llama whose last token's state is the text's vector.
+    #[must_use]
+    pub fn causal_embedder() -> Self {
+        Self {
+            name: "Altiplano Random Causal Embedder".to_owned(),
+            chat_template: None,
+            pooling: Some(Pooling::Last),
+            ..Self::default()
+        }
+    }
+
     /// The shape of a well-known size: `1b` (Llama 3.2 1B), `3b` (Llama 3.2 3B) or `8b` (Llama 3.1 8B), `Q4_0`.
-    /// As files: 0.8, 2.0 and 4.5 GB.
+    /// As files: 0.8, 2.0 and 4.5 GB. Or one of the small embedders: `embedder`, `reranker`, `causal-embedder`.
     #[must_use]
     pub fn preset(size: &str) -> Option<Self> {
         let (layers, embd, heads, ff) = match size {
+            "embedder" => return Some(Self::embedder()),
+            "reranker" => return Some(Self::reranker()),
+            "causal-embedder" => return Some(Self::causal_embedder()),
             "1b" => (16, 2048, 32, 8192),
             "3b" => (28, 3072, 24, 8192),
             "8b" => (32, 4096, 32, 14336),
@@ -183,6 +250,10 @@ impl Spec {
         self.architecture == Architecture::Gemma3
     }
 
+    fn is_bert(&self) -> bool {
+        self.architecture == Architecture::Bert
+    }
+
     fn validate(&self) -> Result<(), Error> {
         let invalid = |reason: String| Err(Error::Invalid(reason));
         let Self { vocab, layers, embd, heads, kv_heads, ff, context, .. } = *self;
@@ -199,6 +270,12 @@ impl Spec {
         }
         if !(embd / heads).is_multiple_of(2) {
             return invalid(format!("heads of {} elements cannot be rotated: the number must be even", embd / heads));
+        }
+        if self.is_bert() != (self.tokenizer == Tokenizer::Wpm) {
+            return invalid("bert goes with the wpm tokenizer, and no other architecture does".to_owned());
+        }
+        if self.pooling == Some(Pooling::Rank) && !self.is_bert() {
+            return invalid("only bert has a head for pooling rank".to_owned());
         }
         let kv_embd = embd / heads * kv_heads;
         if self.quantization.is_blocked() && [embd, ff, kv_embd].iter().any(|n| !n.is_multiple_of(32)) {
@@ -227,9 +304,17 @@ impl Spec {
         h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
         h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
         h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
-        h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
-        h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
-        h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+        if self.is_bert() {
+            h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
+            h.bool(&format!("{arch}.attention.causal"), false);
+        } else {
+            h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
+            h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
+            h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+        }
+        if let Some(pooling) = self.pooling {
+            h.u32(&format!("{arch}.pooling_type"), pooling.number());
+        }
         h.u32(&format!("{arch}.vocab_size"), self.vocab);
         if self.architecture == Architecture::Gemma3 {
             h.u32(&format!("{arch}.attention.sliding_window"), self.sliding_window);
@@ -246,6 +331,63 @@ impl Spec {
 
     /// Every tensor, in the file's order.
     fn tensors(&self) -> Vec<Tensor> {
+        if self.is_bert() { self.bert_tensors() } else { self.decoder_tensors() }
+    }
+
+    /// Of an encoder with learnt positions, norms after each part, and biases everywhere.
+    fn bert_tensors(&self) -> Vec<Tensor> {
+        let Self { vocab, layers, embd, heads, kv_heads, ff, context, .. } = *self;
+        let (embd, ff) = (u64::from(embd), u64::from(ff));
+        let kv = embd / u64::from(heads) * u64::from(kv_heads);
+        let gain = |factor: f32| Filling::Random { gain: factor };
+        let mut all = Vec::new();
+        let mut matrix = |name: String, rows: u64, columns: u64, kind: Quantization, factor: f32| {
+            all.push(Tensor { name, shape: vec![columns, rows], kind, filling: gain(factor) });
+        };
+        let kind = self.quantization;
+        matrix("token_embd.weight".to_owned(), u64::from(vocab), embd, kind, 3.0);
+        matrix("position_embd.weight".to_owned(), u64::from(context), embd, Quantization::F32, 1.0);
+        matrix("token_types.weight".to_owned(), 2, embd, Quantization::F32, 0.1);
+        for i in 0..layers {
+            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, kind, 1.0);
+            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, kind, 1.0);
+            matrix(format!("blk.{i}.attn_v.weight"), kv, embd, kind, 1.0);
+            matrix(format!("blk.{i}.attn_output.weight"), embd, embd, kind, 1.0);
+            matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, kind, 1.0);
+            matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, kind, 1.0);
+        }
+        let is_reranker = self.pooling == Some(Pooling::Rank);
+        if is_reranker {
+            matrix("cls.weight".to_owned(), embd, embd, Quantization::F32, 1.0);
+            matrix("cls.output.weight".to_owned(), 1, embd, Quantization::F32, 2.0);
+        }
+        let mut vector = |name: String, length: u64, filling: Filling| {
+            all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
+        };
+        let mut norm = |name: &str| {
+            vector(format!("{name}.weight"), embd, Filling::Ones);
+            vector(format!("{name}.bias"), embd, gain(0.1));
+        };
+        norm("token_embd_norm");
+        for i in 0..layers {
+            norm(&format!("blk.{i}.attn_output_norm"));
+            norm(&format!("blk.{i}.layer_output_norm"));
+        }
+        for i in 0..layers {
+            for (name, length) in [("attn_q", embd), ("attn_k", kv), ("attn_v", kv), ("attn_output", embd)] {
+                vector(format!("blk.{i}.{name}.bias"), length, gain(0.1));
+            }
+            vector(format!("blk.{i}.ffn_up.bias"), ff, gain(0.1));
+            vector(format!("blk.{i}.ffn_down.bias"), embd, gain(0.1));
+        }
+        if is_reranker {
+            vector("cls.bias".to_owned(), embd, gain(0.1));
+            vector("cls.output.bias".to_owned(), 1, gain(0.1));
+        }
+        all
+    }
+
+    fn decoder_tensors(&self) -> Vec<Tensor> {
         let Self { vocab, layers, embd, heads, kv_heads, ff, .. } = *self;
         let (embd, ff, vocab) = (u64::from(embd), u64::from(ff), u64::from(vocab));
         let head = embd / u64::from(heads);
@@ -276,7 +418,7 @@ impl Spec {
             vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
             vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
             match self.architecture {
-                Architecture::Llama => {}
+                Architecture::Llama | Architecture::Bert => {}
                 Architecture::Qwen2 => {
                     vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
                     vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
@@ -325,6 +467,7 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Gemma3 => "gemma3",
+            Self::Bert => "bert",
         }
     }
 }

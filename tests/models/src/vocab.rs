@@ -26,6 +26,7 @@ impl Vocabulary {
         match kind {
             Tokenizer::Bpe => vocabulary.fill_bpe(size),
             Tokenizer::Spm => vocabulary.fill_spm(size),
+            Tokenizer::Wpm => vocabulary.fill_wpm(size),
         }
         vocabulary
     }
@@ -39,8 +40,13 @@ impl Vocabulary {
     pub(crate) fn describe(&self, header: &mut Header) {
         let id =
             |token: &str| self.tokens.iter().position(|t| t == token).and_then(|i| u32::try_from(i).ok()).unwrap_or(0);
-        header.string("tokenizer.ggml.model", if self.kind == Tokenizer::Bpe { "gpt2" } else { "llama" });
-        header.string("tokenizer.ggml.pre", if self.kind == Tokenizer::Bpe { "gpt-2" } else { "default" });
+        let (model, pre) = match self.kind {
+            Tokenizer::Bpe => ("gpt2", "gpt-2"),
+            Tokenizer::Spm => ("llama", "default"),
+            Tokenizer::Wpm => ("bert", "default"),
+        };
+        header.string("tokenizer.ggml.model", model);
+        header.string("tokenizer.ggml.pre", pre);
         header.strings("tokenizer.ggml.tokens", self.tokens.iter().map(String::as_str));
         header.i32s("tokenizer.ggml.token_type", self.kinds.iter().copied());
         match self.kind {
@@ -54,6 +60,17 @@ impl Vocabulary {
                 header.f32s("tokenizer.ggml.scores", (0..self.tokens.len()).map(|i| -(i as f32)));
                 header.u32("tokenizer.ggml.bos_token_id", id("<s>"));
                 header.u32("tokenizer.ggml.unknown_token_id", id("<unk>"));
+            }
+            Tokenizer::Wpm => {
+                header.u32("tokenizer.ggml.token_type_count", 2);
+                header.u32("tokenizer.ggml.bos_token_id", id("[CLS]"));
+                header.u32("tokenizer.ggml.cls_token_id", id("[CLS]"));
+                // llama.cpp's own spelling.
+                header.u32("tokenizer.ggml.seperator_token_id", id("[SEP]"));
+                header.u32("tokenizer.ggml.unknown_token_id", id("[UNK]"));
+                header.u32("tokenizer.ggml.padding_token_id", id("[PAD]"));
+                header.u32("tokenizer.ggml.mask_token_id", id("[MASK]"));
+                return;
             }
         }
         header.u32("tokenizer.ggml.eos_token_id", id("<|im_end|>"));
@@ -77,6 +94,20 @@ impl Vocabulary {
         self.push("<|endoftext|>".to_owned(), CONTROL, false);
         self.push("<|im_start|>".to_owned(), CONTROL, false);
         self.push("<|im_end|>".to_owned(), CONTROL, false);
+    }
+
+    /// As converted files have it: what begins a word has `▁` before it, what goes on in one has not.
+    fn fill_wpm(&mut self, size: usize) {
+        for token in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] {
+            self.push(token.to_owned(), if token == "[UNK]" { UNKNOWN } else { CONTROL }, false);
+        }
+        for byte in (b'!'..=b'~').filter(|byte| !byte.is_ascii_uppercase()) {
+            self.push(format!("▁{}", char::from(byte)), NORMAL, true);
+            self.push(char::from(byte).to_string(), NORMAL, true);
+        }
+        for (left, right) in joins('▁').take(size - self.tokens.len()) {
+            self.push(left + &right, NORMAL, true);
+        }
     }
 
     fn fill_spm(&mut self, size: usize) {
@@ -151,9 +182,14 @@ mod tests {
 
     #[test]
     fn tokens_are_unique_and_every_merge_joins_known_tokens() {
-        for (kind, size) in
-            [(Tokenizer::Bpe, 512), (Tokenizer::Bpe, 32_000), (Tokenizer::Spm, 512), (Tokenizer::Spm, 32_000)]
-        {
+        for (kind, size) in [
+            (Tokenizer::Bpe, 512),
+            (Tokenizer::Bpe, 32_000),
+            (Tokenizer::Spm, 512),
+            (Tokenizer::Spm, 32_000),
+            (Tokenizer::Wpm, 512),
+            (Tokenizer::Wpm, 32_000),
+        ] {
             let vocabulary = Vocabulary::new(kind, size);
             assert_eq!(vocabulary.tokens.len(), size as usize);
             let known: HashSet<&str> = vocabulary.tokens.iter().map(String::as_str).collect();

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use altiplano_test_models::{Architecture, BadFile, Error, Quantization, Spec, Tokenizer};
+use altiplano_test_models::{Architecture, BadFile, Error, Pooling, Quantization, Spec, Tokenizer};
 
 #[test]
 fn equal_specs_give_equal_bytes_and_the_seed_changes_only_weights() {
@@ -44,6 +44,17 @@ fn every_architecture_and_type_is_written_with_the_length_it_announces() {
 }
 
 #[test]
+fn embedders_are_written_with_the_length_they_announce() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for spec in [Spec::embedder(), Spec::reranker(), Spec::causal_embedder()] {
+        let bytes = spec.write(&dir.path().join("m.gguf")).expect("written");
+        let (least, most) = (spec.parameters() * 2, spec.parameters() * 4);
+        assert!(bytes > least && bytes < most + 64 * 1024, "{spec:?}: {bytes} bytes");
+    }
+    assert_eq!(Spec::preset("reranker"), Some(Spec::reranker()));
+}
+
+#[test]
 fn presets_have_the_size_they_name() {
     for (size, billions) in [("1b", 1.2), ("3b", 3.2), ("8b", 8.0)] {
         let spec = Spec::preset(size).expect("a known preset");
@@ -63,6 +74,9 @@ fn impossible_shapes_are_refused_by_name() {
         (Spec { vocab: 100, ..Spec::default() }, "vocab"),
         (Spec { heads: 3, ..Spec::default() }, "heads"),
         (Spec { layers: 0, ..Spec::default() }, "layers"),
+        (Spec { tokenizer: Tokenizer::Wpm, ..Spec::default() }, "wpm"),
+        (Spec { tokenizer: Tokenizer::Bpe, ..Spec::embedder() }, "wpm"),
+        (Spec { pooling: Some(Pooling::Rank), ..Spec::default() }, "rank"),
         (Spec { ff: 100, quantization: Quantization::Q4_0, ..Spec::default() }, "ff"),
     ] {
         let error = spec.write(&path).expect_err("refused");

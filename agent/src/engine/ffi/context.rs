@@ -74,29 +74,8 @@ unsafe impl Send for Context {}
 impl Context {
     /// Allocates the KV cache and the compute buffers. The error is llama.cpp's own words.
     pub(in crate::engine) fn new(model: &Model, params: &ContextParams) -> Result<Self, String> {
-        // Creating a context with a stretched rope writes to the model.
-        static CREATING: Mutex<()> = Mutex::new(());
-        if params.sequences == 0 || params.sequences > 256 {
-            return Err(format!("{} sequences are not between 1 and 256", params.sequences));
-        }
-        if params.cells < params.sequences || params.micro_batch < params.sequences {
-            // llama.cpp asserts that a batch has room for a token of each sequence.
-            return Err(format!(
-                "{} cells or a batch of {} are too few for {} sequences",
-                params.cells, params.micro_batch, params.sequences
-            ));
-        }
-        let raw_params = raw_params(params);
-        let mut error = shim::Error::new();
-        let (raw, errors) = log::with_errors(|| {
-            let _one_at_a_time = CREATING.lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: the model is alive and is kept by the context.
-            unsafe { shim::altiplano_context_new(model.raw(), &raw const raw_params, &raw mut error) }
-        });
-        let Some(raw) = NonNull::new(raw) else {
-            let text = error.text();
-            return Err(if text.is_empty() { errors } else { text });
-        };
+        check_sizes(params)?;
+        let raw = create(model, &raw_params(params))?;
         // SAFETY: the context is alive.
         let Some(memory) = NonNull::new(unsafe { sys::llama_get_memory(raw.as_ptr()) }) else {
             // SAFETY: the context is ours and is not used any more.
@@ -128,22 +107,10 @@ impl Context {
     pub(in crate::engine) fn decode(&mut self, batch: &mut Batch) -> Result<(), DecodeError> {
         self.check(batch).map_err(DecodeError::Invalid)?;
         self.output_rows.clear();
-        let raw_batch = batch.raw();
-        let mut error = shim::Error::new();
-        let (result, errors) = log::with_errors(|| {
-            // SAFETY: the context is alive, the batch lives through the call and was checked.
-            unsafe { shim::altiplano_decode(self.raw.as_ptr(), &raw const raw_batch, &raw mut error) }
-        });
-        match result {
-            0 => {
-                self.output_rows.extend_from_slice(batch.outputs());
-                Ok(())
-            }
-            1 => Err(DecodeError::NoSlot),
-            -1 => Err(DecodeError::Invalid(errors)),
-            shim::EXCEPTION => Err(DecodeError::Failed(error.text())),
-            code => Err(DecodeError::Failed(format!("code {code}: {errors}"))),
-        }
+        // SAFETY: the context is alive and the batch was checked.
+        unsafe { decode(self.raw, &batch.raw())? };
+        self.output_rows.extend_from_slice(batch.outputs());
+        Ok(())
     }
 
     /// What llama.cpp would answer with an abort.
@@ -271,24 +238,8 @@ impl Context {
     /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
     /// on the host, the logits and the cells' metadata, stands in `other_bytes`.
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
-        let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0 };
-        let mut entries = [empty; 64];
-        // SAFETY: the context is alive and the array has as many entries as is said.
-        let count = unsafe { shim::altiplano_memory_breakdown(self.raw.as_ptr(), entries.as_mut_ptr(), entries.len()) };
-        let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
-        for entry in entries.iter().take(count) {
-            // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
-            let name = if entry.device.is_null() { c"" } else { unsafe { CStr::from_ptr(entry.device) } };
-            let name = name.to_string_lossy();
-            let name = if name.is_empty() { "CPU" } else { &name };
-            let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
-                uses.push(MemoryUse { device: name.to_owned(), ..MemoryUse::default() });
-                uses.len() - 1
-            });
-            uses[index].weights_bytes += entry.model;
-            uses[index].context_bytes += entry.context;
-            uses[index].compute_bytes += entry.compute;
-        }
+        // SAFETY: the context is alive.
+        let mut uses = unsafe { breakdown(self.raw) };
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.sequences);
         uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
         uses
@@ -305,7 +256,83 @@ impl Drop for Context {
     }
 }
 
-fn raw_params(params: &ContextParams) -> llama_context_params {
+/// What llama.cpp asserts about the sizes of a context.
+pub(super) fn check_sizes(params: &ContextParams) -> Result<(), String> {
+    if params.sequences == 0 || params.sequences > 256 {
+        return Err(format!("{} sequences are not between 1 and 256", params.sequences));
+    }
+    if params.cells < params.sequences || params.micro_batch < params.sequences {
+        // A batch must have room for a token of each sequence.
+        return Err(format!(
+            "{} cells or a batch of {} are too few for {} sequences",
+            params.cells, params.micro_batch, params.sequences
+        ));
+    }
+    Ok(())
+}
+
+/// A context of checked sizes, whose owner frees it and keeps the model alive.
+pub(super) fn create(model: &Model, raw_params: &llama_context_params) -> Result<NonNull<llama_context>, String> {
+    // Creating a context with a stretched rope writes to the model.
+    static CREATING: Mutex<()> = Mutex::new(());
+    let mut error = shim::Error::new();
+    let (raw, errors) = log::with_errors(|| {
+        let _one_at_a_time = CREATING.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the model is alive and is kept by the context.
+        unsafe { shim::altiplano_context_new(model.raw(), raw_params, &raw mut error) }
+    });
+    NonNull::new(raw).ok_or_else(|| {
+        let text = error.text();
+        if text.is_empty() { errors } else { text }
+    })
+}
+
+/// Computes a batch and waits for it.
+///
+/// # Safety
+/// The context is alive, and the batch holds nothing that llama.cpp would answer with an abort.
+pub(super) unsafe fn decode(context: NonNull<llama_context>, batch: &sys::llama_batch) -> Result<(), DecodeError> {
+    let mut error = shim::Error::new();
+    let (result, errors) = log::with_errors(|| {
+        // SAFETY: as the caller says; the batch lives through the call.
+        unsafe { shim::altiplano_decode(context.as_ptr(), batch, &raw mut error) }
+    });
+    match result {
+        0 => Ok(()),
+        1 => Err(DecodeError::NoSlot),
+        -1 => Err(DecodeError::Invalid(errors)),
+        shim::EXCEPTION => Err(DecodeError::Failed(error.text())),
+        code => Err(DecodeError::Failed(format!("code {code}: {errors}"))),
+    }
+}
+
+/// Bytes per device, host memory ("CPU") first.
+///
+/// # Safety
+/// The context is alive.
+pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse> {
+    let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0 };
+    let mut entries = [empty; 64];
+    // SAFETY: as the caller says; the array has as many entries as is said.
+    let count = unsafe { shim::altiplano_memory_breakdown(context.as_ptr(), entries.as_mut_ptr(), entries.len()) };
+    let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
+    for entry in entries.iter().take(count) {
+        // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
+        let name = if entry.device.is_null() { c"" } else { unsafe { CStr::from_ptr(entry.device) } };
+        let name = name.to_string_lossy();
+        let name = if name.is_empty() { "CPU" } else { &name };
+        let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
+            uses.push(MemoryUse { device: name.to_owned(), ..MemoryUse::default() });
+            uses.len() - 1
+        });
+        uses[index].weights_bytes += entry.model;
+        uses[index].context_bytes += entry.context;
+        uses[index].compute_bytes += entry.compute;
+    }
+    uses
+}
+
+pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
     let ContextParams {
         cells,
         batch,

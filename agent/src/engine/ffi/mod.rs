@@ -9,6 +9,7 @@
 mod backend;
 mod batch;
 mod context;
+mod embedding;
 mod log;
 mod model;
 mod sampler;
@@ -17,5 +18,6 @@ mod shim;
 pub(super) use backend::{Device, available_bytes, devices};
 pub(super) use batch::Batch;
 pub(super) use context::{Context, ContextParams, DecodeError, LogprobRow};
+pub(super) use embedding::{EmbeddingContext, Pooling};
 pub(super) use model::{Model, ModelParams};
 pub(super) use sampler::Sampler;

@@ -164,6 +164,41 @@ impl Model {
         }
     }
 
+    /// Whether a token sees only those before it.
+    pub(in crate::engine) fn is_causal(&self) -> bool {
+        let architecture = self.metadata("general.architecture").unwrap_or_default();
+        self.metadata(&format!("{architecture}.attention.causal")).as_deref() != Some("false")
+    }
+
+    /// Width of a token's state, which is that of an embedding.
+    pub(in crate::engine) fn embedding_width(&self) -> u32 {
+        // SAFETY: the model is alive.
+        u32::try_from(unsafe { llama_cpp_sys_2::llama_model_n_embd_out(self.raw()) }).unwrap_or(0)
+    }
+
+    /// The file's own form for a query and a document; `{query}` and `{document}` stand for them.
+    pub(in crate::engine) fn rerank_template(&self) -> Option<String> {
+        self.inner.chat_template(Some("rerank")).ok()?.to_string().ok()
+    }
+
+    /// Token that parts two texts.
+    pub(in crate::engine) fn separator(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives with the model.
+        Some(unsafe { llama_cpp_sys_2::llama_vocab_sep(self.vocab()) }).filter(|&token| self.has(token))
+    }
+
+    /// Whether a text ends with [`Self::eos`].
+    pub(in crate::engine) fn adds_eos(&self) -> bool {
+        // SAFETY: the vocabulary lives with the model.
+        unsafe { llama_cpp_sys_2::llama_vocab_get_add_eos(self.vocab()) }
+    }
+
+    /// Whether [`Self::separator`] stands between two texts.
+    pub(in crate::engine) fn adds_separator(&self) -> bool {
+        // SAFETY: the vocabulary lives with the model.
+        unsafe { llama_cpp_sys_2::llama_vocab_get_add_sep(self.vocab()) }
+    }
+
     /// Token that begins a text.
     pub(in crate::engine) fn bos(&self) -> Option<Token> {
         Some(self.inner.vocab().bos().0).filter(|&token| token >= 0)
