@@ -34,6 +34,8 @@ async fn from_apply_to_nothing_left() -> Result<()> {
     // The columns say what is.
     let table = world.cluster.kubectl(&["-n", &world.namespace, "get", "mdep", "-o", "wide"])?;
     assert!(table.contains("1/1") && table.contains("Ready"), "{table}");
+    let row: Vec<_> = table.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+    assert_eq!(&row[..5], ["toy", "1/1", "Ready", "4096", "4096"], "context and pool are told:\n{table}");
     let nodes = world.cluster.kubectl(&["get", "modelnodes", "-o", "wide"])?;
     assert!(nodes.contains(&world.node(0)), "{nodes}");
 

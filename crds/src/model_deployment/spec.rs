@@ -37,6 +37,7 @@ use crate::schema;
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.ready", description = "Ready replicas of wanted ones"),
     printcolumn(name = "State", type_ = "string", json_path = ".status.state", description = "State of the placement that is worst off"),
     printcolumn(name = "Context", type_ = "integer", json_path = ".status.contextTokens", description = "Tokens of context that one request may use"),
+    printcolumn(name = "Pool", type_ = "integer", json_path = ".status.poolTokens", description = "Tokens that the KV cache has room for now, all requests together"),
     printcolumn(name = "Memory", type_ = "string", json_path = ".status.memory", description = "Memory of one replica, measured, or predicted before it has run"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.source.uri", priority = 1, description = "Where the model file comes from"),

@@ -59,6 +59,10 @@ pub struct ModelDeploymentStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_tokens: Option<i64>,
 
+    /// Tokens that the KV cache has room for now, all requests together, of the replica where it is largest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool_tokens: Option<i64>,
+
     /// What the file says about itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelInfo>,

@@ -137,6 +137,7 @@ pub fn status(
         state: worst(&held, &asked, plan),
         memory: known.clone().filter_map(memory).max().map(quantity),
         context_tokens: best.and_then(|state| state.max_tokens),
+        pool_tokens: held.iter().filter_map(|site| site.state?.context_tokens).max(),
         model: { known }.find_map(|state| state.model.clone()).or_else(|| model.status.model.clone()),
         placements: held.iter().map(placement).take(names::MAX_MODELS_PER_NODE).collect(),
     }
