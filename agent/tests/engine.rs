@@ -274,6 +274,32 @@ async fn growth_moves_running_sequences() {
     stop(&engine);
 }
 
+/// A stream whose context grows twice under it says, to the bit, what it says in one that was large from the start.
+#[tokio::test]
+async fn growth_changes_no_bit() {
+    let (_folder, path) = generated(&Spec::default());
+    let run = GenerateRequest {
+        prompt: vec![60; 100],
+        logprobs: Some(1),
+        ignore_eos: true,
+        sampling: greedy(),
+        ..GenerateRequest::default()
+    };
+    let said = |answer: &Answer| -> Vec<(Token, u32)> {
+        answer.tokens.iter().zip(&answer.logprobs).map(|(token, logprob)| (*token, logprob.logprob.to_bits())).collect()
+    };
+    let large = start(&config(path.clone(), dynamic(1800, 1800, 1)));
+    let expected = ask(&large, run.clone()).await;
+    assert_eq!((expected.tokens.len(), large.stats().resizes), (1700, 0));
+    stop(&large);
+    let small = start(&config(path, dynamic(256, 1800, 1)));
+    let answer = ask(&small, run).await;
+    // To 1024 cells for the request, then to 1536 and to all.
+    assert_eq!(small.stats().resizes, 3, "{:?}", small.stats());
+    assert!(said(&answer) == said(&expected));
+    stop(&small);
+}
+
 /// A prompt that does not fit grows the context before it is read; the answer is that of a context made for it.
 #[tokio::test]
 async fn a_long_prompt_grows_the_context() {
@@ -449,22 +475,29 @@ async fn shutdown_lets_requests_end_until_its_deadline() {
     assert_eq!(engine.stats().running, 0);
 }
 
-/// A model with a sliding window: no prefix is reused, and growth moves both of its caches.
+/// A model with a sliding window: growth moves both of its caches.
 #[tokio::test]
 async fn a_sliding_window_model_runs_and_grows() {
     let spec =
         Spec { architecture: Architecture::Gemma3, layers: 6, context: 4096, sliding_window: 64, ..Spec::default() };
     let (_folder, path) = generated(&spec);
     let engine = start(&config(path, dynamic(256, 2048, 2)));
-    assert!(engine.report().notes.iter().any(|note| note.contains("cannot be cut")), "{:?}", engine.report().notes);
-    let prompt = vec![40; 300];
-    let run = GenerateRequest { prompt, max_tokens: Some(500), sampling: greedy(), ..GenerateRequest::default() };
-    let (left, right) = futures::future::join(ask(&engine, run.clone()), ask(&engine, run.clone())).await;
+    assert!(
+        engine.report().notes.iter().any(|note| note.contains("sliding window of 64")),
+        "{:?}",
+        engine.report().notes
+    );
+    let run = |token| GenerateRequest {
+        prompt: vec![token; 300],
+        max_tokens: Some(500),
+        sampling: greedy(),
+        ..GenerateRequest::default()
+    };
+    let (left, right) = futures::future::join(ask(&engine, run(40)), ask(&engine, run(41))).await;
     for answer in [&left, &right] {
         assert_eq!((answer.usage().completion_tokens, answer.usage().cached_tokens), (500, 0));
     }
-    let stats = engine.stats();
-    assert!(stats.cells_total > 1024 && stats.cells_kept == 0 && stats.cells_used == 0, "{stats:?}");
+    assert!(engine.stats().cells_total > 1024, "{:?}", engine.stats());
     stop(&engine);
 }
 

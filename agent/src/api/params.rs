@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::intake::Visit;
-use crate::engine::{GenerateRequest, MAX_LOGIT_BIAS, SamplingParams, Token};
+use crate::engine::{CacheKey, GenerateRequest, MAX_LOGIT_BIAS, SamplingParams, Token};
 
 /// Choices that one request may ask for.
 pub const MAX_CHOICES: u32 = 8;
@@ -20,13 +20,21 @@ pub const MAX_STOPS: usize = 16;
 /// Bytes of one stop text.
 pub const MAX_STOP_BYTES: usize = 512;
 
+/// Bytes of `cache_salt`, as in vLLM.
+pub const MAX_SALT_BYTES: usize = 256;
+
 /// What chat and completions share.
+#[expect(clippy::struct_excessive_bools, reason = "clients may say so many things with true or false")]
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Params {
     pub(crate) max_tokens: Option<u32>,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
+    /// llama-server's `cache_prompt`: false reads the whole prompt.
+    pub(crate) cache_prompt: bool,
+    /// vLLM's `cache_salt`: prompts share computed prefixes only with prompts of the same salt.
+    pub(crate) cache_salt: String,
     pub(crate) n: u32,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
@@ -43,6 +51,8 @@ impl Params {
             sampling: sampling(fields, defaults)?,
             stop: stop(fields)?,
             ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+            cache_prompt: fields.boolean("cache_prompt")?.unwrap_or(true),
+            cache_salt: cache_salt(fields)?,
             n: u32::try_from(n).unwrap_or(1),
             stream,
             include_usage: include_usage(fields, stream)?,
@@ -58,7 +68,9 @@ impl Params {
         prompts: Vec<Vec<Token>>,
         visit: &Visit,
     ) -> Vec<GenerateRequest> {
-        let Self { max_tokens, sampling, stop, ignore_eos, n, stream: _, include_usage: _ } = self;
+        let Self { max_tokens, sampling, stop, ignore_eos, cache_prompt, cache_salt, n, stream: _, include_usage: _ } =
+            self;
+        let cache = CacheKey { salt: cache_salt.clone(), ..CacheKey::default() };
         let mut requests = Vec::with_capacity(prompts.len() * *n as usize);
         for prompt in prompts {
             for choice in 0..*n {
@@ -73,6 +85,8 @@ impl Params {
                     ignore_eos: *ignore_eos,
                     logprobs,
                     deadline: Some(visit.queue_deadline),
+                    cache: cache.clone(),
+                    cache_prompt: *cache_prompt,
                 });
             }
         }
@@ -93,6 +107,17 @@ fn max_tokens(fields: &Fields) -> Result<Option<u32>, ApiError> {
         return Ok(u32::try_from(tokens).ok());
     }
     Ok(None)
+}
+
+fn cache_salt(fields: &Fields) -> Result<String, ApiError> {
+    match fields.get("cache_salt") {
+        None | Some(Value::Null) => Ok(String::new()),
+        Some(Value::String(salt)) if salt.len() <= MAX_SALT_BYTES => Ok(salt.clone()),
+        Some(Value::String(_)) => {
+            Err(ApiError::invalid("cache_salt", format!("'cache_salt' may have at most {MAX_SALT_BYTES} bytes")))
+        }
+        Some(other) => Err(wrong_type("cache_salt", "a string", other)),
+    }
 }
 
 fn sampling(fields: &Fields, defaults: &SamplingParams) -> Result<SamplingParams, ApiError> {
@@ -355,6 +380,19 @@ mod tests {
         assert_eq!(params.n, 3);
         assert_eq!(read(r#"{"max_tokens": -1}"#).unwrap().max_tokens, None);
         assert_eq!(read(r#"{"stop": "x"}"#).unwrap().stop, ["x"]);
+    }
+
+    #[test]
+    fn the_cache_is_the_clients_choice() {
+        let params = read(r#"{"cache_prompt": false, "cache_salt": "mine"}"#).unwrap();
+        assert_eq!((params.cache_prompt, params.cache_salt.as_str()), (false, "mine"));
+        let params = read(r#"{"cache_salt": null}"#).unwrap();
+        assert_eq!((params.cache_prompt, params.cache_salt.as_str()), (true, ""));
+        let long = format!(r#"{{"cache_salt": "{}"}}"#, "x".repeat(MAX_SALT_BYTES + 1));
+        for (body, words) in [(long.as_str(), "at most 256 bytes"), (r#"{"cache_salt": 7}"#, "a string")] {
+            let error = read(body).unwrap_err();
+            assert!(error.message.contains(words), "{}", error.message);
+        }
     }
 
     #[test]

@@ -13,12 +13,22 @@ pub(super) struct Traits {
     pub(super) original_context: Option<u32>,
 }
 
+/// Where the state of a sequence can be cut, so that another prompt goes on from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// At any token.
+    Anywhere,
+    /// Where this many tokens before the cut are still there: of a sliding window, what lies before it goes.
+    Window(u32),
+    /// Nowhere: there is the state at the end and no other (Mamba, RWKV, hybrids).
+    Nowhere,
+}
+
 /// What follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capability {
-    /// A sequence can be cut anywhere and its beginning shared. Recurrent states cannot be cut at all, and of a sliding
-    /// window the cells before it are gone.
-    pub(super) reuse: bool,
+    /// Where a sequence can be cut. Where that is not everywhere, copies of the state are made on the way.
+    pub(super) cut: Cut,
     /// Contexts up to this size and larger ones rotate positions differently (`LongRoPE`), so that keys do not survive
     /// the change from one to the other.
     pub(super) rope_switch: Option<u32>,
@@ -29,14 +39,39 @@ impl Capability {
     pub(super) fn of(traits: &Traits) -> Self {
         let Traits { recurrent, sliding_window, ref rope_scaling, original_context } = *traits;
         Self {
-            reuse: !recurrent && sliding_window == 0,
+            cut: match (recurrent, sliding_window) {
+                (true, _) => Cut::Nowhere,
+                (false, 0) => Cut::Anywhere,
+                (false, window) => Cut::Window(window),
+            },
             rope_switch: original_context.filter(|_| rope_scaling.as_deref() == Some("longrope")),
         }
+    }
+
+    /// The capability after llama.cpp was asked to cut a sequence in its middle, and did so or not.
+    pub(super) fn tested(self, did_cut: bool) -> Self {
+        if did_cut { self } else { Self { cut: Cut::Nowhere, ..self } }
     }
 
     /// Whether the state of a context of `from` cells is right in one of `to` cells.
     pub(super) fn state_survives(self, from: u32, to: u32) -> bool {
         self.rope_switch.is_none_or(|limit| (from > limit) == (to > limit))
+    }
+
+    /// Whether copies of the state have to be made on the way.
+    pub(super) fn needs_snapshots(self) -> bool {
+        self.cut != Cut::Anywhere
+    }
+
+    /// A sequence whose first `oldest` positions are gone from the cache can be cut at this length and at greater ones.
+    /// Its full length is always allowed: nothing is cut there.
+    pub(super) fn cut_from(self, oldest: u32) -> usize {
+        match self.cut {
+            Cut::Anywhere => 0,
+            Cut::Window(_) if oldest == 0 => 0,
+            Cut::Window(window) => oldest.saturating_add(window) as usize,
+            Cut::Nowhere => usize::MAX,
+        }
     }
 }
 
@@ -49,27 +84,46 @@ mod tests {
         let plain = Traits::default();
         let window = Traits { sliding_window: 512, ..plain.clone() };
         let recurrent = Traits { recurrent: true, ..plain.clone() };
+        let hybrid = Traits { recurrent: true, ..window.clone() };
         let yarn = Traits { rope_scaling: Some("yarn".to_owned()), original_context: Some(4096), ..plain.clone() };
         let long = Traits { rope_scaling: Some("longrope".to_owned()), ..yarn.clone() };
         let cases = [
-            (plain, true, None),
-            (window, false, None),
-            (recurrent, false, None),
-            (yarn, true, None),
-            (long, true, Some(4096)),
+            (plain, Cut::Anywhere, None),
+            (window, Cut::Window(512), None),
+            (recurrent, Cut::Nowhere, None),
+            (hybrid, Cut::Nowhere, None),
+            (yarn, Cut::Anywhere, None),
+            (long, Cut::Anywhere, Some(4096)),
         ];
-        for (traits, reuse, rope_switch) in cases {
-            assert_eq!(Capability::of(&traits), Capability { reuse, rope_switch }, "{traits:?}");
+        for (traits, cut, rope_switch) in cases {
+            assert_eq!(Capability::of(&traits), Capability { cut, rope_switch }, "{traits:?}");
         }
     }
 
     #[test]
     fn keys_do_not_survive_another_rotation() {
-        let long = Capability { reuse: true, rope_switch: Some(4096) };
+        let long = Capability { cut: Cut::Anywhere, rope_switch: Some(4096) };
         assert!(long.state_survives(2048, 4096));
         assert!(!long.state_survives(4096, 6144));
         assert!(!long.state_survives(6144, 4096));
         assert!(long.state_survives(6144, 8192));
-        assert!(Capability { reuse: true, rope_switch: None }.state_survives(4096, 8192));
+        assert!(Capability { rope_switch: None, ..long }.state_survives(4096, 8192));
+    }
+
+    #[test]
+    fn cuts() {
+        let with = |cut| Capability { cut, rope_switch: None };
+        let cases = [
+            (Cut::Anywhere, 0, 0),
+            (Cut::Anywhere, 700, 0),
+            (Cut::Window(512), 0, 0),
+            (Cut::Window(512), 100, 612),
+            (Cut::Nowhere, 0, usize::MAX),
+        ];
+        for (cut, oldest, expected) in cases {
+            assert_eq!(with(cut).cut_from(oldest), expected, "{cut:?} {oldest}");
+        }
+        assert_eq!(with(Cut::Window(8)).tested(true).cut, Cut::Window(8));
+        assert_eq!(with(Cut::Anywhere).tested(false).cut, Cut::Nowhere);
     }
 }

@@ -2,19 +2,24 @@
 
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
-use altiplano_crds::model_deployment::ContextSpec;
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
-use super::capability::{Capability, Traits};
+use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
 use super::ffi::{self, Batch, Context, ContextParams, DecodeError, Device, Model, ModelParams};
+use super::host;
 use super::sizing::Limits;
 use super::{Ability, ModelFacts};
 use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport};
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
+
+/// How long a larger context must have been of no use before it shrinks.
+const SHRINK_AFTER: Duration = Duration::from_mins(1);
 
 /// Tokens computed at once unless the configuration says otherwise; llama.cpp's own default.
 pub(super) const MICRO_BATCH: u32 = 512;
@@ -44,6 +49,12 @@ pub(super) struct Plan {
     pub(super) parallel: u32,
     /// Finished sequences whose cells are kept.
     pub(super) kept: u32,
+    /// All sequences share the cells; else each has its own.
+    pub(super) unified: bool,
+    /// Bytes of states in host memory at most.
+    pub(super) host_cache: u64,
+    /// How long a larger context must have been of no use before it shrinks.
+    pub(super) shrink_after: Duration,
     /// What the model's state can do.
     pub(super) capability: Capability,
     /// Layers on a GPU.
@@ -67,9 +78,12 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
 
 /// Makes the context of a model that generates and decodes once, so that all memory is taken.
 pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
-    let (plan, params) = plan(config, &model, gpu);
+    let (mut plan, params) = plan(config, &model, gpu);
     let mut context = new_context(&model, &params)?;
-    warm_up(&model, &mut context, gpu)?;
+    let can_cut = warm_up(&model, &mut context, gpu)?;
+    if plan.capability.cut != Cut::Nowhere {
+        plan.capability = plan.capability.tested(can_cut);
+    }
     let report = RunnerReport {
         context_tokens: context.cells(),
         max_tokens: plan.limits.max_tokens,
@@ -197,10 +211,14 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
         rope_scaling: key("rope.scaling.type"),
         original_context: key("rope.scaling.original_context_length").and_then(|value| value.parse().ok()),
     });
-    let ContextSpec { parallel, key_cache_type, value_cache_type, ref rope, .. } = config.context;
+    let context = &config.context;
+    let ContextSpec { parallel, key_cache_type, value_cache_type, ref rope, .. } = *context;
     let parallel = u32::try_from(parallel).unwrap_or(1).clamp(1, 128);
-    let kept = if capability.reuse { parallel.min(MAX_KEPT) } else { 0 };
-    let sequences = parallel + kept;
+    // Where nobody shares, sequences with cells of their own are faster: a step reads up to the highest cell of a pool.
+    // A pool of fixed size has room for that.
+    let unified = context.sizing != ContextSizing::Fixed || parallel == 1 || capability.cut != Cut::Anywhere;
+    let kept = if unified { parallel.min(MAX_KEPT) } else { parallel };
+    let sequences = if unified { parallel + kept } else { parallel };
     let limits = Limits::new(&config.context, model.trained_context());
 
     let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
@@ -211,12 +229,24 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     let micro_batch = micro_batch.clamp(sequences, batch);
 
     let (layers_offloaded, layers_total) = layers(config, model, gpu);
-    let plan = Plan { limits, parallel, kept, capability, layers_offloaded, layers_total };
+    let host_cache = host::limit(ffi::available_bytes("CPU"));
+    let plan = Plan {
+        limits,
+        parallel,
+        kept,
+        unified,
+        host_cache,
+        shrink_after: SHRINK_AFTER,
+        capability,
+        layers_offloaded,
+        layers_total,
+    };
     let params = ContextParams {
         cells: limits.initial,
         batch,
         micro_batch,
         sequences,
+        unified,
         threads: config.threads.max(1),
         offload: gpu,
         flash_attention: config.engine.flash_attention,
@@ -247,9 +277,9 @@ pub(super) fn context_failed(message: String) -> EngineError {
 }
 
 /// A GPU takes memory when it computes for the first time, so it computes a whole micro-batch; a CPU does not, and two
-/// tokens bring the first weights into memory.
-fn warm_up(model: &Model, context: &mut Context, gpu: bool) -> Result<(), EngineError> {
-    let count = if gpu { context.micro_batch().min(context.cells() / 2) } else { 2 };
+/// tokens bring the first weights into memory. Returns whether the sequence could be cut.
+fn warm_up(model: &Model, context: &mut Context, gpu: bool) -> Result<bool, EngineError> {
+    let count = if gpu { context.micro_batch().min(context.sequence_cells() / 2) } else { 2 };
     let token = model.bos().unwrap_or(0);
     let mut batch = Batch::new(count);
     for position in 0..count {
@@ -260,8 +290,9 @@ fn warm_up(model: &Model, context: &mut Context, gpu: bool) -> Result<(), Engine
         DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
         DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
     })?;
+    let can_cut = context.remove(0, 1);
     context.clear();
-    Ok(())
+    Ok(can_cut)
 }
 
 /// What the file says. What the model can do is left to the caller.
@@ -296,8 +327,15 @@ fn notes(config: &RunnerConfig, model: &Model, plan: &Plan) -> Vec<String> {
             plan.limits.max_tokens
         ));
     }
-    if !plan.capability.reuse {
-        notes.push("the model's state cannot be cut, so prompts that begin alike are each read in full".to_owned());
+    match plan.capability.cut {
+        Cut::Anywhere => {}
+        Cut::Window(window) => notes.push(format!(
+            "the model's sliding window of {window} tokens can be cut only within it: prompts go on from copies of its \
+             state"
+        )),
+        Cut::Nowhere => {
+            notes.push("the model's state cannot be cut: prompts go on from copies of it".to_owned());
+        }
     }
     if config.engine.gpu_layers.is_some_and(|layers| i64::from(layers) > i64::from(plan.layers_total)) {
         notes.push(format!("gpuLayers is more than the model's {} layers", plan.layers_total));

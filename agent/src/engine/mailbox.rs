@@ -54,6 +54,8 @@ struct State<W> {
     running: usize,
     phase: Phase,
     woken: bool,
+    /// Cells that the context should not have more of than it needs.
+    shrink: Option<u32>,
 }
 
 /// The queue. All waiting is bounded: `parallel` may run and `queue_limit` may wait.
@@ -70,7 +72,13 @@ pub(super) struct Mailbox<W = Waiting> {
 impl<W: Queued> Mailbox<W> {
     pub(super) fn new(parallel: usize, queue_limit: usize) -> Self {
         Self {
-            state: Mutex::new(State { waiting: VecDeque::new(), running: 0, phase: Phase::default(), woken: false }),
+            state: Mutex::new(State {
+                waiting: VecDeque::new(),
+                running: 0,
+                phase: Phase::default(),
+                woken: false,
+                shrink: None,
+            }),
             changed: Condvar::new(),
             parked: AtomicBool::new(false),
             activity: watch::Sender::default(),
@@ -122,6 +130,19 @@ impl<W: Queued> Mailbox<W> {
     /// Says that a sequence waits for its reader. To be called before the last look at the reader's channel.
     pub(super) fn park(&self) {
         self.parked.store(true, Ordering::Release);
+    }
+
+    /// Asks for a context of `cells` cells, or of what the running sequences need.
+    pub(super) fn ask_shrink(&self, cells: u32) {
+        let mut state = self.lock();
+        state.shrink = Some(state.shrink.map_or(cells, |asked| asked.min(cells)));
+        state.woken = true;
+        self.changed.notify_one();
+    }
+
+    /// What was asked for, once.
+    pub(super) fn take_shrink(&self) -> Option<u32> {
+        self.lock().shrink.take()
     }
 
     /// Blocks until there may be something to do, or `timeout` is over.

@@ -10,6 +10,7 @@ mod embed;
 mod error;
 #[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
 mod ffi;
+mod host;
 mod load;
 mod mailbox;
 mod pool;
@@ -34,7 +35,7 @@ use tokio::sync::{mpsc, watch};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
 pub use request::{
-    FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, SubmitError, Timings, Token,
+    CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, SubmitError, Timings, Token,
     TokenLogprob, TopLogprob, Usage,
 };
 pub use sampling::{
@@ -154,8 +155,18 @@ pub struct EngineStats {
     pub failed: u64,
     /// Times a request lost its cells to older ones and had to be read again.
     pub preempted: u64,
-    /// Times the context got another size.
+    /// Times the context grew.
     pub resizes: u64,
+    /// Times it shrank.
+    pub shrinks: u64,
+    /// How long streams stood still for that, in all.
+    pub resize_time: Duration,
+    /// Requests that waited for an equal prompt to be read, and went on from its cells.
+    pub followed: u64,
+    /// Bytes of sequences' states in host memory: prefixes for prompts to come, and requests that gave way.
+    pub host_cache_bytes: u64,
+    /// Prefixes among them.
+    pub host_cache_states: u32,
     /// Steps done.
     pub steps: u64,
     /// How long the present step runs; zero while the engine is idle.
@@ -361,6 +372,14 @@ impl Engine {
         embed::rerank_prompt(&self.inner.model, query, document).map_err(EngineError::Internal)
     }
 
+    /// Asks for a context of at most `cells` cells, or of what the running requests need if that is more; prefixes go to
+    /// host memory. Returns at once: [`Self::watch`] tells the size. A context of fixed size stays as it is.
+    pub fn shrink(&self, cells: u32) {
+        if let Queue::Generate(mailbox) = &self.inner.queue {
+            mailbox.ask_shrink(cells);
+        }
+    }
+
     /// What the engine is doing and has done.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
@@ -432,76 +451,4 @@ pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use altiplano_crds::model_deployment::ContextSpec;
-    use altiplano_test_models::toy;
-    use futures::StreamExt;
-
-    use super::*;
-
-    /// A configuration for a model on the CPU.
-    pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
-        RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() }
-    }
-    async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) {
-        let mut text = String::new();
-        loop {
-            let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
-            match event.expect("an event within a minute").expect("an end") {
-                GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
-                GenerateEvent::Done { usage, .. } => return (text, Ok(usage.completion_tokens)),
-                GenerateEvent::Failed(error) => return (text, Err(error)),
-            }
-        }
-    }
-
-    /// Memory for less than all can use: the youngest gives way, is read again when there is room, and nobody's text
-    /// suffers. `max_tokens` is a promise that alone can hold, so the cap is lowered behind its back, as a growth that
-    /// is refused does.
-    #[tokio::test]
-    async fn who_finds_no_more_cells_waits_and_goes_on() {
-        let context =
-            ContextSpec { min_tokens: Some(256), max_tokens: Some(1024), parallel: 3, ..ContextSpec::default() };
-        let config = RunnerConfig { context, ..config(toy::path()) };
-        let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
-        let mut loaded = load::load(&config, model, gpu).expect("the context is made");
-        loaded.plan.limits.cap = 768;
-        let engine = Engine::launch(loaded, 8).expect("the engine starts");
-        let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
-        let request = |question| GenerateRequest {
-            prompt: engine.tokenize(&chat(question), true, true).expect("tokens"),
-            max_tokens: Some(700),
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            ..GenerateRequest::default()
-        };
-        let ask = |question| read(engine.submit(request(question)).expect("the request is taken"));
-        let alone = ask(toy::LONG_QUESTION).await;
-        let singing = ask(toy::ENDLESS_QUESTION).await;
-        assert_eq!(singing.1, Ok(700));
-        assert_eq!(alone.1.clone().map(|tokens| tokens > 250), Ok(true), "{alone:?}");
-
-        // Each fits alone, but some 700 and 350 cells do not fit into 768. The first one gets ahead by the 80 tokens
-        // that are read and the 64 that its reader's channel holds, then it is parked.
-        let before = engine.stats().generated_tokens;
-        let mut first = engine.submit(request(toy::ENDLESS_QUESTION)).expect("the request is taken");
-        let mut sung = String::new();
-        for _ in 0..80 {
-            match first.next().await {
-                Some(GenerateEvent::Token { text, .. }) => sung.push_str(&text),
-                other => panic!("{other:?} after {sung:?}"),
-            }
-        }
-        let patience = Instant::now() + Duration::from_mins(1);
-        while engine.stats().generated_tokens < before + 144 {
-            assert!(Instant::now() < patience, "{:?}", engine.stats());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let ((rest, end), second) = futures::join!(read(first), ask(toy::LONG_QUESTION));
-        assert_eq!(((sung + &rest, end), second), (singing, alone));
-        let stats = engine.stats();
-        assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
-        engine.shutdown(Instant::now());
-    }
-}
+mod tests;

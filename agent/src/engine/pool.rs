@@ -1,9 +1,14 @@
-//! Pure: which sequence ids are in use, how many cells of the unified KV cache they take, and who may be dropped.
+//! Pure: which sequence ids are in use, how many cells of the KV cache they take, and who may be dropped.
 //!
-//! A cell can belong to several sequences (a shared prefix), so a sequence is a chain of segments, each a run of cells
-//! that were made together: what is used is, for every segment, the longest part that anyone still holds.
+//! In a unified cache a cell can belong to several sequences (a shared prefix), so a sequence is a chain of segments,
+//! each a run of cells that were made together: what is used is, for every segment, the longest part that anyone still
+//! holds. In a split cache each sequence has cells of its own, and its id is its place.
 
-use super::request::Token;
+use super::request::{CacheKey, Token};
+
+/// Runs of neighbouring cells after which a sequence counts as scattered: its state is copied run by run, and each run
+/// of each layer is a transfer of its own on a GPU.
+const MAX_RUNS: u32 = 256;
 
 /// llama.cpp's sequence id.
 pub(super) type SeqId = i32;
@@ -12,9 +17,12 @@ pub(super) type SeqId = i32;
 #[derive(Debug, Default)]
 pub(super) struct Pool {
     sequences: Vec<Sequence>,
+    split: bool,
     next_segment: u64,
     clock: u64,
     used: u32,
+    /// Whose cells were taken last.
+    last: Option<SeqId>,
 }
 
 #[derive(Debug, Default)]
@@ -23,6 +31,10 @@ struct Sequence {
     chain: Vec<Link>,
     /// The last link ends where its segment ends and nobody else continues it.
     open: bool,
+    /// Runs of neighbouring cells, as far as can be known.
+    runs: u32,
+    /// Cells in the first [`MAX_RUNS`] runs, once there are more.
+    solid: Option<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -32,6 +44,7 @@ enum State {
     Running,
     /// A finished sequence whose cells stay for the next prompt that begins the same.
     Kept {
+        key: CacheKey,
         tokens: Vec<Token>,
         used_at: u64,
     },
@@ -45,15 +58,22 @@ struct Link {
 
 impl Pool {
     /// A pool of `sequences` ids, all free.
-    pub(super) fn new(sequences: u32) -> Self {
-        let mut pool = Self::default();
+    pub(super) fn new(sequences: u32, unified: bool) -> Self {
+        let mut pool = Self { split: !unified, ..Self::default() };
         pool.sequences.resize_with(sequences as usize, Sequence::default);
         pool
     }
 
-    /// Takes the lowest free id for a running sequence: low ids keep llama.cpp's masks small.
+    /// Takes a free id for a running sequence: the lowest one, which keeps llama.cpp's masks small; in a split cache the
+    /// nearest to the others that run, because llama.cpp computes neighbouring ids together.
     pub(super) fn take(&mut self) -> Option<SeqId> {
-        let index = self.sequences.iter().position(|sequence| matches!(sequence.state, State::Free))?;
+        let is_running = |sequence: &Sequence| matches!(sequence.state, State::Running);
+        let running: Vec<usize> = (0..self.sequences.len()).filter(|&i| is_running(&self.sequences[i])).collect();
+        let free = (0..self.sequences.len()).filter(|&index| matches!(self.sequences[index].state, State::Free));
+        let index = free.min_by_key(|&index| {
+            let nearest = running.iter().map(|other| index.abs_diff(*other)).min();
+            (nearest.filter(|_| self.split), index)
+        })?;
         self.sequences[index].state = State::Running;
         SeqId::try_from(index).ok()
     }
@@ -77,7 +97,14 @@ impl Pool {
     /// `count` new cells at the end of a sequence.
     pub(super) fn append(&mut self, id: SeqId, count: u32) {
         let segment = self.next_segment;
+        let interrupted = !self.split && self.last.replace(id) != Some(id);
         let Some(sequence) = self.get_mut(id) else { return };
+        if interrupted || sequence.runs == 0 {
+            if sequence.runs == MAX_RUNS {
+                sequence.solid = Some(sequence.length());
+            }
+            sequence.runs += 1;
+        }
         match sequence.chain.last_mut() {
             Some(last) if sequence.open => last.length += count,
             _ => {
@@ -95,25 +122,39 @@ impl Pool {
         if length < sequence.length() {
             sequence.chain = sequence.first(length);
             sequence.open = false;
+            sequence.forget_runs(length);
             self.count();
         }
     }
 
-    /// Makes `to`, which is empty, share the first `length` cells of `from`.
+    /// Makes `to`, which is empty, begin with the first `length` cells of `from`.
     pub(super) fn share(&mut self, from: SeqId, to: SeqId, length: u32) {
-        let Some(chain) = self.get(from).map(|sequence| sequence.first(length)) else { return };
+        let Some(from) = self.get(from) else { return };
+        if self.split {
+            let length = length.min(from.length());
+            self.append(to, length);
+            return;
+        }
+        let (chain, runs, solid) = (from.first(length), from.runs, from.solid);
         let Some(sequence) = self.get_mut(to) else { return };
         sequence.chain = chain;
         sequence.open = false;
+        (sequence.runs, sequence.solid) = (runs, solid);
+        sequence.forget_runs(length);
         self.count();
     }
 
+    /// Cells of a sequence, from its first one on, whose state can be copied in few pieces.
+    pub(super) fn solid(&self, id: SeqId) -> u32 {
+        self.get(id).map_or(0, |sequence| sequence.solid.unwrap_or_else(|| sequence.length()))
+    }
+
     /// A running sequence has ended; its cells stay.
-    pub(super) fn keep(&mut self, id: SeqId, tokens: Vec<Token>) {
+    pub(super) fn keep(&mut self, id: SeqId, key: CacheKey, tokens: Vec<Token>) {
         self.clock += 1;
         let used_at = self.clock;
         if let Some(sequence) = self.get_mut(id) {
-            sequence.state = State::Kept { tokens, used_at };
+            sequence.state = State::Kept { key, tokens, used_at };
         }
     }
 
@@ -143,29 +184,34 @@ impl Pool {
 
     /// Frees everything.
     pub(super) fn clear(&mut self) {
-        *self = Self::new(u32::try_from(self.sequences.len()).unwrap_or(u32::MAX));
+        *self = Self::new(u32::try_from(self.sequences.len()).unwrap_or(u32::MAX), !self.split);
     }
 
-    /// The kept sequence that was of no use for longest.
-    pub(super) fn oldest_kept(&self) -> Option<SeqId> {
-        let oldest = self.sequences.iter().enumerate().filter_map(|(index, sequence)| match sequence.state {
-            State::Kept { used_at, .. } => Some((used_at, index)),
-            State::Free | State::Running => None,
+    /// The kept sequence that was of no use for longest, other than `except`.
+    pub(super) fn oldest_kept(&self, except: Option<SeqId>) -> Option<SeqId> {
+        let oldest = self.sequences.iter().zip(0..).filter_map(|(sequence, id)| match sequence.state {
+            State::Kept { used_at, .. } if Some(id) != except => Some((used_at, id)),
+            State::Kept { .. } | State::Free | State::Running => None,
         });
-        oldest.min().and_then(|(_, index)| SeqId::try_from(index).ok())
+        oldest.min().map(|(_, id)| id)
     }
 
-    /// The kept sequences and their tokens.
-    pub(super) fn kept(&self) -> impl Iterator<Item = (SeqId, &[Token])> {
-        self.sequences.iter().enumerate().filter_map(|(index, sequence)| match &sequence.state {
-            State::Kept { tokens, .. } => Some((SeqId::try_from(index).ok()?, tokens.as_slice())),
+    /// The kept sequences, their keys and their tokens.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (SeqId, &CacheKey, &[Token])> {
+        self.sequences.iter().zip(0..).filter_map(|(sequence, id)| match &sequence.state {
+            State::Kept { key, tokens, .. } => Some((id, key, tokens.as_slice())),
             State::Free | State::Running => None,
         })
     }
 
-    /// Whether an id is free.
-    pub(super) fn has_free(&self) -> bool {
-        self.sequences.iter().any(|sequence| matches!(sequence.state, State::Free))
+    /// Whether a sequence has ended and stays.
+    pub(super) fn is_kept(&self, id: SeqId) -> bool {
+        self.get(id).is_some_and(|sequence| matches!(sequence.state, State::Kept { .. }))
+    }
+
+    /// Whether an id is free, or can be made free by dropping a kept sequence.
+    pub(super) fn has_spare(&self) -> bool {
+        self.sequences.iter().any(|sequence| !matches!(sequence.state, State::Running))
     }
 
     fn get(&self, id: SeqId) -> Option<&Sequence> {
@@ -184,6 +230,14 @@ impl Pool {
 impl Sequence {
     fn length(&self) -> u32 {
         self.chain.iter().map(|link| link.length).sum()
+    }
+
+    /// After a cut: how scattered the first cells are is only known where the cut lies behind the solid ones.
+    fn forget_runs(&mut self, length: u32) {
+        if self.solid.is_some_and(|solid| length <= solid) {
+            self.solid = None;
+            self.runs = MAX_RUNS;
+        }
     }
 
     fn first(&self, length: u32) -> Vec<Link> {
@@ -219,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_shared_prefix_counts_once() {
-        let mut pool = Pool::new(3);
+        let mut pool = Pool::new(3, true);
         let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
         pool.append(a, 100);
         pool.share(a, b, 60);
@@ -229,26 +283,57 @@ mod tests {
         assert_eq!((pool.used(), pool.length(a), pool.length(b)), (115, 105, 70));
         pool.release(a);
         assert_eq!((pool.used(), pool.used_by_running()), (70, 70));
-        pool.keep(b, vec![1; 70]);
+        pool.keep(b, CacheKey::default(), vec![1; 70]);
         assert_eq!((pool.used(), pool.used_by_running()), (70, 0));
-        assert_eq!(pool.oldest_kept(), Some(b));
+        assert_eq!(pool.oldest_kept(None), Some(b));
         pool.release(b);
-        assert_eq!((pool.used(), pool.oldest_kept()), (0, None));
+        assert_eq!((pool.used(), pool.oldest_kept(None)), (0, None));
     }
 
     #[test]
     fn the_oldest_kept_is_the_least_recently_used() {
-        let mut pool = Pool::new(3);
+        let mut pool = Pool::new(3, true);
         for token in 0..3 {
             let id = pool.take().unwrap();
             pool.append(id, 4);
-            pool.keep(id, vec![token; 4]);
+            pool.keep(id, CacheKey::default(), vec![token; 4]);
         }
-        assert!(!pool.has_free());
+        assert!(pool.take().is_none() && pool.has_spare());
         pool.touch(0);
-        assert_eq!(pool.oldest_kept(), Some(1));
+        assert_eq!(pool.oldest_kept(None), Some(1));
         pool.revive(1);
-        assert_eq!(pool.oldest_kept(), Some(2));
+        assert_eq!(pool.oldest_kept(None), Some(2));
+    }
+
+    #[test]
+    fn a_split_pool_copies_and_stays_together() {
+        let mut pool = Pool::new(5, false);
+        let ids: Vec<SeqId> = (0..4).filter_map(|_| pool.take()).collect();
+        assert_eq!(ids, [0, 1, 2, 3]);
+        pool.append(0, 100);
+        pool.share(0, 1, 60);
+        assert_eq!((pool.used(), pool.length(1)), (160, 60));
+        pool.release(0);
+        pool.release(1);
+        // 2 and 3 run: 1 and 4 are next to them, 0 is not.
+        assert_eq!((pool.take(), pool.take(), pool.take(), pool.take()), (Some(1), Some(0), Some(4), None));
+        assert!(!pool.has_spare());
+    }
+
+    #[test]
+    fn scattered_cells_are_known() {
+        let mut pool = Pool::new(2, true);
+        let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
+        pool.append(a, 1000);
+        pool.append(a, 500);
+        assert_eq!(pool.solid(a), 1500);
+        for _ in 0..400 {
+            pool.append(b, 1);
+            pool.append(a, 1);
+        }
+        assert_eq!((pool.solid(a), pool.length(a), pool.solid(b)), (1500 + MAX_RUNS - 1, 1900, MAX_RUNS));
+        pool.cut(a, 1400);
+        assert_eq!(pool.solid(a), 1400);
     }
 
     #[derive(Clone, Debug)]
@@ -272,7 +357,7 @@ mod tests {
         /// The pool counts as llama.cpp does: a cell is used while any sequence holds it.
         #[test]
         fn counts_like_cells(ops in proptest::collection::vec(op(), 0..60)) {
-            let mut pool = Pool::new(4);
+            let mut pool = Pool::new(4, true);
             while pool.take().is_some() {}
             let mut cells: Vec<Vec<u32>> = vec![Vec::new(); 4];
             let mut next = 0;

@@ -16,7 +16,7 @@ use super::sampling::{Grammar, SamplingParams};
 pub type Token = i32;
 
 /// One prompt and how to go on from it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct GenerateRequest {
     /// Identity of the request, for logs.
     pub id: String,
@@ -37,6 +37,42 @@ pub struct GenerateRequest {
     pub logprobs: Option<u32>,
     /// When the request leaves the queue, should it still be waiting.
     pub deadline: Option<Instant>,
+    /// Whose KV cells the prompt may begin with.
+    pub cache: CacheKey,
+    /// Whether KV cells are reused at all; what was computed stays for others of the same key either way.
+    pub cache_prompt: bool,
+}
+
+impl Default for GenerateRequest {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            prompt: Vec::new(),
+            max_tokens: None,
+            sampling: SamplingParams::default(),
+            grammar: None,
+            stop: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            deadline: None,
+            cache: CacheKey::default(),
+            cache_prompt: true,
+        }
+    }
+}
+
+/// Prompts share KV cells only with prompts of an equal key: the same tokens mean something else to another adapter or
+/// beside another image, and how fast an answer comes tells whether somebody has asked the same before.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CacheKey {
+    /// The client's `cache_salt`; empty: none.
+    pub salt: String,
+    /// Namespace of the caller; empty: all callers share.
+    pub namespace: String,
+    /// LoRA adapters that the tokens are read with, each with the bits of its scale.
+    pub adapters: Vec<(String, u32)>,
+    /// Digest of the projector and of the media that placeholder tokens stand for; empty: text alone.
+    pub media: String,
 }
 
 /// Most alternatives per token whose log-probabilities are reported.

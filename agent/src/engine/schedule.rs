@@ -1,7 +1,9 @@
 //! Pure: which tokens the next step computes.
 //!
-//! First one token of every sequence that generates, then pieces of prompts within a budget, the oldest prompt first:
-//! a long prompt must not hold up those who read along. When nobody generates the budget is the whole batch.
+//! First one token of every sequence that generates, then pieces of prompts, so that both together are the step's size:
+//! a long prompt must not hold up those who read along, and steps of one size let llama.cpp use its graph again. When
+//! nobody generates a step is the whole batch. Of several prompts the oldest gets half of what is left and the one with
+//! the least to read the other half: none waits for ever, and a short one does not wait for a long one.
 
 use std::time::Duration;
 
@@ -10,19 +12,21 @@ use std::time::Duration;
 pub(super) struct Lane {
     /// Tokens that are not in the KV cache yet: 1 generates, more is a prompt.
     pub(super) todo: u32,
-    /// Its reader is behind.
+    /// Of these, how many may be computed before the state has to be looked at; 1 to `todo`.
+    pub(super) piece: u32,
+    /// It takes no part: its reader is behind, or it waits for the cells of another.
     pub(super) parked: bool,
 }
 
 /// What a step may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
-    /// Tokens.
+    /// Tokens at most.
     pub(super) batch: u32,
-    /// Rows with logits.
+    /// Rows with logits at most.
     pub(super) outputs: u32,
-    /// Tokens of prompts beside those who generate.
-    pub(super) prefill: u32,
+    /// Tokens in a step in which some generate and others read prompts.
+    pub(super) mixed: u32,
 }
 
 /// Tokens of one sequence.
@@ -36,72 +40,101 @@ pub(super) struct Chunk {
     pub(super) output: bool,
 }
 
-/// Pieces of prompts are multiples of this, but for the last.
+/// The size of a step in which some generate and others read is a multiple of this.
 const GRAIN: u32 = 64;
 
-/// Fills `step` with the next step's chunks; empty when there is nothing to do.
+/// Fills `step` with the next step's chunks, by ascending lanes; empty when there is nothing to do.
 pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
     step.clear();
-    let mut outputs = 0;
+    let Limits { batch, outputs, mixed } = limits;
+    let mut outputs = outputs.min(batch);
     for (lane, _) in lanes.iter().enumerate().filter(|(_, lane)| lane.todo == 1 && !lane.parked) {
-        if outputs == limits.outputs.min(limits.batch) {
-            break;
+        if outputs == 0 {
+            return;
         }
-        outputs += 1;
+        outputs -= 1;
         step.push(Chunk { lane, count: 1, output: true });
     }
+    let decoding = u32::try_from(step.len()).unwrap_or(u32::MAX);
+    let mut room = match decoding {
+        0 => batch,
+        // A small batch or many streams still leave a prompt something.
+        _ => mixed.saturating_sub(decoding).max(GRAIN).min(batch.saturating_sub(decoding)),
+    };
 
-    let left = limits.batch - outputs;
-    let mut room = if step.is_empty() { left } else { left.min(limits.prefill) };
-    for (lane, &Lane { todo, .. }) in lanes.iter().enumerate().filter(|(_, lane)| lane.todo > 1 && !lane.parked) {
-        let last = todo <= room;
-        if last && outputs == limits.outputs {
+    // The oldest, then by what is left to read; equal ones by age.
+    let mut prompts: Vec<usize> =
+        (0..lanes.len()).filter(|&lane| lanes[lane].todo > 1 && !lanes[lane].parked).collect();
+    prompts.get_mut(1..).unwrap_or_default().sort_by_key(|&lane| lanes[lane].todo);
+    let shared = prompts.len() > 1 && lanes[prompts[0]].todo > lanes[prompts[1]].todo;
+    let mut grants: Vec<(usize, u32)> = Vec::with_capacity(prompts.len());
+    for (place, &lane) in prompts.iter().enumerate() {
+        let share = if place == 0 && shared { room.div_ceil(2) } else { room };
+        let granted = lanes[lane].piece.min(share);
+        grants.push((lane, granted));
+        room -= granted;
+    }
+    // What the others leave goes to the first.
+    if let Some((lane, granted)) = grants.first_mut() {
+        *granted += (lanes[*lane].piece - *granted).min(room);
+    }
+    grants.retain(|&(_, granted)| granted > 0);
+    for (lane, count) in grants {
+        let output = count == lanes[lane].todo;
+        if output && outputs == 0 {
             continue;
         }
-        let count = if last {
-            todo
-        } else if room >= GRAIN {
-            room / GRAIN * GRAIN
-        } else if step.is_empty() {
-            room
-        } else {
-            0
-        };
-        if count == 0 {
-            break;
-        }
-        room -= count;
-        outputs += u32::from(last);
-        step.push(Chunk { lane, count, output: last });
+        outputs -= u32::from(output);
+        step.push(Chunk { lane, count, output });
     }
+    step.sort_unstable_by_key(|chunk| chunk.lane);
 }
 
-/// How fast prompts are read here, as measured.
+/// A step with pieces of prompts may take this many times as long as one without: the fixed cost of a step is then
+/// 1/18 of it, so that prompts are read at some 95 % of full speed.
+const STRETCH: f64 = 18.0;
+
+/// Longest such step, unless a bare one takes a quarter of that already.
+const LONGEST: Duration = Duration::from_millis(500);
+
+/// How fast steps are here, as measured.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
-    seconds_per_token: Option<f64>,
+    /// Of a step in which all generate.
+    bare: Option<f64>,
+    /// Of a token, in steps that read prompts.
+    token: Option<f64>,
 }
 
 impl Pace {
-    /// Learns from a step of `tokens` tokens. Small steps say little about the cost of a token.
-    pub(super) fn observe(&mut self, tokens: u32, elapsed: Duration) {
-        if tokens < GRAIN / 2 {
+    /// Learns from a step of `tokens` tokens of `sequences` sequences.
+    pub(super) fn observe(&mut self, tokens: u32, sequences: u32, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        let (known, measured) = if tokens == sequences {
+            (&mut self.bare, seconds)
+        } else if tokens >= GRAIN / 2 {
+            (&mut self.token, seconds / f64::from(tokens))
+        } else {
+            // Few tokens say little about the cost of one.
             return;
-        }
-        let measured = elapsed.as_secs_f64() / f64::from(tokens);
-        self.seconds_per_token = Some(match self.seconds_per_token {
-            None => measured,
-            Some(known) => known + (measured - known) * 0.25,
-        });
+        };
+        *known = Some(known.map_or(measured, |known| known + (measured - known) * 0.25));
     }
 
-    /// Tokens of prompts that take about `target`: a multiple of the grain, from one grain to the batch.
-    pub(super) fn budget(&self, target: Duration, batch: u32) -> u32 {
-        let Some(cost) = self.seconds_per_token else { return (2 * GRAIN).min(batch) };
-        let affordable = (target.as_secs_f64() / cost.max(1e-9)).min(f64::from(batch));
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and batch")]
-        let grains = affordable as u32 / GRAIN;
-        (grains.max(1) * GRAIN).min(batch)
+    /// Tokens in a step in which some generate and others read prompts: a multiple of the grain, from one to the batch.
+    pub(super) fn mixed(&self, batch: u32) -> u32 {
+        let Some(cost) = self.token else { return (2 * GRAIN).min(batch) };
+        let longest = LONGEST.as_secs_f64();
+        let target = match self.bare {
+            Some(bare) => (bare * STRETCH).min(longest.max(bare * 4.0)),
+            None => longest / 4.0,
+        };
+        let grains = target / (cost.max(1e-9) * f64::from(GRAIN));
+        // Two grains are read much faster than twice one.
+        let grains = if (1.3..2.0).contains(&grains) { 2.0 } else { grains.round().max(1.0) };
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and batch")]
+        let tokens = (grains * f64::from(GRAIN)).min(f64::from(batch)) as u32;
+        tokens
     }
 }
 
@@ -111,81 +144,142 @@ mod tests {
 
     use super::*;
 
-    /// Name, lanes, the chunks that are expected.
+    const LIMITS: Limits = Limits { batch: 512, outputs: 8, mixed: 128 };
+
+    /// Name, tokens to compute, and of the step's chunks the lane, the tokens and whether there is an output.
     type Case<'a> = (&'a str, &'a [i32], &'a [(usize, u32, bool)]);
 
+    /// Negative: parked.
     fn lanes(todos: &[i32]) -> Vec<Lane> {
-        // A negative number is a parked lane.
-        todos.iter().map(|todo| Lane { todo: todo.unsigned_abs(), parked: *todo < 0 }).collect()
+        let lane = |&todo: &i32| Lane { todo: todo.unsigned_abs(), piece: todo.unsigned_abs(), parked: todo < 0 };
+        todos.iter().map(lane).collect()
+    }
+
+    fn planned(lanes: &[Lane], limits: Limits) -> Vec<(usize, u32, bool)> {
+        let mut step = Vec::new();
+        plan(lanes, limits, &mut step);
+        step.iter().map(|chunk| (chunk.lane, chunk.count, chunk.output)).collect()
     }
 
     #[test]
-    fn plans() {
-        let limits = Limits { batch: 512, outputs: 8, prefill: 128 };
-        let cases: [Case<'_>; 10] = [
+    fn decodes_first_then_prompts() {
+        let cases: &[Case<'_>] = &[
             ("nothing", &[], &[]),
-            ("all parked", &[-1, -1], &[]),
-            ("all generate", &[1, 1, 1], &[(0, 1, true), (1, 1, true), (2, 1, true)]),
-            ("one is parked", &[1, -1, 1], &[(0, 1, true), (2, 1, true)]),
-            ("a prompt alone takes the batch", &[1000], &[(0, 512, false)]),
-            ("its end", &[488], &[(0, 488, true)]),
-            ("two prompts", &[300, 300], &[(0, 300, true), (1, 192, false)]),
-            ("beside others a prompt takes the budget", &[1, 1000], &[(0, 1, true), (1, 128, false)]),
-            ("the oldest prompt first", &[100, 1, 1000], &[(1, 1, true), (0, 100, true)]),
-            ("whole grains", &[1, 70, 1000, 50], &[(0, 1, true), (1, 70, true)]),
+            ("all parked", &[-1, -100, 0], &[]),
+            ("decodes", &[1, 1, -1, 1], &[(0, 1, true), (1, 1, true), (3, 1, true)]),
+            ("a prompt alone takes the batch", &[2000], &[(0, 512, false)]),
+            ("a short prompt is one chunk", &[100], &[(0, 100, true)]),
+            ("beside decodes the step is of one size", &[1, 1000, 1], &[(0, 1, true), (1, 126, false), (2, 1, true)]),
+            ("its end is shorter", &[1, 70], &[(0, 1, true), (1, 70, true)]),
+            ("a short one does not wait", &[5000, 40], &[(0, 472, false), (1, 40, true)]),
+            ("half for the oldest", &[5000, 900, 300], &[(0, 256, false), (2, 256, false)]),
+            ("the rest for the next", &[5000, 900, 100], &[(0, 256, false), (1, 156, false), (2, 100, true)]),
+            ("equal ones by age", &[900, 900, 900], &[(0, 512, false)]),
+            ("one size with two prompts", &[1, 90, 300], &[(0, 1, true), (1, 90, true), (2, 37, false)]),
         ];
-        let mut step = Vec::new();
         for (name, todos, expected) in cases {
-            plan(&lanes(todos), limits, &mut step);
-            let found: Vec<_> = step.iter().map(|chunk| (chunk.lane, chunk.count, chunk.output)).collect();
-            assert_eq!(found, expected, "{name}");
+            assert_eq!(planned(&lanes(todos), LIMITS), *expected, "{name}");
         }
     }
 
     #[test]
     fn a_small_batch_still_moves() {
-        let mut step = Vec::new();
-        plan(&lanes(&[100]), Limits { batch: 32, outputs: 4, prefill: 32 }, &mut step);
-        assert_eq!(step, [Chunk { lane: 0, count: 32, output: false }]);
+        let small = Limits { batch: 32, outputs: 4, mixed: 32 };
+        assert_eq!(planned(&lanes(&[100]), small), [(0, 32, false)]);
+        // Many streams leave a prompt a grain all the same.
+        let many = [vec![1; 100], vec![900]].concat();
+        let found = planned(&lanes(&many), Limits { outputs: 101, ..LIMITS });
+        assert_eq!((found.len(), found[100]), (101, (100, 64, false)));
     }
 
     #[test]
-    fn the_budget_follows_the_pace() {
+    fn a_piece_ends_where_the_state_is_looked_at() {
+        let border = [Lane { todo: 900, piece: 100, parked: false }, Lane { todo: 2, piece: 1, parked: false }];
+        assert_eq!(planned(&border, LIMITS), [(0, 100, false), (1, 1, false)]);
+    }
+
+    #[test]
+    fn a_step_follows_the_pace() {
         let mut pace = Pace::default();
-        let target = Duration::from_millis(100);
-        assert_eq!(pace.budget(target, 512), 128);
-        pace.observe(1, Duration::from_secs(1));
-        assert_eq!(pace.budget(target, 512), 128, "a single token teaches nothing");
-        pace.observe(128, Duration::from_millis(287));
-        assert_eq!(pace.budget(target, 512), 64, "slow: one grain");
-        for _ in 0..50 {
-            pace.observe(512, Duration::from_millis(10));
+        assert_eq!(pace.mixed(512), 128);
+        pace.observe(8, 1, Duration::from_secs(1));
+        assert_eq!(pace.mixed(512), 128, "few tokens teach nothing");
+        // As measured: 16 ms bare, 287 ms with 128 tokens of a prompt.
+        for _ in 0..20 {
+            pace.observe(4, 4, Duration::from_millis(16));
+            pace.observe(132, 5, Duration::from_millis(287));
         }
-        assert_eq!(pace.budget(target, 512), 512, "fast: the batch");
-        assert_eq!(pace.budget(target, 32), 32);
+        assert_eq!(pace.mixed(512), 128);
+        for _ in 0..50 {
+            pace.observe(512, 1, Duration::from_millis(50));
+        }
+        assert_eq!(pace.mixed(2048), 2048, "fast: the batch");
+        assert_eq!(pace.mixed(32), 32);
+        for _ in 0..50 {
+            pace.observe(4, 4, Duration::from_secs(1));
+            pace.observe(512, 1, Duration::from_secs(20));
+        }
+        assert_eq!(pace.mixed(512), 128, "slow: four bare steps");
+        let mut slow = Pace::default();
+        slow.observe(64, 2, Duration::from_secs(10));
+        assert_eq!(slow.mixed(512), 64, "one grain at least");
+    }
+
+    /// A lane; its piece ends at `border` if that is not beyond it.
+    fn lane() -> impl Strategy<Value = Lane> {
+        (0u32..1500, 1u32..2000, proptest::bool::weighted(0.2)).prop_map(|(todo, border, parked)| Lane {
+            todo,
+            piece: border.min(todo),
+            parked,
+        })
     }
 
     proptest! {
+        /// What llama.cpp would answer with an abort never comes: too large a batch, too many outputs, an output that
+        /// is none, a sequence twice.
         #[test]
         fn a_step_is_always_valid(
-            todos in proptest::collection::vec(-3i32..1500, 0..40),
-            batch in 32u32..600, outputs in 1u32..40, prefill in 1u32..600,
+            lanes in proptest::collection::vec(lane(), 0..40),
+            batch in 40u32..600, outputs in 1u32..40, mixed in 1u32..600,
         ) {
-            let lanes = lanes(&todos);
-            let limits = Limits { batch, outputs, prefill };
+            let limits = Limits { batch, outputs, mixed };
             let mut step = Vec::new();
             plan(&lanes, limits, &mut step);
             prop_assert!(step.iter().map(|chunk| chunk.count).sum::<u32>() <= batch);
             prop_assert!(step.iter().filter(|chunk| chunk.output).count() <= outputs as usize);
-            let mut seen = std::collections::BTreeSet::new();
+            prop_assert!(step.is_sorted_by(|left, right| left.lane < right.lane), "one chunk for each lane");
             for chunk in &step {
                 let lane = lanes[chunk.lane];
-                prop_assert!(seen.insert(chunk.lane), "one chunk for each lane");
-                prop_assert!(!lane.parked && chunk.count > 0 && chunk.count <= lane.todo);
+                prop_assert!(!lane.parked && chunk.count > 0 && chunk.count <= lane.piece);
                 prop_assert_eq!(chunk.output, chunk.count == lane.todo);
             }
             let runnable = lanes.iter().any(|lane| lane.todo > 0 && !lane.parked);
             prop_assert_eq!(runnable, !step.is_empty(), "somebody moves while anybody can");
+        }
+
+        /// Every prompt is read in the end, whatever else there is, and no room is wasted.
+        #[test]
+        fn nobody_starves(todos in proptest::collection::vec(2u32..3000, 1..12), streams in 0usize..6, mixed in 64u32..512) {
+            let mut lanes = lanes(&vec![1; streams]);
+            lanes.extend(todos.iter().map(|&todo| Lane { todo, piece: todo, parked: false }));
+            let total: u32 = todos.iter().sum();
+            let mut step = Vec::new();
+            let mut left = todos.len();
+            for turn in 0.. {
+                prop_assert!(turn <= total.div_ceil(GRAIN - 1) + 32, "{:?}", lanes);
+                plan(&lanes, Limits { batch: 512, outputs: 32, mixed }, &mut step);
+                for chunk in step.iter().filter(|chunk| chunk.lane >= streams) {
+                    let lane = &mut lanes[chunk.lane];
+                    lane.todo -= chunk.count;
+                    lane.piece = lane.todo;
+                    // Read to its end it is out of the way.
+                    lane.parked = lane.todo <= 1;
+                    left -= usize::from(lane.parked);
+                }
+                if left == 0 {
+                    break;
+                }
+            }
         }
     }
 }

@@ -8,8 +8,12 @@ use super::error::EngineError;
 use super::ffi::{LogprobRow, Model, Sampler};
 use super::mailbox::Waiting;
 use super::pool::SeqId;
-use super::request::{FinishReason, GenerateEvent, GenerateRequest, Timings, Token, TokenLogprob, TopLogprob, Usage};
+use super::prefix::{Follow, Serial};
+use super::request::{
+    CacheKey, FinishReason, GenerateEvent, GenerateRequest, Timings, Token, TokenLogprob, TopLogprob, Usage,
+};
 use super::sizing::CELLS_STEP;
+use super::step::Saved;
 use super::stop::TextAssembler;
 
 /// Events that a reader may be behind before its sequence is parked; two more are reserved for the end.
@@ -19,8 +23,22 @@ pub(super) const CHANNEL: usize = 64;
 pub(super) struct Sequence {
     /// Identity, for logs.
     pub(super) id: String,
-    /// llama.cpp's sequence; `None` while preempted.
+    /// Identity within the engine; later ones have higher numbers.
+    pub(super) serial: Serial,
+    /// Whose cells it may begin with.
+    pub(super) key: CacheKey,
+    /// Whether it may begin with any.
+    pub(super) cache_prompt: bool,
+    /// llama.cpp's sequence; `None` while preempted, and while it waits for another's prompt.
     pub(super) cells: Option<SeqId>,
+    /// The prompt that it waits for.
+    pub(super) follow: Option<Follow>,
+    /// Its state while preempted, where that could be kept.
+    pub(super) saved: Option<Saved>,
+    /// Lengths at which its state is to be looked at.
+    pub(super) borders: Vec<usize>,
+    /// It has had cells.
+    pub(super) begun: bool,
     /// The prompt and what was generated.
     pub(super) tokens: Vec<Token>,
     /// Tokens whose keys and values are in the cache.
@@ -41,7 +59,7 @@ pub(super) struct Sequence {
     last: [OwnedPermit<GenerateEvent>; 2],
     submitted: Instant,
     /// When it got a slot.
-    pub(super) started: Instant,
+    started: Instant,
     /// When it leaves, should it not have begun.
     deadline: Option<Instant>,
     first_token: Option<Instant>,
@@ -49,7 +67,13 @@ pub(super) struct Sequence {
 
 impl Sequence {
     /// A request begins. `max_tokens` is what a request may use, prompt and answer.
-    pub(super) fn new(waiting: Waiting, max_tokens: u32, need: u32, now: Instant) -> Result<Self, String> {
+    pub(super) fn new(
+        waiting: Waiting,
+        serial: Serial,
+        max_tokens: u32,
+        need: u32,
+        now: Instant,
+    ) -> Result<Self, String> {
         let Waiting { request, mut sampler, events, submitted } = waiting;
         let GenerateRequest {
             id,
@@ -61,6 +85,8 @@ impl Sequence {
             ignore_eos,
             logprobs,
             deadline,
+            cache,
+            cache_prompt,
         } = request;
         for &token in &prompt[prompt.len().saturating_sub(sampler.lookback())..] {
             sampler.accept(token)?;
@@ -69,7 +95,14 @@ impl Sequence {
         let reserve = || events.clone().try_reserve_owned().map_err(|_| "the reader has gone".to_owned());
         Ok(Self {
             id,
+            serial,
+            key: cache,
+            cache_prompt,
             cells: None,
+            follow: None,
+            saved: None,
+            borders: Vec::new(),
+            begun: false,
             resident: 0,
             sampler,
             logprobs,
@@ -92,10 +125,12 @@ impl Sequence {
     /// A slot was found: its cells, and how many tokens are in them already.
     pub(super) fn place(&mut self, cells: SeqId, resident: usize) {
         self.cells = Some(cells);
+        self.follow = None;
         self.resident = resident;
         if self.first_token.is_none() {
             self.cached = resident.min(self.prompt);
         }
+        self.begun = true;
     }
 
     /// Its cells are gone; all tokens have to be read again.
@@ -109,9 +144,25 @@ impl Sequence {
         self.tokens.len() - self.resident
     }
 
-    /// The tokens whose keys and values are in the cache.
-    pub(super) fn resident_tokens(&self) -> &[Token] {
-        &self.tokens[..self.resident]
+    /// Tokens that may be computed before the state has to be looked at.
+    pub(super) fn piece(&self) -> usize {
+        let ahead = self.borders.iter().filter(|&&border| border > self.resident).min();
+        ahead.map_or(usize::MAX, |border| border - self.resident).min(self.todo())
+    }
+
+    /// The state is to be looked at now.
+    pub(super) fn is_at_border(&self) -> bool {
+        self.borders.contains(&self.resident)
+    }
+
+    /// Its prompt is being read, so that others can wait for it.
+    pub(super) fn is_reading(&self) -> bool {
+        self.cells.is_some() && self.todo() > 1 && !self.is_parked()
+    }
+
+    /// It can take part in a step.
+    pub(super) fn is_ready(&self) -> bool {
+        self.cells.is_some() && self.todo() > 0 && !self.is_parked()
     }
 
     /// Prompt tokens, and how many of them needed no computing.
@@ -119,17 +170,18 @@ impl Sequence {
         (self.prompt, self.cached)
     }
 
-    /// Cells without which it cannot go on: what it has to compute and a little more.
-    pub(super) fn next_cells(&self) -> u32 {
-        let todo = u32::try_from(self.todo()).unwrap_or(u32::MAX);
+    /// Cells without which it cannot go on: what it has to compute and a little more. `shared`: tokens whose cells will
+    /// be another's.
+    pub(super) fn next_cells(&self, shared: usize) -> u32 {
+        let todo = u32::try_from(self.todo().saturating_sub(shared)).unwrap_or(u32::MAX);
         let left = u32::try_from(self.limit.saturating_sub(self.tokens.len())).unwrap_or(u32::MAX);
         todo.saturating_add(left.min(CELLS_STEP))
     }
 
     /// Cells that are aimed for beside those it has.
-    pub(super) fn aimed_cells(&self) -> u32 {
-        let resident = u32::try_from(self.resident).unwrap_or(u32::MAX);
-        self.need.saturating_sub(resident).max(self.next_cells())
+    pub(super) fn aimed_cells(&self, shared: usize) -> u32 {
+        let there = u32::try_from(self.resident.saturating_add(shared)).unwrap_or(u32::MAX);
+        self.need.saturating_sub(there).max(self.next_cells(shared))
     }
 
     /// Nobody reads any more.

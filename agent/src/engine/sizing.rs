@@ -3,6 +3,8 @@
 //! The pool of cells is shared by all sequences. It starts with room for one request and grows with what runs, along
 //! a ladder of sizes, so that a conversation does not resize it at every turn.
 
+use std::time::{Duration, Instant};
+
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
 /// llama.cpp pads a context to a multiple of this.
@@ -30,10 +32,16 @@ impl Limits {
         let trained = if trained == 0 { 2048 } else { trained };
         let max_tokens = positive(context.max_tokens).unwrap_or(trained).max(1);
         let min_tokens = positive(context.min_tokens).unwrap_or(4096).min(max_tokens);
-        let cap = pad(max_tokens.saturating_mul(parallel));
-        let initial = match context.sizing {
-            ContextSizing::Fixed => cap,
-            ContextSizing::Dynamic => rung(min_tokens).min(cap),
+        let (initial, cap) = match context.sizing {
+            // Each sequence may have a part of its own.
+            ContextSizing::Fixed => {
+                let all = pad(max_tokens).saturating_mul(parallel);
+                (all, all)
+            }
+            ContextSizing::Dynamic => {
+                let cap = pad(max_tokens.saturating_mul(parallel));
+                (rung(min_tokens).min(cap), cap)
+            }
         };
         Self { initial, cap, min_tokens, max_tokens }
     }
@@ -94,11 +102,120 @@ pub(super) fn decide(cells: u32, cap: u32, demand: Demand, calm: bool) -> Sizing
     if hard <= cells { Sizing::Fits } else { Sizing::Wait }
 }
 
+/// Memory of one device around a change of size, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DeviceRoom {
+    /// Its name.
+    pub(super) device: String,
+    /// What can be had there now; `None`: nobody knows.
+    pub(super) available: Option<u64>,
+    /// What the context takes there now.
+    pub(super) context_bytes: u64,
+    /// What the buffer that the state moves through takes beside.
+    pub(super) staging: u64,
+}
+
+/// How another size is had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Both contexts fit beside each other.
+    Beside,
+    /// The old one goes before the new one comes.
+    Instead,
+}
+
+/// Judges a change from `from` to `to` cells; the error says what is missing. A tenth of what is free stays free: on a
+/// CPU an allocation does not fail, the kernel ends the process when the memory is touched.
+pub(super) fn way(devices: &[DeviceRoom], from: u32, to: u32) -> Result<Way, String> {
+    let mut way = Way::Beside;
+    for DeviceRoom { device, available, context_bytes, staging } in devices {
+        let Some(available) = available else { continue };
+        let usable = available / 10 * 9;
+        let new = context_bytes / u64::from(from.max(1)) * u64::from(to);
+        let more = new.saturating_sub(*context_bytes) + staging;
+        if more > usable {
+            return Err(format!(
+                "a context of {to} cells needs {more} bytes more on {device}, where {available} are free"
+            ));
+        }
+        if new + staging > usable {
+            way = Way::Instead;
+        }
+    }
+    Ok(way)
+}
+
+/// When which size was last needed. The ladder bounds how many there are.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Needs {
+    last: Vec<(u32, Instant)>,
+}
+
+impl Needs {
+    /// A context of `cells` cells is needed now.
+    pub(super) fn see(&mut self, cells: u32, now: Instant) {
+        match self.last.iter_mut().find(|(known, _)| *known == cells) {
+            Some((_, last)) => *last = now,
+            None => self.last.push((cells, now)),
+        }
+    }
+
+    /// The largest size that was needed in the time before `now`.
+    pub(super) fn largest(&mut self, now: Instant, time: Duration) -> Option<u32> {
+        self.last.retain(|(_, last)| now.saturating_duration_since(*last) < time);
+        self.last.iter().map(|(cells, _)| *cells).max()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn both_contexts_fit_or_one_or_none() {
+        let device = |available, context_bytes, staging| DeviceRoom {
+            device: "D".to_owned(),
+            available,
+            context_bytes,
+            staging,
+        };
+        let cases = [
+            (vec![device(Some(1000), 100, 0)], Ok(Way::Beside)),
+            (vec![device(None, 100, 0)], Ok(Way::Beside)),
+            (vec![device(Some(200), 100, 0)], Ok(Way::Instead)),
+            (vec![device(Some(200), 100, 100)], Err(())),
+            (vec![device(Some(100), 100, 0)], Err(())),
+            (vec![device(Some(1000), 100, 0), device(Some(150), 100, 0)], Ok(Way::Instead)),
+        ];
+        for (devices, expected) in cases {
+            assert_eq!(way(&devices, 10, 20).map_err(|_| ()), expected, "{devices:?}");
+        }
+        let shrink = [device(Some(100), 100, 80)];
+        assert_eq!(way(&shrink, 20, 10), Ok(Way::Instead));
+        let error = way(&[device(Some(7), 100, 0)], 10, 30).expect_err("too much");
+        assert_eq!(error, "a context of 30 cells needs 200 bytes more on D, where 7 are free");
+    }
+
+    #[test]
+    fn sizes_are_remembered_for_a_while() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let minute = Duration::from_mins(1);
+        let mut needs = Needs::default();
+        assert_eq!(needs.largest(at(0), minute), None);
+        // 8k every half minute among 2k: never smaller.
+        for second in 0..300 {
+            needs.see(if second % 30 == 0 { 8192 } else { 2048 }, at(second));
+            assert_eq!(needs.largest(at(second), minute), Some(8192), "{second}");
+        }
+        needs.see(4096, at(310));
+        assert_eq!(needs.largest(at(329), minute), Some(8192));
+        assert_eq!(needs.largest(at(330), minute), Some(4096));
+        assert_eq!(needs.last.len(), 2);
+        assert_eq!(needs.largest(at(400), minute), None);
+    }
 
     fn limits(min: u32, max: u32) -> Limits {
         Limits { initial: rung(min), cap: 1 << 20, min_tokens: min, max_tokens: max }

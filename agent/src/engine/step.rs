@@ -1,12 +1,17 @@
 //! Does what was decided to the llama.cpp context. Nothing else changes it.
 
-use super::capability::Capability;
+mod resize;
+
+use super::capability::{Capability, Cut};
 use super::ffi::{Batch, Context, ContextParams, DecodeError, LogprobRow, Model, Sampler, available_bytes};
+use super::host::{self, HostCache};
 use super::load::{Plan, total_context_bytes};
 use super::pool::{Pool, SeqId};
-use super::prefix::{self, Reuse};
-use super::request::Token;
+use super::prefix::{self, Candidate, Choice, Holder, May, Reuse};
+use super::request::{CacheKey, Token};
 use crate::runner::protocol::MemoryUse;
+
+pub(super) use resize::Resized;
 
 /// The context and the books that are kept of it.
 pub(super) struct Executor {
@@ -16,29 +21,26 @@ pub(super) struct Executor {
     params: ContextParams,
     capability: Capability,
     pool: Pool,
+    host: HostCache,
     kept: u32,
     batch: Batch,
+    /// What the state moves through; kept for the next change of size.
+    staging: Vec<u8>,
+    making: Option<resize::Making>,
 }
 
-/// What became of a change of size.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Growth {
-    /// Another size; all sequences are still there.
-    Moved,
-    /// Another size; every sequence has to be read again.
-    Emptied,
-    /// As before.
-    Refused(String),
-    /// As before in size, but every sequence has to be read again.
-    RefusedEmptied(String),
-    /// There is no context any more.
-    Lost(String),
+/// The state of a sequence that lost its cells.
+pub(super) struct Saved {
+    state: Vec<u8>,
+    /// Tokens in it.
+    tokens: usize,
 }
 
 impl Executor {
     pub(super) fn new(model: Model, context: Context, params: ContextParams, plan: &Plan) -> Self {
         Self {
-            pool: Pool::new(params.sequences),
+            pool: Pool::new(params.sequences, params.unified),
+            host: HostCache::new(plan.host_cache),
             // A larger context may allow a larger batch, up to what was asked for.
             batch: Batch::new(params.batch),
             model,
@@ -46,6 +48,8 @@ impl Executor {
             params,
             capability: plan.capability,
             kept: plan.kept,
+            staging: Vec::new(),
+            making: None,
         }
     }
 
@@ -64,48 +68,128 @@ impl Executor {
         &self.pool
     }
 
-    /// Bytes per device.
-    pub(super) fn memory(&self) -> Vec<MemoryUse> {
-        self.context.as_ref().map(Context::memory).unwrap_or_default()
+    /// States in host memory.
+    pub(super) fn host(&self) -> &HostCache {
+        &self.host
     }
 
-    /// Tokens of a prompt that [`Self::begin`] would find in the KV cache.
-    pub(super) fn reusable<'a>(&self, prompt: &[Token], running: impl Iterator<Item = (SeqId, &'a [Token])>) -> Reuse {
-        if !self.capability.reuse {
-            return Reuse::Nothing;
+    /// Bytes per device; the buffer for changes of size is among the host's.
+    pub(super) fn memory(&self) -> Vec<MemoryUse> {
+        let mut memory = self.context.as_ref().map(Context::memory).unwrap_or_default();
+        if let Some(host) = memory.iter_mut().find(|device| device.device == "CPU") {
+            host.other_bytes += self.staging_bytes();
         }
-        prefix::choose(prompt, self.pool.kept(), running, self.pool.has_free())
+        memory
+    }
+
+    /// Whether the state has to be looked at on the way through a prompt.
+    pub(super) fn needs_snapshots(&self) -> bool {
+        self.capability.needs_snapshots()
+    }
+
+    /// A running sequence as what a prompt can begin with.
+    pub(super) fn candidate<'a>(
+        &self,
+        id: SeqId,
+        holder: Holder,
+        tokens: &'a [Token],
+        resident: usize,
+    ) -> Candidate<'a> {
+        Candidate { holder, tokens, resident, cut_from: self.cut_from(id) }
+    }
+
+    fn cut_from(&self, id: SeqId) -> usize {
+        let oldest = match self.capability.cut {
+            Cut::Window(_) => self.context.as_ref().map_or(0, |context| context.oldest(id)),
+            Cut::Anywhere | Cut::Nowhere => 0,
+        };
+        self.capability.cut_from(oldest)
+    }
+
+    /// What a prompt can begin with; `running` are those of its key.
+    pub(super) fn choose<'a>(
+        &'a self,
+        prompt: &[Token],
+        key: &'a CacheKey,
+        running: impl Iterator<Item = Candidate<'a>>,
+        follow: bool,
+    ) -> Choice {
+        let kept = self.pool.kept().filter(|&(_, other, _)| other == key);
+        let kept = kept.map(|(id, _, tokens)| self.candidate(id, Holder::Kept(id), tokens, tokens.len()));
+        let all = kept.chain(running).chain(self.host.candidates(key));
+        prefix::choose(prompt, all, May { share: self.pool.has_spare(), follow })
     }
 
     /// Gives a sequence an id; returns it and how many of its tokens are in the KV cache already. `None`: all ids run.
     pub(super) fn begin(&mut self, reuse: Reuse) -> Option<(SeqId, usize)> {
         match reuse {
             Reuse::Take { id, length } => {
-                let cells = u32::try_from(length).ok()?;
-                if self.context.as_mut()?.remove(id, cells) {
-                    self.pool.cut(id, cells);
-                    self.pool.revive(id);
-                    return Some((id, length));
+                if let Some(begun) = self.take_over(id, length) {
+                    return Some(begun);
                 }
-                self.release(id);
             }
             Reuse::Share { id: from, length } => {
                 let cells = u32::try_from(length).ok()?;
-                if let Some(to) = self.pool.take() {
-                    if self.context.as_mut()?.share(from, to, cells) {
-                        self.pool.share(from, to, cells);
-                        self.pool.touch(from);
-                        return Some((to, length));
-                    }
-                    self.release(to);
+                let Some(to) = self.take_id(Some(from)) else {
+                    return if self.pool.is_kept(from) { self.take_over(from, length) } else { None };
+                };
+                if !self.params.unified {
+                    self.free_cells(cells, Some(from));
                 }
+                if self.context.as_mut()?.share(from, to, cells) {
+                    self.pool.share(from, to, cells);
+                    self.pool.touch(from);
+                    return Some((to, length));
+                }
+                self.release(to);
             }
-            Reuse::Nothing => {}
+            Reuse::Restore { entry, length } => {
+                let cells = u32::try_from(length).ok()?;
+                let whole = self.host.get(entry).and_then(|(_, whole)| u32::try_from(whole).ok())?;
+                let to = self.take_id(None)?;
+                self.free_cells(whole, None);
+                let context = self.context.as_mut()?;
+                let restored = self.host.get(entry).is_some_and(|(state, _)| context.set_sequence_state(to, state));
+                if restored && context.remove(to, cells) {
+                    self.pool.append(to, cells);
+                    return Some((to, length));
+                }
+                // No room for it, or bytes of another layout: then it would be tried again and again.
+                self.host.remove(entry);
+                self.release(to);
+            }
+            Reuse::Follow { .. } | Reuse::Nothing => {}
         }
-        if !self.pool.has_free() {
-            self.drop_oldest_kept();
+        self.take_id(None).map(|id| (id, 0))
+    }
+
+    /// Begins with the cells of a kept sequence, cut to `length`; frees them if they cannot be cut.
+    fn take_over(&mut self, id: SeqId, length: usize) -> Option<(SeqId, usize)> {
+        let cells = u32::try_from(length).ok()?;
+        if self.context.as_mut()?.remove(id, cells) {
+            self.pool.cut(id, cells);
+            self.pool.revive(id);
+            return Some((id, length));
         }
-        self.pool.take().map(|id| (id, 0))
+        self.release(id);
+        None
+    }
+
+    /// A free id, or one of a kept sequence other than `except`.
+    fn take_id(&mut self, except: Option<SeqId>) -> Option<SeqId> {
+        loop {
+            if let Some(id) = self.pool.take() {
+                return Some(id);
+            }
+            if !self.drop_kept(except) {
+                return None;
+            }
+        }
+    }
+
+    /// Drops kept sequences until so many cells are free.
+    fn free_cells(&mut self, cells: u32, except: Option<SeqId>) {
+        while self.pool.used().saturating_add(cells) > self.cells() && self.drop_kept(except) {}
     }
 
     /// Computes tokens: for each entry the sequence, its tokens, the position of the first one, and whether the last
@@ -147,15 +231,13 @@ impl Executor {
     }
 
     /// A sequence has ended with these tokens in the KV cache; they stay for the next prompt that begins the same.
-    pub(super) fn end(&mut self, id: SeqId, tokens: Vec<Token>) {
+    pub(super) fn end(&mut self, id: SeqId, key: CacheKey, tokens: Vec<Token>) {
         if self.kept == 0 || tokens.is_empty() {
             self.release(id);
             return;
         }
-        self.pool.keep(id, tokens);
-        while self.pool.kept().count() > self.kept as usize {
-            self.drop_oldest_kept();
-        }
+        self.pool.keep(id, key, tokens);
+        while self.pool.kept().count() > self.kept as usize && self.drop_kept(None) {}
     }
 
     /// Frees a sequence's id and cells.
@@ -166,72 +248,98 @@ impl Executor {
         self.pool.release(id);
     }
 
-    /// Frees the kept sequence that was of no use for longest; false when there is none.
-    pub(super) fn drop_oldest_kept(&mut self) -> bool {
-        let Some(id) = self.pool.oldest_kept() else { return false };
+    /// Frees the kept sequence that was of no use for longest; false when there is none. Its state goes to host memory.
+    pub(super) fn drop_kept(&mut self, except: Option<SeqId>) -> bool {
+        let Some(id) = self.pool.oldest_kept(except) else { return false };
+        let kept = self.pool.kept().find(|&(other, ..)| other == id);
+        if let Some((key, tokens)) = kept.map(|(_, key, tokens)| (key.clone(), tokens.to_vec())) {
+            self.store(id, &key, tokens);
+        }
         self.release(id);
         true
     }
 
-    /// Gives the context `cells` cells: a new one on the same weights, to which the state moves.
-    pub(super) fn resize(&mut self, cells: u32) -> Growth {
-        let Some(mut old) = self.context.take() else { return Growth::Lost("no context".to_owned()) };
-        if let Err(reason) = has_room(&old, cells) {
-            self.context = Some(old);
-            return Growth::Refused(reason);
-        }
-        let from = old.cells();
-        let occupied = self.pool.used() > 0;
-        let state = if occupied && self.capability.state_survives(from, cells) { old.state() } else { None };
-        drop(old);
+    /// Moves kept sequences to host memory until no more than `cells` cells are in use, if that is enough.
+    pub(super) fn leave_only(&mut self, cells: u32) {
+        while self.pool.used() > cells && self.drop_kept(None) {}
+    }
 
-        let params = ContextParams { cells, ..self.params.clone() };
-        match Context::new(&self.model, &params) {
-            Ok(context) => {
-                self.params = params;
-                if self.install(context, state.as_deref()) { Growth::Moved } else { Growth::Emptied }
+    /// Moves kept sequences to host memory until those that stay pay for what they cost the running ones.
+    pub(super) fn trim_kept(&mut self) {
+        // In a split cache nobody reads the cells of others.
+        let running = self.pool.used_by_running();
+        if !self.params.unified || running == 0 {
+            return;
+        }
+        let bytes = total_context_bytes(&self.memory()) / u64::from(self.cells().max(1));
+        let weights = self.model.size_bytes();
+        while !host::pays(self.pool.used().saturating_sub(self.pool.used_by_running()), running, bytes, weights) {
+            let Some(id) = self.pool.oldest_kept(None) else { return };
+            let size = self.context.as_mut().map_or(0, |context| context.sequence_state_size(id));
+            // What the host cannot take is worth more here than gone.
+            if !self.host.accepts(size as u64) || !self.drop_kept(None) {
+                return;
             }
-            Err(reason) => match Context::new(&self.model, &self.params) {
-                Ok(context) => {
-                    if self.install(context, state.as_deref()) {
-                        Growth::Refused(reason)
-                    } else {
-                        Growth::RefusedEmptied(reason)
-                    }
-                }
-                Err(error) => Growth::Lost(error),
-            },
         }
     }
 
-    /// True when all sequences have moved.
-    fn install(&mut self, mut context: Context, state: Option<&[u8]>) -> bool {
-        let moved = self.pool.used() == 0 || state.is_some_and(|state| context.set_state(state));
-        if !moved {
-            self.pool.clear();
-        }
-        self.context = Some(context);
-        moved
+    /// Copies the state of a sequence with these tokens to host memory, unless it is there or there is no room.
+    pub(super) fn snapshot(&mut self, id: SeqId, key: &CacheKey, tokens: &[Token]) {
+        self.store(id, key, tokens.to_vec());
     }
-}
 
-/// On a CPU an allocation does not fail; the kernel ends the process when the memory is touched. So ask before.
-fn has_room(context: &Context, cells: u32) -> Result<(), String> {
-    let from = u64::from(context.cells().max(1));
-    let more = u64::from(cells).saturating_sub(from);
-    let memory = context.memory();
-    // Host memory also holds the state while it moves.
-    let state = total_context_bytes(&memory);
-    for device in &memory {
-        let growth = device.context_bytes / from * more;
-        let needed = if device.device == "CPU" { growth + state } else { growth };
-        let Some(available) = available_bytes(&device.device) else { continue };
-        if growth > 0 && needed > available / 10 * 9 {
-            return Err(format!(
-                "a context of {cells} cells needs {needed} bytes more on {}, where {available} are free",
-                device.device
-            ));
+    fn store(&mut self, id: SeqId, key: &CacheKey, mut tokens: Vec<Token>) {
+        if !self.capability.needs_snapshots() && self.pool.is_kept(id) {
+            // Cells that lie far apart are copied one by one; their tokens are read again instead.
+            let solid = self.pool.solid(id);
+            if (solid as usize) < tokens.len() && self.context.as_mut().is_some_and(|context| context.remove(id, solid))
+            {
+                tokens.truncate(solid as usize);
+            }
+        }
+        if tokens.len() < host::SHORTEST || self.host.covers(key, &tokens) {
+            return;
+        }
+        let cut_from = self.cut_from(id);
+        if let Some(state) = self.copy(id) {
+            self.host.insert(key.clone(), tokens, cut_from, state);
         }
     }
-    Ok(())
+
+    /// The state of a sequence as bytes; `None` where host memory has no room for it.
+    fn copy(&mut self, id: SeqId) -> Option<Vec<u8>> {
+        let context = self.context.as_mut()?;
+        let size = context.sequence_state_size(id) as u64;
+        let room = available_bytes("CPU").is_some_and(|available| size <= available / 4);
+        if room && self.host.accepts(size) { context.sequence_state(id) } else { None }
+    }
+
+    /// Takes the cells of a running sequence away; what is returned brings them back, see [`Self::resume`].
+    pub(super) fn suspend(&mut self, id: SeqId, tokens: usize) -> Option<Saved> {
+        let state = if tokens >= host::SHORTEST { self.copy(id) } else { None };
+        let state = state.filter(|state| self.host.reserve(state.len() as u64));
+        self.release(id);
+        state.map(|state| Saved { state, tokens })
+    }
+
+    /// Gives a suspended sequence cells again; returns its id and its tokens there. `None`: its tokens have to be read
+    /// again.
+    pub(super) fn resume(&mut self, saved: Saved) -> Option<(SeqId, usize)> {
+        let Saved { state, tokens } = saved;
+        self.host.give_back(state.len() as u64);
+        let cells = u32::try_from(tokens).ok()?;
+        self.free_cells(cells, None);
+        let id = self.take_id(None)?;
+        if self.context.as_mut()?.set_sequence_state(id, &state) {
+            self.pool.append(id, cells);
+            return Some((id, tokens));
+        }
+        self.release(id);
+        None
+    }
+
+    /// A suspended sequence does not come back.
+    pub(super) fn forget(&mut self, saved: &Saved) {
+        self.host.give_back(saved.state.len() as u64);
+    }
 }

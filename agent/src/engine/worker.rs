@@ -1,5 +1,8 @@
 //! The engine's thread: admits, steps, samples, hands out, until it is told to end.
 
+mod admit;
+mod room;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,20 +11,15 @@ use tokio::sync::watch;
 use super::error::EngineError;
 use super::ffi::{DecodeError, Model};
 use super::load::{Loaded, Plan};
-use super::mailbox::{Mailbox, Phase, Waiting};
+use super::mailbox::{Mailbox, Phase};
+use super::prefix::Serial;
 use super::request::FinishReason;
 use super::schedule::{self, Chunk, Lane, Pace};
 use super::sequence::{Sequence, give_up};
 use super::shared::Shared;
-use super::sizing::{self, Demand, Sizing};
-use super::step::{Executor, Growth};
+use super::sizing::Needs;
+use super::step::Executor;
 use crate::runner::protocol::RunnerReport;
-
-/// Time that pieces of prompts may take in a step in which others generate.
-const PREFILL_TIME: Duration = Duration::from_millis(100);
-
-/// Least time between two growths that are only wished for, and after one that failed.
-const GROWTH_PAUSE: Duration = Duration::from_secs(5);
 
 /// Longest sleep of an idle engine.
 const IDLE: Duration = Duration::from_secs(10);
@@ -39,8 +37,12 @@ pub(super) struct Worker {
     /// Without cells, because there is no room: preempted, or next to begin. They go before everybody in the queue.
     preempted: Vec<Sequence>,
     pace: Pace,
-    last_growth: Option<Instant>,
-    growth_refused: Option<Instant>,
+    next_serial: Serial,
+    /// Cells when the size was last looked at.
+    cells: u32,
+    needs: Needs,
+    last_resize: Option<Instant>,
+    resize_refused: Option<Instant>,
     // Kept between steps for their memory.
     lanes: Vec<Lane>,
     step: Vec<Chunk>,
@@ -55,6 +57,7 @@ impl Worker {
         report: watch::Sender<RunnerReport>,
     ) -> Self {
         let Loaded { model, context, params, plan, facts: _, report: _ } = loaded;
+        let cells = context.cells();
         Self {
             executor: Executor::new(model.clone(), context, params, &plan),
             model,
@@ -65,8 +68,11 @@ impl Worker {
             running: Vec::new(),
             preempted: Vec::new(),
             pace: Pace::default(),
-            last_growth: None,
-            growth_refused: None,
+            next_serial: 0,
+            cells,
+            needs: Needs::default(),
+            last_resize: None,
+            resize_refused: None,
             lanes: Vec::new(),
             step: Vec::new(),
             rows: Vec::new(),
@@ -92,6 +98,8 @@ impl Worker {
         loop {
             let now = Instant::now();
             self.drop_cancelled(now);
+            self.look_after_size(now)?;
+            self.look_after_followers();
             self.admit(now)?;
             if let Phase::Draining(deadline) = self.mailbox.phase() {
                 let idle = self.running.is_empty() && self.preempted.is_empty() && self.mailbox.is_empty();
@@ -117,7 +125,7 @@ impl Worker {
     fn wait(&self, now: Instant) {
         // First say that a reader is waited for, then look: else it could read between the two and wake nobody.
         self.mailbox.park();
-        if self.running.iter().any(|sequence| sequence.todo() > 0 && !sequence.is_parked()) {
+        if self.running.iter().any(|sequence| sequence.is_ready() || sequence.follow.is_some()) {
             return;
         }
         let drained = match self.mailbox.phase() {
@@ -139,8 +147,8 @@ impl Worker {
         }
         for index in (0..self.preempted.len()).rev() {
             if self.preempted[index].is_cancelled() {
-                self.preempted.remove(index);
-                self.mailbox.ended();
+                let sequence = self.preempted.remove(index);
+                self.end(sequence);
                 self.shared.update(|stats| stats.cancelled += 1);
             } else if self.preempted[index].is_late(now) {
                 let sequence = self.preempted.remove(index);
@@ -157,165 +165,28 @@ impl Worker {
 
     fn release(&mut self, sequence: &mut Sequence) {
         let resident = sequence.resident;
+        if let Some(saved) = sequence.saved.take() {
+            self.executor.forget(&saved);
+        }
         if let Some(id) = sequence.unplace() {
-            let mut tokens = std::mem::take(&mut sequence.tokens);
-            tokens.truncate(resident);
-            self.executor.end(id, tokens);
+            self.executor.end(id, sequence.key.clone(), sequence.tokens[..resident].to_vec());
         }
-    }
-
-    fn admit(&mut self, now: Instant) -> Result<(), EngineError> {
-        let late = |waiting: Waiting| give_up(&waiting, EngineError::QueueTimeout);
-        self.mailbox.expire(now, late);
-        while self.running.len() < self.plan.parallel as usize {
-            let sequence = if self.preempted.is_empty() {
-                let Some(waiting) = self.mailbox.take(now, late) else { return Ok(()) };
-                let limits = &self.plan.limits;
-                let prompt = u32::try_from(waiting.request.prompt.len()).unwrap_or(u32::MAX);
-                let need = limits.need(prompt, waiting.request.max_tokens);
-                match Sequence::new(waiting, limits.max_tokens, need, now) {
-                    Ok(sequence) => sequence,
-                    Err(reason) => {
-                        // Checked when it was submitted, so this is the reader that has gone meanwhile.
-                        tracing::debug!(reason, "a request did not begin");
-                        self.mailbox.ended();
-                        continue;
-                    }
-                }
-            } else {
-                self.preempted.remove(0)
-            };
-            if let Some(sequence) = self.place(sequence, now)? {
-                // No room: it waits, before everybody else, for another to end.
-                self.preempted.insert(0, sequence);
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-
-    /// Finds cells for a sequence; gives it back when there is no room.
-    fn place(&mut self, mut sequence: Sequence, now: Instant) -> Result<Option<Sequence>, EngineError> {
-        if let Some(reason) = sequence.is_complete() {
-            self.finish(sequence, reason);
-            return Ok(None);
-        }
-        loop {
-            match sizing::decide(
-                self.executor.cells(),
-                self.plan.limits.cap,
-                self.demand(Some(&sequence)),
-                self.calm(now),
-            ) {
-                Sizing::Fits => break,
-                Sizing::Wait if self.running.is_empty() => {
-                    // Nobody will make room.
-                    let reason =
-                        format!("{} cells do not hold {} tokens", self.executor.cells(), sequence.tokens.len());
-                    self.fail(sequence, EngineError::ContextFull(reason));
-                    return Ok(None);
-                }
-                Sizing::Grow { to } if self.may_grow(now) => self.grow(to)?,
-                Sizing::Grow { .. } if self.demand(Some(&sequence)).hard <= self.executor.cells() => break,
-                Sizing::Grow { .. } if self.running.is_empty() => {
-                    let reason = "the context cannot grow any further on this device".to_owned();
-                    self.fail(sequence, EngineError::ContextFull(reason));
-                    return Ok(None);
-                }
-                Sizing::Wait | Sizing::Grow { .. } => return Ok(Some(sequence)),
-            }
-        }
-        let running = self.running.iter().filter_map(|other| Some((other.cells?, other.resident_tokens())));
-        let reuse = self.executor.reusable(&sequence.tokens, running);
-        let Some((cells, resident)) = self.executor.begin(reuse) else { return Ok(Some(sequence)) };
-        let first_time = sequence.tokens.len() == sequence.prompt_tokens().0;
-        sequence.place(cells, resident);
-        if first_time {
-            let (prompt, cached) = sequence.prompt_tokens();
-            self.shared.update(|stats| {
-                stats.prompt_tokens += prompt as u64;
-                stats.cached_prompt_tokens += cached as u64;
-            });
-        }
-        // One that was preempted is older than some that run.
-        let place = self.running.partition_point(|other| other.started <= sequence.started);
-        self.running.insert(place, sequence);
-        Ok(None)
-    }
-
-    /// What the running sequences take and want, with one more.
-    fn demand(&self, more: Option<&Sequence>) -> Demand {
-        let used = self.executor.pool().used_by_running();
-        let all = || self.running.iter().chain(more);
-        Demand {
-            hard: all().fold(used, |sum, sequence| sum.saturating_add(sequence.next_cells())),
-            aim: all().fold(used, |sum, sequence| sum.saturating_add(sequence.aimed_cells())),
-        }
-    }
-
-    fn calm(&self, now: Instant) -> bool {
-        self.last_growth.is_none_or(|last| now.saturating_duration_since(last) >= GROWTH_PAUSE) && self.may_grow(now)
-    }
-
-    fn may_grow(&self, now: Instant) -> bool {
-        self.growth_refused.is_none_or(|last| now.saturating_duration_since(last) >= GROWTH_PAUSE)
-    }
-
-    fn grow(&mut self, to: u32) -> Result<(), EngineError> {
-        let from = self.executor.cells();
-        let started = Instant::now();
-        let growth = self.executor.resize(to);
-        let milliseconds = started.elapsed().as_millis();
-        let (changed, emptied) = match growth {
-            Growth::Moved => (true, false),
-            Growth::Emptied => (true, true),
-            Growth::Refused(reason) => {
-                tracing::warn!(from, to, reason, "the context does not grow");
-                (false, false)
-            }
-            Growth::RefusedEmptied(reason) => {
-                tracing::warn!(from, to, reason, "the context does not grow, and everything is read again");
-                (false, true)
-            }
-            Growth::Lost(reason) => return Err(EngineError::InsufficientMemory(reason)),
-        };
-        if emptied {
-            // The pool is empty, so the ids they get are the lowest ones again.
-            for sequence in &mut self.running {
-                sequence.unplace();
-            }
-            for sequence in &mut self.running {
-                let Some((cells, resident)) = self.executor.begin(super::prefix::Reuse::Nothing) else {
-                    return Err(EngineError::Internal("more sequences than ids".to_owned()));
-                };
-                sequence.place(cells, resident);
-            }
-        }
-        if changed {
-            tracing::info!(from, to, milliseconds, emptied, "the context has grown");
-            self.last_growth = Some(Instant::now());
-            self.shared.update(|stats| stats.resizes += 1);
-            let (cells, memory) = (self.executor.cells(), self.executor.memory());
-            self.report.send_modify(|report| {
-                report.context_tokens = cells;
-                report.memory = memory;
-            });
-        } else {
-            self.growth_refused = Some(Instant::now());
-        }
-        Ok(())
     }
 
     fn schedule(&mut self) {
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         self.lanes.clear();
         self.lanes.extend(self.running.iter().map(|sequence| Lane {
-            todo: u32::try_from(sequence.todo()).unwrap_or(u32::MAX),
-            parked: sequence.is_parked(),
+            todo: count(sequence.todo()),
+            piece: count(sequence.piece()),
+            parked: !sequence.is_ready(),
         }));
         let batch = self.executor.batch_tokens();
-        let limits =
-            schedule::Limits { batch, outputs: self.plan.parallel, prefill: self.pace.budget(PREFILL_TIME, batch) };
+        let limits = schedule::Limits { batch, outputs: self.plan.parallel, mixed: self.pace.mixed(batch) };
         schedule::plan(&self.lanes, limits, &mut self.step);
+        // llama.cpp computes neighbouring ids together.
+        let running = &self.running;
+        self.step.sort_by_key(|chunk| running[chunk.lane].cells);
     }
 
     fn make_step(&mut self) -> Result<(), EngineError> {
@@ -351,14 +222,16 @@ impl Worker {
                 }
                 Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
             }
+            let sequences = u32::try_from(self.step.len()).unwrap_or(u32::MAX);
+            self.pace.observe(tokens, sequences, started.elapsed());
             for chunk in &self.step {
-                self.running[chunk.lane].resident += chunk.count as usize;
+                let sequence = &mut self.running[chunk.lane];
+                sequence.resident += chunk.count as usize;
+                if let Some(id) = sequence.cells.filter(|_| sequence.is_at_border()) {
+                    self.executor.snapshot(id, &sequence.key, &sequence.tokens[..sequence.resident]);
+                }
             }
-            self.sample()?;
-            if self.step.iter().any(|chunk| chunk.count > 1) {
-                self.pace.observe(tokens, started.elapsed());
-            }
-            return Ok(());
+            return self.sample();
         }
     }
 
@@ -389,11 +262,7 @@ impl Worker {
     }
 
     fn finish(&mut self, mut sequence: Sequence, reason: FinishReason) {
-        let resident = sequence.resident;
-        if let Some(id) = sequence.unplace() {
-            let tokens = sequence.tokens[..resident].to_vec();
-            self.executor.end(id, tokens);
-        }
+        self.release(&mut sequence);
         // Before its reader knows, so that who asks next finds the slot free.
         self.mailbox.ended();
         self.shared.update(|stats| match reason {
@@ -405,6 +274,9 @@ impl Worker {
     }
 
     fn fail(&mut self, mut sequence: Sequence, error: EngineError) {
+        if let Some(saved) = sequence.saved.take() {
+            self.executor.forget(&saved);
+        }
         if let Some(id) = sequence.unplace() {
             self.executor.release(id);
         }
@@ -423,34 +295,6 @@ impl Worker {
         }
     }
 
-    /// Makes room for the next step by the cheapest measure that is left.
-    fn make_room(&mut self) -> Result<(), EngineError> {
-        if self.executor.drop_oldest_kept() {
-            return Ok(());
-        }
-        let now = Instant::now();
-        let cells = self.executor.cells();
-        let cap = self.plan.limits.cap;
-        if cells < cap && self.may_grow(now) {
-            let Demand { hard: _, aim } = self.demand(None);
-            return self.grow(sizing::rung(aim.max(cells + sizing::CELLS_STEP)).min(cap));
-        }
-        // The oldest can always finish.
-        let Some(mut youngest) = self.running.pop() else { return Ok(()) };
-        if self.running.is_empty() {
-            let reason = format!("no more than {cells} cells can be had");
-            self.fail(youngest, EngineError::ContextFull(reason));
-            return Ok(());
-        }
-        self.shared.update(|stats| stats.preempted += 1);
-        tracing::warn!(request = youngest.id, tokens = youngest.tokens.len(), "preempted: no more cells");
-        if let Some(id) = youngest.unplace() {
-            self.executor.release(id);
-        }
-        self.preempted.insert(0, youngest);
-        Ok(())
-    }
-
     fn publish_cells(&self) {
         let (used, total) = (self.executor.pool().used(), self.executor.cells());
         let kept = used - self.executor.pool().used_by_running().min(used);
@@ -458,6 +302,8 @@ impl Worker {
             stats.cells_used = used;
             stats.cells_kept = kept;
             stats.cells_total = total;
+            stats.host_cache_bytes = self.executor.host().bytes();
+            stats.host_cache_states = u32::try_from(self.executor.host().len()).unwrap_or(u32::MAX);
         });
     }
 }

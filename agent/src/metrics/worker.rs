@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
 use super::{INTER_TOKEN_BUCKETS, REQUEST_SECONDS_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, TOKEN_BUCKETS};
 use crate::engine::{EngineStats, FinishReason, Timings, Usage};
@@ -63,6 +63,14 @@ pub struct WorkerMetrics {
     cache_queries: IntCounter,
     cache_hits: IntCounter,
     resizes: IntCounter,
+    shrinks: IntCounter,
+    resize_seconds: Counter,
+    preemptions: IntCounter,
+    followed: IntCounter,
+    cells_total: Gauge,
+    cells_used: Gauge,
+    cells_kept: Gauge,
+    host_bytes: Gauge,
     embedded_texts: IntCounter,
     /// Held while the engine's counters are copied, so that two scrapes do not count the same difference twice.
     scrape: Mutex<()>,
@@ -94,6 +102,11 @@ impl WorkerMetrics {
             }
             registry.register(Box::new(counters.clone()))?;
             Ok::<_, prometheus::Error>(counters)
+        };
+        let seconds_counter = |name: &str, help: &str| -> Result<Counter, prometheus::Error> {
+            let counter = Counter::with_opts(opts(name, help))?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
         };
         let gauge = |name: &str, help: &str| -> Result<Gauge, prometheus::Error> {
             let gauge = Gauge::with_opts(opts(name, help))?;
@@ -152,7 +165,15 @@ impl WorkerMetrics {
             generation_total: counter("generation_tokens_total", "Tokens generated.")?,
             cache_queries: counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")?,
             cache_hits: counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
-            resizes: counter("context_resizes_total", "Times that the context got another size.")?,
+            resizes: counter("context_grows_total", "Times that the context grew.")?,
+            shrinks: counter("context_shrinks_total", "Times that the context shrank.")?,
+            resize_seconds: seconds_counter("context_resize_seconds_total", "Seconds of standstill for that.")?,
+            preemptions: counter("preemptions_total", "Times that a generation gave its cells to an older one.")?,
+            followed: counter("prefix_cache_waits_total", "Generations that waited for an equal prompt to be read.")?,
+            cells_total: gauge("context_tokens", "Tokens that the KV cache has cells for.")?,
+            cells_used: gauge("context_tokens_used", "Cells of the KV cache that hold a token.")?,
+            cells_kept: gauge("context_tokens_kept", "Of these, the cells of prefixes that nobody uses now.")?,
+            host_bytes: gauge("prefix_cache_host_bytes", "Bytes of generations' states in host memory.")?,
             embedded_texts: counter("embedded_texts_total", "Texts of which an embedding or a score was made.")?,
             scrape: Mutex::new(()),
             registry,
@@ -189,10 +210,24 @@ impl WorkerMetrics {
             (&self.cache_queries, stats.prompt_tokens),
             (&self.cache_hits, stats.cached_prompt_tokens),
             (&self.resizes, stats.resizes),
+            (&self.shrinks, stats.shrinks),
+            (&self.preemptions, stats.preempted),
+            (&self.followed, stats.followed),
             (&self.embedded_texts, stats.embedded_texts),
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
         }
+        let stood_still = stats.resize_time.as_secs_f64() - self.resize_seconds.get();
+        self.resize_seconds.inc_by(stood_still.max(0.0));
+        for (gauge, now) in [
+            (&self.cells_total, stats.cells_total),
+            (&self.cells_used, stats.cells_used),
+            (&self.cells_kept, stats.cells_kept),
+        ] {
+            gauge.set(f64::from(now));
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a size to look at")]
+        self.host_bytes.set(stats.host_cache_bytes as f64);
         super::render(&self.registry)
     }
 }
@@ -286,7 +321,15 @@ mod tests {
         failed.end(EndReason::Error);
         drop(failed);
 
-        let stats = EngineStats { cells_used: 64, cells_total: 256, prompt_tokens: 12, ..EngineStats::default() };
+        let stats = EngineStats {
+            cells_used: 64,
+            cells_total: 256,
+            prompt_tokens: 12,
+            shrinks: 3,
+            resize_time: Duration::from_millis(1500),
+            host_cache_bytes: 4096,
+            ..EngineStats::default()
+        };
         let text = metrics.render(&stats).unwrap();
         let again = metrics.render(&stats).unwrap();
         assert_eq!(text, again, "counters of the engine are copied, not added up");
@@ -299,5 +342,9 @@ mod tests {
         assert!(line(&text, "altiplano_inter_token_latency_seconds_sum").ends_with(" 0.02"));
         assert!(line(&text, "altiplano_kv_cache_usage_perc").ends_with(" 0.25"));
         assert!(line(&text, "altiplano_prompt_tokens_total").ends_with(" 12"));
+        assert!(line(&text, "altiplano_context_tokens_used").ends_with(" 64"));
+        assert!(line(&text, "altiplano_context_shrinks_total").ends_with(" 3"));
+        assert!(line(&text, "altiplano_context_resize_seconds_total").ends_with(" 1.5"));
+        assert!(line(&text, "altiplano_prefix_cache_host_bytes").ends_with(" 4096"));
     }
 }

@@ -9,6 +9,7 @@
 
 mod bad;
 mod gguf;
+mod mamba;
 mod spec;
 pub mod toy;
 mod vocab;

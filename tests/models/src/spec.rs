@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Error;
 use crate::gguf::Header;
+use crate::mamba;
 use crate::vocab::Vocabulary;
 use crate::weights::{self, Filling};
 
@@ -26,6 +27,8 @@ pub enum Architecture {
     Gemma3,
     /// An encoder: every token sees every other, no KV cache, positions learnt; needs [`Tokenizer::Wpm`].
     Bert,
+    /// No attention: one state for each sequence, which every token changes. `heads`, `kv_heads` and `ff` play no part.
+    Mamba,
 }
 
 /// How an embedder makes one vector of a text's tokens: `{arch}.pooling_type`.
@@ -299,21 +302,25 @@ impl Spec {
         h.u32(&format!("{arch}.context_length"), self.context);
         h.u32(&format!("{arch}.embedding_length"), self.embd);
         h.u32(&format!("{arch}.block_count"), self.layers);
-        h.u32(&format!("{arch}.feed_forward_length"), self.ff);
-        h.u32(&format!("{arch}.attention.head_count"), self.heads);
-        h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
-        h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
-        h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
-        if self.is_bert() {
-            h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
-            h.bool(&format!("{arch}.attention.causal"), false);
+        if self.architecture == Architecture::Mamba {
+            mamba::describe(&mut h, self.embd);
         } else {
-            h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
-            h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
-            h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
-        }
-        if let Some(pooling) = self.pooling {
-            h.u32(&format!("{arch}.pooling_type"), pooling.number());
+            h.u32(&format!("{arch}.feed_forward_length"), self.ff);
+            h.u32(&format!("{arch}.attention.head_count"), self.heads);
+            h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
+            h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
+            h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
+            if self.is_bert() {
+                h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
+                h.bool(&format!("{arch}.attention.causal"), false);
+            } else {
+                h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
+                h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
+                h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+            }
+            if let Some(pooling) = self.pooling {
+                h.u32(&format!("{arch}.pooling_type"), pooling.number());
+            }
         }
         h.u32(&format!("{arch}.vocab_size"), self.vocab);
         if self.architecture == Architecture::Gemma3 {
@@ -398,7 +405,8 @@ impl Spec {
             all.push(Tensor { name, shape: vec![columns, rows], kind: self.quantization, filling });
         };
         matrix("token_embd.weight".to_owned(), vocab, embd, gain(3.0));
-        for i in 0..layers {
+        let attention = if self.architecture == Architecture::Mamba { 0 } else { layers };
+        for i in 0..attention {
             matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(1.0));
             matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(1.0));
             matrix(format!("blk.{i}.attn_v.weight"), kv, embd, gain(1.0));
@@ -414,11 +422,11 @@ impl Spec {
         let mut vector = |name: String, length: u64, filling: Filling| {
             all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
         };
-        for i in 0..layers {
+        for i in 0..attention {
             vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
             vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
             match self.architecture {
-                Architecture::Llama | Architecture::Bert => {}
+                Architecture::Llama | Architecture::Bert | Architecture::Mamba => {}
                 Architecture::Qwen2 => {
                     vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
                     vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
@@ -433,6 +441,9 @@ impl Spec {
             }
         }
         vector("output_norm.weight".to_owned(), embd, Filling::Ones);
+        if self.architecture == Architecture::Mamba {
+            all.extend((0..layers).flat_map(|layer| mamba::tensors(layer, embd, self.quantization)));
+        }
         all
     }
 }
@@ -468,6 +479,7 @@ impl Architecture {
             Self::Qwen2 => "qwen2",
             Self::Gemma3 => "gemma3",
             Self::Bert => "bert",
+            Self::Mamba => "mamba",
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::spec::{Quantization, Tensor};
 pub(crate) enum Filling {
     /// Ones, for norms.
     Ones,
+    /// The same number everywhere, in F32.
+    Constant(f32),
     /// Evenly spread with standard deviation `gain / sqrt(length of a row)`, which keeps activations near one.
     Random { gain: f32 },
 }
@@ -25,6 +27,9 @@ pub(crate) fn write(out: &mut impl Write, tensor: &Tensor, seed: u64, silent: im
     for number in 0..tensor.rows() {
         match tensor.filling {
             _ if silent(number) => row.fill(0),
+            Filling::Constant(value) => {
+                row.chunks_exact_mut(4).for_each(|one| one.copy_from_slice(&value.to_le_bytes()));
+            }
             Filling::Ones => row.chunks_exact_mut(4).for_each(|one| one.copy_from_slice(&1f32.to_le_bytes())),
             Filling::Random { gain } => fill(&mut row, tensor.kind, deviation(gain), &mut random),
         }

@@ -96,6 +96,7 @@ fn plan(config: &RunnerConfig, model: &Model, pooling: Pooling, gpu: bool) -> (S
         batch: sizes.initial,
         micro_batch: (if outputs_all { sizes.usual } else { micro_batch }).clamp(sequences, sizes.initial),
         sequences,
+        unified: true,
         threads: config.threads.max(1),
         offload: gpu,
         flash_attention: config.engine.flash_attention,

@@ -22,6 +22,8 @@ pub(in crate::engine) struct ContextParams {
     pub(in crate::engine) micro_batch: u32,
     /// Sequence ids there are.
     pub(in crate::engine) sequences: u32,
+    /// One pool of cells for all sequences; else each has a part of its own, of equal size.
+    pub(in crate::engine) unified: bool,
     /// CPU threads.
     pub(in crate::engine) threads: u32,
     /// Whether the KV cache follows the layers to the devices.
@@ -63,6 +65,7 @@ pub(in crate::engine) struct Context {
     /// Which rows of the last batch have logits.
     output_rows: Vec<i8>,
     sequences: u32,
+    unified: bool,
     /// The weights; kept alive for as long as the context.
     model: Model,
 }
@@ -82,13 +85,19 @@ impl Context {
             unsafe { sys::llama_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
-        Ok(Self { raw, memory, output_rows: Vec::new(), sequences: params.sequences, model: model.clone() })
+        let ContextParams { sequences, unified, .. } = *params;
+        Ok(Self { raw, memory, output_rows: Vec::new(), sequences, unified, model: model.clone() })
     }
 
     /// Cells of the KV cache.
     pub(in crate::engine) fn cells(&self) -> u32 {
         // SAFETY: the context is alive.
         unsafe { sys::llama_n_ctx(self.raw.as_ptr()) }
+    }
+
+    /// Cells that one sequence can have.
+    pub(in crate::engine) fn sequence_cells(&self) -> u32 {
+        if self.unified { self.cells() } else { self.cells() / self.sequences }
     }
 
     /// Tokens in one call at most.
@@ -194,15 +203,34 @@ impl Context {
         unsafe { sys::llama_memory_seq_rm(self.memory.as_ptr(), sequence, from, -1) }
     }
 
-    /// Makes `to` share the first `length` positions of `from`. The pool is unified, so no cell is copied.
+    /// Makes `to`, which is empty, begin with the first `length` positions of `from`: the same cells in a unified pool,
+    /// else a copy of them. On false `to` is empty.
     pub(in crate::engine) fn share(&mut self, from: i32, to: i32, length: u32) -> bool {
-        let Ok(length) = i32::try_from(length) else { return false };
+        let Ok(end) = i32::try_from(length) else { return false };
         if !self.has_sequence(from) || !self.has_sequence(to) || from == to {
             return false;
         }
-        // SAFETY: the memory lives with the context; the ids were checked, and every context here is unified.
-        unsafe { sys::llama_memory_seq_cp(self.memory.as_ptr(), from, to, 0, length) };
-        true
+        if self.unified {
+            // SAFETY: the memory lives with the context, the ids were checked, and the context is unified.
+            unsafe { sys::llama_memory_seq_cp(self.memory.as_ptr(), from, to, 0, end) };
+            return true;
+        }
+        // llama.cpp's own copy takes the whole stream, used or not.
+        let copied = self.sequence_state(from).is_some_and(|state| self.set_sequence_state(to, &state));
+        if copied && self.remove(to, length) {
+            return true;
+        }
+        self.remove(to, 0);
+        false
+    }
+
+    /// The lowest position of a sequence that is in the cache; 0 when there is none.
+    pub(in crate::engine) fn oldest(&self, sequence: i32) -> u32 {
+        if !self.has_sequence(sequence) {
+            return 0;
+        }
+        // SAFETY: the memory lives with the context; the sequence id was checked.
+        u32::try_from(unsafe { sys::llama_memory_seq_pos_min(self.memory.as_ptr(), sequence) }).unwrap_or(0)
     }
 
     /// Forgets all sequences.
@@ -211,18 +239,23 @@ impl Context {
         unsafe { sys::llama_memory_clear(self.memory.as_ptr(), false) };
     }
 
-    /// All sequences as bytes, which a context of the same parameters but another size takes with
-    /// [`Self::set_state`]. `None` when the bytes cannot be had.
-    pub(in crate::engine) fn state(&mut self) -> Option<Vec<u8>> {
+    /// Bytes that [`Self::state`] would give; 0 when they cannot be had.
+    pub(in crate::engine) fn state_size(&mut self) -> usize {
         // SAFETY: the context is alive.
-        let size = unsafe { shim::altiplano_state_size(self.raw.as_ptr()) };
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(size).ok()?;
-        bytes.resize(size, 0);
-        // SAFETY: the context is alive and the buffer has `size` bytes.
-        let written = unsafe { shim::altiplano_state_get(self.raw.as_ptr(), bytes.as_mut_ptr(), size) };
-        bytes.truncate(written);
-        (written > 0).then_some(bytes)
+        unsafe { shim::altiplano_state_size(self.raw.as_ptr()) }
+    }
+
+    /// All sequences as bytes at the beginning of `buffer`, which grows to hold them. A context of the same parameters
+    /// but another size takes them with [`Self::set_state`]. `None` when the bytes, or memory for them, cannot be had.
+    pub(in crate::engine) fn state<'buffer>(&mut self, buffer: &'buffer mut Vec<u8>) -> Option<&'buffer [u8]> {
+        let size = self.state_size();
+        if buffer.len() < size {
+            buffer.try_reserve_exact(size - buffer.len()).ok()?;
+            buffer.resize(size, 0);
+        }
+        // SAFETY: the context is alive and the buffer has at least `size` bytes.
+        let written = unsafe { shim::altiplano_state_get(self.raw.as_ptr(), buffer.as_mut_ptr(), size) };
+        buffer.get(..written).filter(|bytes| !bytes.is_empty())
     }
 
     /// Takes over what [`Self::state`] gave. On false the context is empty.
@@ -231,6 +264,46 @@ impl Context {
         let read = unsafe { shim::altiplano_state_set(self.raw.as_ptr(), bytes.as_ptr(), bytes.len()) };
         if read == 0 {
             self.clear();
+        }
+        read != 0
+    }
+
+    /// Bytes that [`Self::sequence_state`] would give; 0 when they cannot be had.
+    pub(in crate::engine) fn sequence_state_size(&mut self, sequence: i32) -> usize {
+        if !self.has_sequence(sequence) {
+            return 0;
+        }
+        // SAFETY: the context is alive; the sequence id was checked.
+        unsafe { shim::altiplano_sequence_state_size(self.raw.as_ptr(), sequence) }
+    }
+
+    /// One sequence as bytes, which [`Self::set_sequence_state`] takes in a context of the same layout and types.
+    pub(in crate::engine) fn sequence_state(&mut self, sequence: i32) -> Option<Vec<u8>> {
+        let size = self.sequence_state_size(sequence);
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(size).ok()?;
+        bytes.resize(size, 0);
+        if size == 0 {
+            return None;
+        }
+        // SAFETY: the context is alive, a size above 0 says that the sequence id is valid, and the buffer has `size`
+        // bytes.
+        let written =
+            unsafe { shim::altiplano_sequence_state_get(self.raw.as_ptr(), bytes.as_mut_ptr(), size, sequence) };
+        bytes.truncate(written);
+        (written > 0).then_some(bytes)
+    }
+
+    /// Puts what [`Self::sequence_state`] gave into a sequence that is empty. On false it still is.
+    pub(in crate::engine) fn set_sequence_state(&mut self, sequence: i32, bytes: &[u8]) -> bool {
+        if !self.has_sequence(sequence) {
+            return false;
+        }
+        // SAFETY: the context is alive, the sequence id was checked; llama.cpp checks the bytes against the size.
+        let read =
+            unsafe { shim::altiplano_sequence_state_set(self.raw.as_ptr(), bytes.as_ptr(), bytes.len(), sequence) };
+        if read == 0 {
+            self.remove(sequence, 0);
         }
         read != 0
     }
@@ -338,6 +411,7 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
         batch,
         micro_batch,
         sequences,
+        unified,
         threads,
         offload,
         flash_attention,
@@ -367,7 +441,7 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
     raw.type_v = ggml_type(value_type);
     raw.no_perf = true;
     raw.swa_full = false;
-    raw.kv_unified = true;
+    raw.kv_unified = unified;
     if let Some(RopeSpec { scaling, factor, original_tokens }) = rope {
         raw.rope_scaling_type = match scaling {
             RopeScaling::Linear => sys::LLAMA_ROPE_SCALING_TYPE_LINEAR,

@@ -118,6 +118,18 @@ size_t altiplano_state_set(llama_context * context, const uint8_t * buffer, size
     return guarded(nullptr, static_cast<size_t>(0), [&] { return llama_state_set_data(context, buffer, size); });
 }
 
+size_t altiplano_sequence_state_size(llama_context * context, llama_seq_id sequence) {
+    return guarded(nullptr, static_cast<size_t>(0), [&] { return llama_state_seq_get_size(context, sequence); });
+}
+
+size_t altiplano_sequence_state_get(llama_context * context, uint8_t * buffer, size_t size, llama_seq_id sequence) {
+    return guarded(nullptr, static_cast<size_t>(0), [&] { return llama_state_seq_get_data(context, buffer, size, sequence); });
+}
+
+size_t altiplano_sequence_state_set(llama_context * context, const uint8_t * buffer, size_t size, llama_seq_id sequence) {
+    return guarded(nullptr, static_cast<size_t>(0), [&] { return llama_state_seq_set_data(context, buffer, size, sequence); });
+}
+
 size_t altiplano_memory_breakdown(const llama_context * context, altiplano_memory * out, size_t size) {
     return guarded(nullptr, static_cast<size_t>(0), [&] {
         size_t count = 0;

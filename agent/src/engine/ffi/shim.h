@@ -64,6 +64,11 @@ size_t altiplano_state_size(struct llama_context * context);
 size_t altiplano_state_get(struct llama_context * context, uint8_t * buffer, size_t size);
 size_t altiplano_state_set(struct llama_context * context, const uint8_t * buffer, size_t size);
 
+// The same for one sequence.
+size_t altiplano_sequence_state_size(struct llama_context * context, llama_seq_id sequence);
+size_t altiplano_sequence_state_get(struct llama_context * context, uint8_t * buffer, size_t size, llama_seq_id sequence);
+size_t altiplano_sequence_state_set(struct llama_context * context, const uint8_t * buffer, size_t size, llama_seq_id sequence);
+
 // Entries there are; at most `size` of them are written.
 size_t altiplano_memory_breakdown(const struct llama_context * context, struct altiplano_memory * out, size_t size);
 

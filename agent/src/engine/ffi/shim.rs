@@ -100,5 +100,18 @@ unsafe extern "C" {
     pub(super) fn altiplano_state_size(context: *mut llama_context) -> usize;
     pub(super) fn altiplano_state_get(context: *mut llama_context, buffer: *mut u8, size: usize) -> usize;
     pub(super) fn altiplano_state_set(context: *mut llama_context, buffer: *const u8, size: usize) -> usize;
+    pub(super) fn altiplano_sequence_state_size(context: *mut llama_context, sequence: i32) -> usize;
+    pub(super) fn altiplano_sequence_state_get(
+        context: *mut llama_context,
+        buffer: *mut u8,
+        size: usize,
+        sequence: i32,
+    ) -> usize;
+    pub(super) fn altiplano_sequence_state_set(
+        context: *mut llama_context,
+        buffer: *const u8,
+        size: usize,
+        sequence: i32,
+    ) -> usize;
     pub(super) fn altiplano_memory_breakdown(context: *const llama_context, out: *mut Memory, size: usize) -> usize;
 }

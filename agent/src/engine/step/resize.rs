@@ -1,0 +1,304 @@
+//! Another size of the context: a new one on the same weights, to which the state moves.
+//!
+//! | both contexts fit | what happens | what streams see |
+//! |---|---|---|
+//! | yes, and somebody generates | the new one is made by a thread beside the old, then the state moves | get + set |
+//! | no, or nobody generates | the state is taken out, the old context freed, the new one made, the state put in | all of it |
+//!
+//! The buffer that the state moves through is there before anything is freed, so that a failure finds the way back.
+
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+
+use super::{Context, ContextParams, Executor, available_bytes};
+use crate::engine::sizing::{self, DeviceRoom, Way};
+
+/// What became of a change of size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::engine) enum Resized {
+    /// Another size; all sequences are still there.
+    Moved,
+    /// Another size; every sequence has to be read again.
+    Emptied,
+    /// As before.
+    Refused(String),
+    /// As before in size, but every sequence has to be read again.
+    RefusedEmptied(String),
+    /// There is no context any more.
+    Lost(String),
+}
+
+/// A context that is being made beside the running one.
+pub(super) struct Making {
+    params: ContextParams,
+    result: Receiver<Result<Context, String>>,
+}
+
+impl Executor {
+    /// Begins to make a context of `cells` cells beside the running one; `done` is called when it is there. False when
+    /// both do not fit, or there is no thread to be had.
+    pub(in crate::engine) fn prepare(&mut self, cells: u32, done: impl FnOnce() + Send + 'static) -> bool {
+        if self.making.is_some() || !matches!(self.way(cells), Ok(Way::Beside)) {
+            return false;
+        }
+        let (sender, result) = mpsc::sync_channel(1);
+        let params = ContextParams { cells, ..self.params.clone() };
+        let (model, wanted) = (self.model.clone(), params.clone());
+        let thread = thread::Builder::new().name("context".to_owned()).spawn(move || {
+            // Nobody waits any more when the engine has ended: then the context goes again.
+            let _ = sender.send(Context::new(&model, &wanted));
+            done();
+        });
+        if thread.is_ok() {
+            self.making = Some(Making { params, result });
+        }
+        self.making.is_some()
+    }
+
+    /// Cells of the context that is being made.
+    pub(in crate::engine) fn preparing(&self) -> Option<u32> {
+        self.making.as_ref().map(|making| making.params.cells)
+    }
+
+    /// Takes the context that was being made into use; `None` when it is not ready yet, and never with `wait`.
+    pub(in crate::engine) fn prepared(&mut self, wait: bool) -> Option<Resized> {
+        let making = self.making.as_ref()?;
+        let made = if wait { making.result.recv().ok() } else { making.result.try_recv().ok() };
+        let made = match made {
+            Some(made) => made,
+            None if wait => Err("the thread that made the context is gone".to_owned()),
+            None => return None,
+        };
+        let params = self.making.take()?.params;
+        Some(match made {
+            Ok(context) => self.swap(context, params),
+            Err(reason) => Resized::Refused(reason),
+        })
+    }
+
+    /// Moves everything to `context`; the old one stays until that is done.
+    fn swap(&mut self, mut context: Context, params: ContextParams) -> Resized {
+        let Some(old) = self.context.as_mut() else { return Resized::Lost("no context".to_owned()) };
+        let occupied = self.pool.used() > 0;
+        if !self.capability.state_survives(old.cells(), params.cells) {
+            self.host.clear();
+            self.pool.clear();
+            (self.context, self.params) = (Some(context), params);
+            return if occupied { Resized::Emptied } else { Resized::Moved };
+        }
+        if occupied {
+            let Some(state) = old.state(&mut self.staging) else {
+                return Resized::Refused("no host memory to move the state through".to_owned());
+            };
+            if !context.set_state(state) {
+                return Resized::Refused("the state does not fit into the other context".to_owned());
+            }
+        }
+        (self.context, self.params) = (Some(context), params);
+        Resized::Moved
+    }
+
+    /// Gives the context `cells` cells at once.
+    pub(in crate::engine) fn resize(&mut self, cells: u32) -> Resized {
+        match self.way(cells) {
+            Ok(_) => self.replace(cells),
+            Err(reason) => Resized::Refused(reason),
+        }
+    }
+
+    /// The same without asking whether there is memory for it.
+    pub(super) fn replace(&mut self, cells: u32) -> Resized {
+        let Some(mut old) = self.context.take() else { return Resized::Lost("no context".to_owned()) };
+        let occupied = self.pool.used() > 0;
+        let survives = self.capability.state_survives(old.cells(), cells);
+        let state = if occupied && survives {
+            let Some(state) = old.state(&mut self.staging) else {
+                self.context = Some(old);
+                return Resized::Refused("no host memory to move the state through".to_owned());
+            };
+            Some(state)
+        } else {
+            None
+        };
+        drop(old);
+
+        let params = ContextParams { cells, ..self.params.clone() };
+        let (made, refused) = match Context::new(&self.model, &params) {
+            Ok(context) => {
+                self.params = params;
+                (Ok(context), None)
+            }
+            Err(reason) => (Context::new(&self.model, &self.params), Some(reason)),
+        };
+        let mut context = match made {
+            Ok(context) => context,
+            Err(error) => return Resized::Lost(error),
+        };
+        let moved = match state {
+            Some(state) => context.set_state(state),
+            // The old size again, whose state was not taken out, or another rotation.
+            None => !occupied,
+        };
+        self.context = Some(context);
+        if !moved {
+            self.pool.clear();
+        }
+        if !survives && refused.is_none() {
+            self.host.clear();
+        }
+        match (refused, moved) {
+            (None, true) => Resized::Moved,
+            (None, false) => Resized::Emptied,
+            (Some(reason), true) => Resized::Refused(reason),
+            (Some(reason), false) => Resized::RefusedEmptied(reason),
+        }
+    }
+
+    /// Host bytes of the buffer that states move through.
+    pub(in crate::engine) fn staging_bytes(&self) -> u64 {
+        self.staging.len() as u64
+    }
+
+    /// Gives that buffer back until the next change of size.
+    pub(in crate::engine) fn free_staging(&mut self) {
+        self.staging = Vec::new();
+    }
+
+    /// How another size can be had with the memory there is.
+    fn way(&mut self, cells: u32) -> Result<Way, String> {
+        let Some(context) = self.context.as_mut() else { return Err("no context".to_owned()) };
+        // Other sequences may write more of it before it is moved.
+        let state = context.state_size() as u64 / 8 * 9;
+        let staging = state.saturating_sub(self.staging.len() as u64);
+        let room = |device: crate::runner::protocol::MemoryUse| DeviceRoom {
+            available: available_bytes(&device.device),
+            context_bytes: device.context_bytes + device.compute_bytes,
+            staging: if device.device == "CPU" { staging } else { 0 },
+            device: device.device,
+        };
+        let devices: Vec<_> = context.memory().into_iter().map(room).collect();
+        sizing::way(&devices, context.cells(), cells)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use altiplano_crds::model_deployment::ContextSpec;
+    use altiplano_test_models::toy;
+
+    use super::*;
+    use crate::engine::ffi::LogprobRow;
+    use crate::engine::load;
+    use crate::engine::prefix::Reuse;
+    use crate::engine::request::Token;
+    use crate::engine::tests::config;
+    use crate::runner::protocol::RunnerConfig;
+
+    /// Two sequences of one context that say what is most probable.
+    struct Streams {
+        executor: Executor,
+        sequences: Vec<(i32, Vec<Token>)>,
+        resident: Vec<usize>,
+    }
+
+    impl Streams {
+        fn start(cells: i32) -> Self {
+            let context =
+                ContextSpec { min_tokens: Some(cells), max_tokens: Some(2048), parallel: 2, ..ContextSpec::default() };
+            let config = RunnerConfig { context, ..config(toy::path()) };
+            let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+            let load::Loaded { model, context, params, plan, .. } =
+                load::load(&config, model, gpu).expect("the context is made");
+            let mut executor = Executor::new(model, context, params, &plan);
+            let mut begin = |first: Token| {
+                let (id, resident) = executor.begin(Reuse::Nothing).expect("an id");
+                assert_eq!(resident, 0);
+                (id, (first..first + 40).collect())
+            };
+            let sequences = vec![begin(300), begin(500)];
+            Self { executor, sequences, resident: vec![0, 0] }
+        }
+
+        /// One step of all; what each says next, with the log-probability to the bit.
+        fn step(&mut self) -> Vec<(Token, u32)> {
+            let mut rows = Vec::new();
+            let work: Vec<_> = self
+                .sequences
+                .iter()
+                .zip(&self.resident)
+                .map(|((id, tokens), &from)| (*id, &tokens[from..], from, true))
+                .collect();
+            self.executor.decode(work.into_iter(), &mut rows).expect("a step");
+            let mut said = Vec::new();
+            for (index, row) in rows.into_iter().enumerate() {
+                let LogprobRow { top, .. } = self.executor.logprobs(row, 0, 1).expect("log-probabilities");
+                let (token, logprob) = top[0];
+                let (_, tokens) = &mut self.sequences[index];
+                self.resident[index] = tokens.len();
+                tokens.push(token);
+                said.push((token, logprob.to_bits()));
+            }
+            said
+        }
+
+        fn steps(&mut self, count: usize) -> Vec<Vec<(Token, u32)>> {
+            (0..count).map(|_| self.step()).collect()
+        }
+    }
+
+    /// Larger at once, larger beside the streams, smaller: not a bit of what they say changes.
+    #[test]
+    fn streams_do_not_notice_another_size() {
+        let mut large = Streams::start(2048);
+        let expected = large.steps(60);
+
+        let mut moved = Streams::start(512);
+        let mut said = moved.steps(20);
+        assert_eq!(moved.executor.resize(1024), Resized::Moved);
+        assert!(moved.executor.staging_bytes() > 10_000);
+        said.extend(moved.steps(10));
+        let (done, ready) = mpsc::channel();
+        assert!(moved.executor.prepare(1536, move || done.send(()).expect("the test waits")));
+        assert!(!moved.executor.prepare(2048, || {}), "one at a time");
+        said.extend(moved.steps(10));
+        assert_eq!(moved.executor.cells(), 1024);
+        ready.recv().expect("the context is made");
+        assert_eq!(moved.executor.prepared(false), Some(Resized::Moved));
+        assert_eq!((moved.executor.cells(), moved.executor.preparing()), (1536, None));
+        said.extend(moved.steps(10));
+        assert_eq!(moved.executor.resize(512), Resized::Moved);
+        said.extend(moved.steps(10));
+        assert_eq!(said, expected);
+        moved.executor.free_staging();
+        assert_eq!(moved.executor.staging_bytes(), 0);
+    }
+
+    /// A context that cannot be made, or that does not hold what there is, changes nothing.
+    #[test]
+    fn failure_loses_nothing() {
+        let mut large = Streams::start(512);
+        let expected = large.steps(30);
+        let mut streams = Streams::start(512);
+        let mut said = streams.steps(10);
+        // llama.cpp makes no context with fewer cells than sequences.
+        assert!(matches!(streams.executor.replace(1), Resized::Refused(reason) if reason.contains("too few")));
+        said.extend(streams.steps(10));
+        assert!(streams.executor.prepare(1, || {}), "there is memory for it");
+        assert!(matches!(streams.executor.prepared(true), Some(Resized::Refused(_))));
+        // Made, but too small for the state.
+        while streams.executor.pool().used() <= 256 {
+            said.extend(streams.steps(1));
+        }
+        assert!(streams.executor.prepare(256, || {}));
+        assert!(matches!(streams.executor.prepared(true), Some(Resized::Refused(reason)) if reason.contains("fit")));
+        // More than this machine has.
+        let refused = streams.executor.resize(1 << 31);
+        assert!(matches!(&refused, Resized::Refused(reason) if reason.contains("are free")), "{refused:?}");
+        assert_eq!(streams.executor.cells(), 512);
+        let more = large.steps(said.len() + 5 - expected.len());
+        said.extend(streams.steps(5));
+        assert_eq!(said, [expected, more].concat());
+    }
+}

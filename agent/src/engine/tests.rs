@@ -1,0 +1,141 @@
+//! The whole engine where a test has to reach inside: limits lowered behind its back, pauses shortened.
+
+use std::path::PathBuf;
+
+use altiplano_crds::model_deployment::ContextSpec;
+use altiplano_test_models::toy;
+use futures::StreamExt;
+
+use super::*;
+
+/// A configuration for a model on the CPU.
+pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
+    RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() }
+}
+async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) {
+    let mut text = String::new();
+    loop {
+        let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
+        match event.expect("an event within a minute").expect("an end") {
+            GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
+            GenerateEvent::Done { usage, .. } => return (text, Ok(usage.completion_tokens)),
+            GenerateEvent::Failed(error) => return (text, Err(error)),
+        }
+    }
+}
+
+/// Memory for less than all can use: the youngest gives way, is read again when there is room, and nobody's text
+/// suffers. `max_tokens` is a promise that alone can hold, so the cap is lowered behind its back, as a growth that
+/// is refused does.
+#[tokio::test]
+async fn who_finds_no_more_cells_waits_and_goes_on() {
+    let context = ContextSpec { min_tokens: Some(256), max_tokens: Some(1024), parallel: 3, ..ContextSpec::default() };
+    let config = RunnerConfig { context, ..config(toy::path()) };
+    let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+    let mut loaded = load::load(&config, model, gpu).expect("the context is made");
+    loaded.plan.limits.cap = 768;
+    let engine = Engine::launch(loaded, 8).expect("the engine starts");
+    let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
+    let request = |question| GenerateRequest {
+        prompt: engine.tokenize(&chat(question), true, true).expect("tokens"),
+        max_tokens: Some(700),
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        ..GenerateRequest::default()
+    };
+    let ask = |question| read(engine.submit(request(question)).expect("the request is taken"));
+    let alone = ask(toy::LONG_QUESTION).await;
+    let singing = ask(toy::ENDLESS_QUESTION).await;
+    assert_eq!(singing.1, Ok(700));
+    assert_eq!(alone.1.clone().map(|tokens| tokens > 250), Ok(true), "{alone:?}");
+
+    // Each fits alone, but some 700 and 350 cells do not fit into 768. The first one gets ahead by the 80 tokens
+    // that are read and the 64 that its reader's channel holds, then it is parked.
+    let before = engine.stats().generated_tokens;
+    let mut first = engine.submit(request(toy::ENDLESS_QUESTION)).expect("the request is taken");
+    let mut sung = String::new();
+    for _ in 0..80 {
+        match first.next().await {
+            Some(GenerateEvent::Token { text, .. }) => sung.push_str(&text),
+            other => panic!("{other:?} after {sung:?}"),
+        }
+    }
+    let patience = Instant::now() + Duration::from_mins(1);
+    while engine.stats().generated_tokens < before + 144 {
+        assert!(Instant::now() < patience, "{:?}", engine.stats());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let ((rest, end), second) = futures::join!(read(first), ask(toy::LONG_QUESTION));
+    assert_eq!(((sung + &rest, end), second), (singing, alone));
+    let stats = engine.stats();
+    assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
+    engine.shutdown(Instant::now());
+}
+
+/// Four streams that all outgrow a full device all come to their end: the youngest give way, and come back from
+/// host memory.
+#[tokio::test]
+async fn streams_that_outgrow_the_device_all_end() {
+    let context = ContextSpec { min_tokens: Some(256), max_tokens: Some(1024), parallel: 4, ..ContextSpec::default() };
+    for host_cache in [1 << 30, 0] {
+        let config = RunnerConfig { context: context.clone(), ..config(toy::path()) };
+        let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+        let mut loaded = load::load(&config, model, gpu).expect("the context is made");
+        loaded.plan.limits.cap = 768;
+        loaded.plan.host_cache = host_cache;
+        let engine = Engine::launch(loaded, 8).expect("the engine starts");
+        let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
+        let ask = |salt: &str| {
+            let request = GenerateRequest {
+                prompt: engine.tokenize(&chat(toy::ENDLESS_QUESTION), true, true).expect("tokens"),
+                max_tokens: Some(400),
+                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+                cache: CacheKey { salt: salt.to_owned(), ..CacheKey::default() },
+                ..GenerateRequest::default()
+            };
+            read(engine.submit(request).expect("the request is taken"))
+        };
+        let alone = ask("").await;
+        assert_eq!(alone.1, Ok(400));
+        for answer in futures::future::join_all(["a", "b", "c", "d"].map(ask)).await {
+            assert_eq!(answer, alone);
+        }
+        let stats = engine.stats();
+        assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
+        engine.shutdown(Instant::now());
+    }
+}
+
+/// What a burst made large goes back when nobody has needed it for a while, and at once when it is asked for.
+#[tokio::test]
+async fn a_context_shrinks_when_it_is_of_no_use() {
+    let context = ContextSpec { min_tokens: Some(256), max_tokens: Some(2048), parallel: 2, ..ContextSpec::default() };
+    let config = RunnerConfig { context, ..config(toy::path()) };
+    let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+    let mut loaded = load::load(&config, model, gpu).expect("the context is made");
+    loaded.plan.shrink_after = Duration::from_millis(300);
+    let engine = Engine::launch(loaded, 8).expect("the engine starts");
+    let request = |length: usize| GenerateRequest {
+        prompt: vec![300; length],
+        max_tokens: Some(20),
+        ignore_eos: true,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        ..GenerateRequest::default()
+    };
+    let ask = |length| read(engine.submit(request(length)).expect("the request is taken"));
+    let mut report = engine.watch();
+    let first = ask(700).await;
+    assert_eq!(engine.report().context_tokens, 2048, "need(700, 20)");
+    engine.shrink(0);
+    let size = |wanted: u32| move |report: &RunnerReport| report.context_tokens == wanted;
+    let soon = Duration::from_secs(30);
+    tokio::time::timeout(soon, report.wait_for(size(256))).await.expect("at once").expect("the engine runs");
+    assert_eq!(engine.stats().cells_used, 0, "the prefix is in host memory");
+    assert_eq!(ask(700).await, first);
+    assert_eq!(engine.stats().cached_prompt_tokens, 699, "and comes back from there");
+    // A wished-for change waits for five seconds after the last one.
+    tokio::time::timeout(soon, report.wait_for(size(256))).await.expect("in a while").expect("the engine runs");
+    let stats = engine.stats();
+    assert_eq!((stats.resizes, stats.shrinks), (2, 2), "{stats:?}");
+    assert!(stats.resize_time > Duration::ZERO, "{stats:?}");
+    engine.shutdown(Instant::now());
+}
