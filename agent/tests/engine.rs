@@ -554,6 +554,23 @@ fn the_estimate_is_what_is_measured() {
     }
 }
 
+/// A context of fixed size that no machine has memory for is refused with the numbers, before it is made.
+#[test]
+fn a_fixed_context_that_does_not_fit_is_refused_with_numbers() {
+    let spec =
+        Spec { layers: 64, embd: 256, heads: 4, kv_heads: 4, quantization: Quantization::Q4_0, ..Spec::default() };
+    let (_folder, path) = generated(&spec);
+    let devices = engine::probe().expect("a device list").devices;
+    let machine = devices.iter().find(|device| device.id == "CPU").expect("a CPU").memory_total_bytes;
+    // 64 KiB a cell: keys and values of 256 halves in 64 layers.
+    let max_tokens = i32::try_from(machine / (64 << 10) / 4 + 256).expect("no machine has that much");
+    let context = ContextSpec { sizing: ContextSizing::Fixed, ..dynamic(256, max_tokens, 4) };
+    let error = Engine::start(&config(path, context), &|_| {}).expect_err("more than there is");
+    assert_eq!(error.reason(), "InsufficientMemory", "{error}");
+    let words = format!("{max_tokens} tokens for each of 4 requests need ");
+    assert!(error.to_string().contains(&words) && error.to_string().contains(" are free"), "{error}");
+}
+
 #[test]
 fn bad_files_are_refused_with_llama_cpps_reason() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -9,7 +9,7 @@ use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
-use super::ffi::{self, Batch, Context, ContextParams, DecodeError, Device, Model, ModelParams};
+use super::ffi::{self, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Model, ModelParams};
 use super::host;
 use super::sizing::Limits;
 use super::{Ability, ModelFacts};
@@ -79,6 +79,9 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
 /// Makes the context of a model that generates and decodes once, so that all memory is taken.
 pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
     let (mut plan, params) = plan(config, &model, gpu);
+    if config.context.sizing == ContextSizing::Fixed {
+        check_fixed(config, &plan, &params)?;
+    }
     let mut context = new_context(&model, &params)?;
     let can_cut = warm_up(&model, &mut context, gpu)?;
     if plan.capability.cut != Cut::Nowhere {
@@ -274,6 +277,26 @@ pub(super) fn context_failed(message: String) -> EngineError {
     } else {
         EngineError::ContextFailed(message)
     }
+}
+
+/// A context of fixed size is there in full or not at all. On a CPU an allocation that is too large does not fail, the
+/// kernel ends the process when the memory is touched: so a dry run says before what it takes.
+fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
+    let refuse = |device: &str, needed: u64| match ffi::available_bytes(device) {
+        Some(available) if needed > available / 10 * 9 => Err(EngineError::InsufficientMemory(format!(
+            "{} tokens for each of {} requests need {needed} bytes on {device}, where {available} are free",
+            plan.limits.max_tokens, plan.parallel
+        ))),
+        _ => Ok(()),
+    };
+    // The dry run itself keeps books of the cells.
+    refuse("CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES))?;
+    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
+    let model = load_model(config, devices, true, &|_| {})?;
+    for device in new_context(&model, params)?.memory() {
+        refuse(&device.device, device.context_bytes + device.compute_bytes + device.other_bytes)?;
+    }
+    Ok(())
 }
 
 /// A GPU takes memory when it computes for the first time, so it computes a whole micro-batch; a CPU does not, and two

@@ -20,6 +20,8 @@ mod sampling;
 mod schedule;
 mod sequence;
 mod shared;
+#[cfg(test)]
+mod simulation;
 mod sizing;
 mod step;
 mod stop;

@@ -66,6 +66,25 @@ pub(super) fn rung(cells: u32) -> u32 {
     if middle >= cells && middle.is_multiple_of(CELLS_STEP) { middle } else { power }
 }
 
+/// The next smaller size of the ladder; 0 below the smallest.
+fn below(cells: u32) -> u32 {
+    let power = (cells / 2 + cells % 2).checked_next_power_of_two().unwrap_or(1 << 31);
+    let middle = power / 2 * 3;
+    match () {
+        () if cells <= CELLS_STEP => 0,
+        () if middle < cells && middle.is_multiple_of(CELLS_STEP) => middle,
+        () => power,
+    }
+}
+
+/// Cells that may be asked for: after a context of `refused` cells could not be had lately, only smaller ones, but what
+/// is needed to go on (`hard`) if that is less.
+pub(super) fn ceiling(cap: u32, refused: Option<u32>, hard: u32) -> u32 {
+    let Some(refused) = refused else { return cap };
+    let needed = Some(pad(hard)).filter(|&needed| needed < refused).unwrap_or(0);
+    below(refused).max(needed).min(cap)
+}
+
 /// What the sequences take and want, the one to be admitted counted, in cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Demand {
@@ -100,6 +119,84 @@ pub(super) fn decide(cells: u32, cap: u32, demand: Demand, calm: bool) -> Sizing
         return Sizing::Grow { to };
     }
     if hard <= cells { Sizing::Fits } else { Sizing::Wait }
+}
+
+/// What becomes of a request that wants to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// It begins.
+    Begin,
+    /// A larger context first, then the same question again.
+    Grow {
+        /// Cells of the new context.
+        to: u32,
+    },
+    /// It waits for others to end.
+    Wait,
+    /// There is not enough and nobody will make room.
+    Fail,
+}
+
+/// Judges a request by the demand with it. `cap`: what may be asked for now; `may_resize`: no change of size is under
+/// way; `alone`: nobody else runs.
+pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize: bool, alone: bool) -> Admission {
+    match decide(cells, cap, demand, calm) {
+        Sizing::Fits => Admission::Begin,
+        Sizing::Grow { to } if may_resize => Admission::Grow { to },
+        Sizing::Grow { .. } if demand.hard <= cells => Admission::Begin,
+        Sizing::Grow { .. } | Sizing::Wait if alone => Admission::Fail,
+        Sizing::Grow { .. } | Sizing::Wait => Admission::Wait,
+    }
+}
+
+/// What stands against a step that finds no cells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pressure {
+    pub(super) cells: u32,
+    /// Cells that may be asked for now.
+    pub(super) cap: u32,
+    /// Cells that the running sequences aim for.
+    pub(super) aim: u32,
+    /// Finished sequences still have cells.
+    pub(super) kept: bool,
+    /// A context is being made.
+    pub(super) preparing: bool,
+    /// Running sequences with cells.
+    pub(super) holders: usize,
+}
+
+/// What is done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Relief {
+    /// The kept sequence that was of no use for longest goes.
+    DropKept,
+    /// The context that is being made is waited for.
+    AwaitContext,
+    /// A larger context, now.
+    Grow {
+        /// Cells of the new context.
+        to: u32,
+    },
+    /// The youngest gives its cells to the others: the oldest can always finish.
+    Preempt,
+    /// The only one there is wants more than there is.
+    Fail,
+}
+
+/// The cheapest measure that is left.
+pub(super) fn relieve(pressure: Pressure) -> Relief {
+    let Pressure { cells, cap, aim, kept, preparing, holders } = pressure;
+    if kept {
+        Relief::DropKept
+    } else if preparing {
+        Relief::AwaitContext
+    } else if cells < cap {
+        Relief::Grow { to: rung(aim.max(cells + CELLS_STEP)).min(cap) }
+    } else if holders > 1 {
+        Relief::Preempt
+    } else {
+        Relief::Fail
+    }
 }
 
 /// Memory of one device around a change of size, in bytes.
@@ -172,6 +269,41 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn admits() {
+        let cases = [
+            // cells, cap, hard, aim, calm, may resize, alone, admission
+            (4096, 8192, 300, 4096, true, true, true, Admission::Begin),
+            (4096, 8192, 300, 5000, true, true, false, Admission::Grow { to: 6144 }),
+            (4096, 8192, 300, 5000, false, true, false, Admission::Begin),
+            (4096, 8192, 5000, 5000, false, true, true, Admission::Grow { to: 6144 }),
+            (4096, 8192, 5000, 5000, false, false, false, Admission::Wait),
+            (4096, 8192, 5000, 5000, false, false, true, Admission::Fail),
+            (8192, 8192, 9000, 9000, true, true, false, Admission::Wait),
+            (8192, 8192, 9000, 9000, true, true, true, Admission::Fail),
+        ];
+        for (cells, cap, hard, aim, calm, may_resize, alone, expected) in cases {
+            let found = admit(cells, cap, Demand { hard, aim }, calm, may_resize, alone);
+            assert_eq!(found, expected, "{cells} {cap} {hard} {aim} {calm} {may_resize} {alone}");
+        }
+    }
+
+    #[test]
+    fn relieves_by_the_cheapest_measure() {
+        let full = Pressure { cells: 1024, cap: 1024, aim: 3000, kept: false, preparing: false, holders: 2 };
+        let cases = [
+            (Pressure { kept: true, preparing: true, cap: 4096, ..full }, Relief::DropKept),
+            (Pressure { preparing: true, cap: 4096, ..full }, Relief::AwaitContext),
+            (Pressure { cap: 4096, ..full }, Relief::Grow { to: 3072 }),
+            (Pressure { cap: 4096, aim: 900, ..full }, Relief::Grow { to: 1536 }),
+            (full, Relief::Preempt),
+            (Pressure { holders: 1, ..full }, Relief::Fail),
+        ];
+        for (pressure, expected) in cases {
+            assert_eq!(relieve(pressure), expected, "{pressure:?}");
+        }
+    }
 
     #[test]
     fn both_contexts_fit_or_one_or_none() {
@@ -277,6 +409,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_refused_is_not_asked_for_again() {
+        let belows: Vec<u32> = [256, 257, 512, 513, 768, 769, 1024, 1025, 1536, 2048, 6144, 8192].map(below).to_vec();
+        assert_eq!(belows, [0, 256, 256, 512, 512, 768, 768, 1024, 1024, 1536, 4096, 6144]);
+        let cases = [
+            // cap, refused, hard, ceiling
+            (8192, None, 300, 8192),
+            (8192, Some(6144), 300, 4096),
+            (8192, Some(6144), 5000, 5120),
+            (8192, Some(5120), 5000, 4096),
+            (3000, Some(6144), 5000, 3000),
+        ];
+        for (cap, refused, hard, expected) in cases {
+            assert_eq!(ceiling(cap, refused, hard), expected, "{cap} {refused:?} {hard}");
+        }
+    }
+
+    #[test]
     fn decides() {
         let cases = [
             // cells, cap, hard, aim, calm, decision
@@ -307,6 +456,15 @@ mod tests {
                 }
                 Sizing::Wait => prop_assert!(hard > cells.max(cap)),
             }
+        }
+
+        #[test]
+        fn a_ceiling_is_below_what_was_refused(cap in 1u32..8000, refused in 1u32..8000, hard in 0u32..1_000_000) {
+            let (cap, refused) = (cap * CELLS_STEP, refused * CELLS_STEP);
+            let found = ceiling(cap, Some(refused), hard);
+            prop_assert!(found <= cap && found < refused && found.is_multiple_of(CELLS_STEP));
+            prop_assert!(found >= pad(hard).min(cap) || pad(hard) >= refused);
+            prop_assert!(rung(below(refused)) == below(refused) || below(refused) == 0);
         }
 
         #[test]

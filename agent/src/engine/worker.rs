@@ -42,7 +42,8 @@ pub(super) struct Worker {
     cells: u32,
     needs: Needs,
     last_resize: Option<Instant>,
-    resize_refused: Option<Instant>,
+    /// When what size could not be had.
+    resize_refused: Option<(Instant, u32)>,
     // Kept between steps for their memory.
     lanes: Vec<Lane>,
     step: Vec<Chunk>,

@@ -320,7 +320,7 @@ impl Context {
 }
 
 /// Host bytes that llama.cpp takes for each cell beside keys and values, as measured.
-const CELL_METADATA_BYTES: u64 = 52;
+pub(in crate::engine) const CELL_METADATA_BYTES: u64 = 52;
 
 impl Drop for Context {
     fn drop(&mut self) {

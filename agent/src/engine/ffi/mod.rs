@@ -17,7 +17,7 @@ mod shim;
 
 pub(super) use backend::{Device, available_bytes, devices};
 pub(super) use batch::Batch;
-pub(super) use context::{Context, ContextParams, DecodeError, LogprobRow};
+pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow};
 pub(super) use embedding::{EmbeddingContext, Pooling};
 pub(super) use model::{Model, ModelParams};
 pub(super) use sampler::Sampler;

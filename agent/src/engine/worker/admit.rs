@@ -6,7 +6,7 @@ use super::super::error::EngineError;
 use super::super::mailbox::Waiting;
 use super::super::prefix::{Choice, Follow, Holder, Patience, Reuse};
 use super::super::sequence::{Sequence, give_up};
-use super::super::sizing::{self, Sizing};
+use super::super::sizing::{self, Admission};
 use super::Worker;
 
 impl Worker {
@@ -51,23 +51,17 @@ impl Worker {
             // A change of size may take away what was chosen.
             let choice = self.choose(&sequence, true);
             let demand = self.demand(Some((&sequence, self.shared_by(choice.reuse))));
-            match sizing::decide(self.executor.cells(), self.plan.limits.cap, demand, self.calm(now)) {
-                Sizing::Fits => break choice,
-                Sizing::Wait if self.running.is_empty() => {
-                    // Nobody will make room.
-                    let reason =
-                        format!("{} cells do not hold {} tokens", self.executor.cells(), sequence.tokens.len());
+            let (cells, alone) = (self.executor.cells(), self.running.is_empty());
+            let (calm, may_resize) = (self.calm(now), self.may_resize());
+            match sizing::admit(cells, self.ceiling(demand.hard, now), demand, calm, may_resize, alone) {
+                Admission::Begin => break choice,
+                Admission::Grow { to } => self.resize(to)?,
+                Admission::Wait => return Ok(Some(sequence)),
+                Admission::Fail => {
+                    let reason = format!("no more than {cells} cells can be had, {} are needed", demand.hard);
                     self.fail(sequence, EngineError::ContextFull(reason));
                     return Ok(None);
                 }
-                Sizing::Grow { to } if self.may_resize(now) => self.resize(to)?,
-                Sizing::Grow { .. } if demand.hard <= self.executor.cells() => break choice,
-                Sizing::Grow { .. } if self.running.is_empty() => {
-                    let reason = "the context cannot grow any further on this device".to_owned();
-                    self.fail(sequence, EngineError::ContextFull(reason));
-                    return Ok(None);
-                }
-                Sizing::Wait | Sizing::Grow { .. } => return Ok(Some(sequence)),
             }
         };
         if !self.begin(&mut sequence, choice) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::super::error::EngineError;
 use super::super::prefix::Reuse;
 use super::super::sequence::Sequence;
-use super::super::sizing::{self, Demand};
+use super::super::sizing::{self, Demand, Pressure, Relief};
 use super::super::step::Resized;
 use super::Worker;
 
@@ -28,16 +28,21 @@ impl Worker {
         }
     }
 
-    /// The last change of size is long enough ago for one that is only wished for.
+    /// No other change of size is under way, and the last one is long enough ago for one that is only wished for.
     pub(super) fn calm(&self, now: Instant) -> bool {
-        self.last_resize.is_none_or(|last| now.saturating_duration_since(last) >= RESIZE_PAUSE) && self.may_resize(now)
+        let last = self.last_resize.max(self.resize_refused.map(|(last, _)| last));
+        self.may_resize() && last.is_none_or(|last| now.saturating_duration_since(last) >= RESIZE_PAUSE)
     }
 
-    /// No other change is under way, and the last one that failed is long enough ago.
-    pub(super) fn may_resize(&self, now: Instant) -> bool {
-        let refused = self.resize_refused;
+    /// No other change is under way.
+    pub(super) fn may_resize(&self) -> bool {
         self.executor.preparing().is_none()
-            && refused.is_none_or(|last| now.saturating_duration_since(last) >= RESIZE_PAUSE)
+    }
+
+    /// Cells that may be asked for now.
+    pub(super) fn ceiling(&self, hard: u32, now: Instant) -> u32 {
+        let lately = |(last, _): &(Instant, u32)| now.saturating_duration_since(*last) < RESIZE_PAUSE;
+        sizing::ceiling(self.plan.limits.cap, self.resize_refused.filter(lately).map(|(_, cells)| cells), hard)
     }
 
     /// Gives the context another size: beside the running streams where there is memory for both, else at once.
@@ -101,7 +106,7 @@ impl Worker {
             tracing::info!(from, to, milliseconds, emptied, "the context has another size");
             self.last_resize = Some(now);
         } else {
-            self.resize_refused = Some(now);
+            self.resize_refused = Some((now, to));
         }
         self.shared.update(|stats| {
             stats.resizes += u64::from(changed && to > from);
@@ -158,25 +163,33 @@ impl Worker {
 
     /// Makes room for the next step by the cheapest measure that is left.
     pub(super) fn make_room(&mut self) -> Result<(), EngineError> {
-        if self.executor.drop_kept(None) {
-            return Ok(());
+        let demand = self.demand(None);
+        let pressure = Pressure {
+            cells: self.executor.cells(),
+            cap: self.ceiling(demand.hard, Instant::now()),
+            aim: demand.aim,
+            kept: self.executor.pool().oldest_kept(None).is_some(),
+            preparing: self.executor.preparing().is_some(),
+            holders: self.running.iter().filter(|sequence| sequence.cells.is_some()).count(),
+        };
+        let relief = sizing::relieve(pressure);
+        match relief {
+            Relief::DropKept => {
+                self.executor.drop_kept(None);
+                return Ok(());
+            }
+            Relief::AwaitContext => return self.take_prepared(true),
+            Relief::Grow { to } => {
+                self.resize(to)?;
+                return self.take_prepared(true);
+            }
+            Relief::Preempt | Relief::Fail => {}
         }
-        let now = Instant::now();
-        let cells = self.executor.cells();
-        let cap = self.plan.limits.cap;
-        if self.executor.preparing().is_some() {
-            return self.take_prepared(true);
-        }
-        if cells < cap && self.may_resize(now) {
-            let Demand { hard: _, aim } = self.demand(None);
-            self.resize(sizing::rung(aim.max(cells + sizing::CELLS_STEP)).min(cap))?;
-            return self.take_prepared(true);
-        }
-        // The oldest can always finish. Those that wait for another's prompt have no cells to give.
+        // Those that wait for another's prompt have no cells to give.
         let Some(youngest) = self.running.iter().rposition(|sequence| sequence.cells.is_some()) else { return Ok(()) };
         let mut youngest = self.running.remove(youngest);
-        if !self.running.iter().any(|sequence| sequence.cells.is_some()) {
-            let reason = format!("no more than {cells} cells can be had");
+        if relief == Relief::Fail {
+            let reason = format!("no more than {} cells can be had", pressure.cells);
             self.fail(youngest, EngineError::ContextFull(reason));
             return Ok(());
         }
