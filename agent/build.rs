@@ -6,10 +6,12 @@ use std::{env, fs};
 const FOLDER: &str = "src/engine/ffi";
 
 /// One for each topic.
-const SOURCES: [&str; 2] = ["shim.cpp", "shim_sampler.cpp"];
+const SOURCES: [&str; 4] = ["allowance.cpp", "shim.cpp", "shim_chat.cpp", "shim_sampler.cpp"];
+
+const HEADERS: [&str; 4] = ["allowance.h", "guard.h", "shim.h", "shim_chat.h"];
 
 fn main() -> Result<(), String> {
-    for file in ["guard.h", "shim.h"].iter().chain(&SOURCES) {
+    for file in HEADERS.iter().chain(&SOURCES) {
         println!("cargo:rerun-if-changed={FOLDER}/{file}");
     }
     println!("cargo:rerun-if-env-changed=DEP_LLAMA_ROOT");
@@ -24,6 +26,8 @@ fn main() -> Result<(), String> {
         .include(source.join("include"))
         .include(source.join("ggml/include"))
         .include(source.join("src"))
+        .include(source.join("common"))
+        .include(source.join("vendor"))
         .files(SOURCES.map(|file| format!("{FOLDER}/{file}")))
         .opt_level(2)
         .warnings(false)

@@ -20,7 +20,7 @@
 //! an `error` event.
 
 mod body;
-mod chat;
+pub mod chat;
 pub mod completions;
 mod dialect;
 pub mod embed;
@@ -30,7 +30,6 @@ mod form;
 mod frames;
 mod health;
 mod intake;
-mod messages;
 mod models;
 mod openai;
 mod output;
@@ -38,7 +37,6 @@ pub mod params;
 mod request_id;
 mod run;
 mod state;
-mod template;
 mod wire;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -51,9 +49,7 @@ use axum::routing::{get, post};
 
 pub use body::DEFAULT_BODY_LIMIT;
 pub use error::ApiError;
-pub use messages::MAX_MESSAGES;
 pub use state::{ApiOptions, ApiState, ApiStateError};
-pub use template::{ChatTemplate, TemplateError};
 
 pub(crate) use body::{check_content_length, check_content_type, collect, malformed};
 pub(crate) use embed::PATHS as EMBEDDING_PATHS;

@@ -9,10 +9,8 @@ pub(crate) enum Delta {
     /// Text for the user.
     Content(String),
     /// Text of the model's reasoning.
-    #[expect(dead_code, reason = "chat's parser makes it")]
     Reasoning(String),
     /// A tool call begins. `index` counts the calls of this choice from 0.
-    #[expect(dead_code, reason = "chat's parser makes it")]
     ToolCall {
         /// Of the call.
         index: u32,
@@ -22,7 +20,6 @@ pub(crate) enum Delta {
         name: String,
     },
     /// More of the call's arguments: a piece of JSON text.
-    #[expect(dead_code, reason = "chat's parser makes it")]
     ToolArguments {
         /// Of the call.
         index: u32,

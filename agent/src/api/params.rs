@@ -82,6 +82,7 @@ impl Params {
                     sampling: SamplingParams { seed, ..sampling.clone() },
                     grammar: None,
                     stop: stop.clone(),
+                    preserved: Vec::new(),
                     ignore_eos: *ignore_eos,
                     logprobs,
                     deadline: Some(visit.queue_deadline),

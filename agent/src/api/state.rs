@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::body::DEFAULT_BODY_LIMIT;
 use super::error::{ApiError, clip};
 use super::fields;
-use super::template::{ChatTemplate, TemplateError};
+use crate::engine::chat::{ChatError, ChatTemplates};
 use crate::engine::{Ability, Engine, SamplingParams};
 use crate::metrics::WorkerMetrics;
 use crate::runner::protocol::RunnerConfig;
@@ -65,7 +65,7 @@ struct Inner {
     names: [String; 2],
     created: u64,
     defaults: SamplingParams,
-    template: Option<Result<ChatTemplate, TemplateError>>,
+    templates: Option<Result<ChatTemplates, ChatError>>,
     metrics: Arc<WorkerMetrics>,
     options: ApiOptions,
     queue_timeout: Duration,
@@ -85,16 +85,14 @@ impl ApiState {
         let seconds = |number: i32| Duration::from_secs(u64::try_from(number).unwrap_or(0).max(1));
         let max_queued = u32::try_from(*max_queued).unwrap_or(0);
         let parallel = engine.report().parallel.max(1);
-        let facts = engine.model();
-        let compile = |source: &String| ChatTemplate::compile(source, &facts.bos_text, &facts.eos_text);
-        let template = facts.chat_template.as_ref().map(compile);
-        if let Some(Err(error)) = &template {
+        let templates = engine.chat_templates();
+        if let Some(Err(error)) = &templates {
             tracing::warn!(%error, "chat completions will be refused");
         }
         // Some more than run and wait: who comes to a full queue reads "queue full", not a connection that hangs.
         let in_flight = max_queued.saturating_add(parallel).saturating_add(8) as usize;
         Ok(Self(Arc::new(Inner {
-            template,
+            templates,
             engine,
             served_name: config.served_name.clone(),
             names: [config.name.clone(), format!("{}/{}", config.namespace, config.name)],
@@ -168,15 +166,15 @@ impl ApiState {
         seconds
     }
 
-    pub(crate) fn template(&self) -> Result<&ChatTemplate, ApiError> {
+    pub(crate) fn templates(&self) -> Result<&ChatTemplates, ApiError> {
         if !self.0.engine.model().can(Ability::Completion) {
             return Err(ApiError::unsupported(
                 "model",
                 "this model generates no text: see its capabilities in /v1/models",
             ));
         }
-        match &self.0.template {
-            Some(Ok(template)) => Ok(template),
+        match &self.0.templates {
+            Some(Ok(templates)) => Ok(templates),
             Some(Err(error)) => Err(ApiError::invalid("messages", error.to_string())),
             None => Err(ApiError::invalid(
                 "messages",

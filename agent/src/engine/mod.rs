@@ -5,6 +5,7 @@
 //! unsafe code of the project.
 
 mod capability;
+pub mod chat;
 mod check;
 mod embed;
 mod error;
@@ -46,6 +47,7 @@ pub use sampling::{
 };
 
 use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
+use chat::{ChatError, ChatTemplates};
 use ffi::{Model, Sampler};
 use load::Loaded;
 use mailbox::{Mailbox, Waiting};
@@ -318,6 +320,15 @@ impl Engine {
     #[must_use]
     pub fn activity(&self) -> watch::Receiver<Activity> {
         self.inner.queue.activity()
+    }
+
+    /// Compiles the model's chat templates; `None`: it has none.
+    #[must_use]
+    pub fn chat_templates(&self) -> Option<Result<ChatTemplates, ChatError>> {
+        let Inner { model, facts, .. } = &*self.inner;
+        let source = facts.chat_template.as_deref()?;
+        let replaced = model.chat_template().as_deref() != Some(source);
+        Some(ChatTemplates::of_model(model, source, replaced, &facts.bos_text, &facts.eos_text))
     }
 
     /// Text to tokens. `add_special` puts the model's own first token before it; `parse_special` reads control tokens

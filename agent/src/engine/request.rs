@@ -31,6 +31,8 @@ pub struct GenerateRequest {
     pub grammar: Option<Grammar>,
     /// Texts that end the generation; they never appear in the output.
     pub stop: Vec<String>,
+    /// Control tokens whose text belongs to the output: marks of reasoning and of tool calls.
+    pub preserved: Vec<Token>,
     /// Goes on after the model's end-of-generation token, as benchmarks do.
     pub ignore_eos: bool,
     /// `Some(n)`: the log-probability of each token, and of the `n` most probable ones (at most [`MAX_TOP_LOGPROBS`]).
@@ -52,6 +54,7 @@ impl Default for GenerateRequest {
             sampling: SamplingParams::default(),
             grammar: None,
             stop: Vec::new(),
+            preserved: Vec::new(),
             ignore_eos: false,
             logprobs: None,
             deadline: None,

@@ -53,6 +53,7 @@ pub(super) struct Sequence {
     limit: usize,
     cached: usize,
     ignore_eos: bool,
+    preserved: Vec<Token>,
     text: TextAssembler,
     events: Sender<GenerateEvent>,
     /// For the last text and the last event, so that a full channel cannot lose them.
@@ -82,6 +83,7 @@ impl Sequence {
             sampling: _,
             grammar: _,
             stop,
+            preserved,
             ignore_eos,
             logprobs,
             deadline,
@@ -111,6 +113,7 @@ impl Sequence {
             limit,
             cached: 0,
             ignore_eos,
+            preserved,
             text: TextAssembler::new(stop),
             last: [reserve()?, reserve()?],
             events,
@@ -218,7 +221,7 @@ impl Sequence {
             return Ok(Some(FinishReason::Stop));
         }
         let logprob = logprobs.map(|row| described(model, token, row)).transpose()?;
-        model.append_piece(token, false, self.text.buffer())?;
+        model.append_piece(token, self.preserved.contains(&token), self.text.buffer())?;
         let passed = self.text.advance();
         if !passed.text.is_empty() || logprob.is_some() {
             // The channel has room, because a sequence whose channel is full takes no part in a step; a reader that

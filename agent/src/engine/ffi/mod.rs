@@ -8,6 +8,7 @@
 
 mod backend;
 mod batch;
+mod chat;
 mod context;
 mod embedding;
 mod log;
@@ -17,6 +18,7 @@ mod shim;
 
 pub(super) use backend::{Device, available_bytes, devices};
 pub(super) use batch::Batch;
+pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow};
 pub(super) use embedding::{EmbeddingContext, Pooling};
 pub(super) use model::{Model, ModelParams};

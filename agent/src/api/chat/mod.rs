@@ -1,0 +1,328 @@
+//! `POST /v1/chat/completions`, and what the other chat APIs have of it: their bodies become these fields.
+//!
+//! | field | |
+//! |---|---|
+//! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text or text parts |
+//! | `tools`, `tool_choice`, `parallel_tool_calls` | functions, at most 128 in 512 KiB; `auto`, `none`, `required` or a function's name. Where a call must come, a grammar sees to it. One call at a time where the template renders no more |
+//! | `response_format` | `text`, `json_object` (any, or its `schema`), `json_schema`; not together with tools that may be called |
+//! | `enable_thinking`, `reasoning_effort` | whether and how hard the model thinks, where its template knows; `reasoning_effort: none` is off |
+//! | `reasoning_format` | where its reasoning stands: `auto` and `deepseek`: in `reasoning_content`; `none`: in `content` as the model writes it; `deepseek-legacy`: in both of a whole answer, in `content` of a stream |
+//! | `reasoning_budget_tokens`, `reasoning_budget`, `thinking_budget_tokens` | 0: no reasoning; -1: as much as the model likes |
+//! | `chat_template_kwargs` | variables for the template, at most 64 KiB |
+//! | `continue_final_message` | `true`, `content`, `reasoning_content`: the last message, the assistant's, goes on. Without the field a last message of the assistant goes on too, as with llama-server; `false` ends it |
+//! | `add_generation_prompt` | `false`: the prompt ends with the last message |
+//! | `logprobs`, `top_logprobs` | of the tokens as the model wrote them, markers of calls and reasoning included |
+//!
+//! Templates, formats and parsers are llama.cpp's ([`crate::engine::chat`]). `finish_reason` is `tool_calls` where the
+//! model called and stopped. An output that does not follow its format is content.
+
+mod grammar;
+mod messages;
+mod parser;
+mod settings;
+mod tools;
+
+use std::sync::Arc;
+
+use axum::response::Response;
+use serde_json::Value;
+
+use super::ApiState;
+use super::dialect::{ChoiceJob, Dialect, Job};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::intake::{Intake, Visit};
+use super::openai::OpenAi;
+use super::output::{OutputParser, PlainText};
+use super::params::Params;
+use super::run;
+use super::wire::Shape;
+use crate::engine::chat::{ChatError, ChatFormat, ChatInput, ChatTemplates, Continuation, Rendered};
+use crate::engine::{Grammar, MAX_TOP_LOGPROBS, SamplingParams, Token};
+use grammar::Demands;
+use parser::{ChatParser, Reading};
+use settings::{ReasoningFormat, ResponseFormat, Settings};
+use tools::Tools;
+
+pub use messages::{MAX_CALLS, MAX_MESSAGES};
+pub use settings::MAX_VARIABLES_BYTES;
+pub use tools::{MAX_TOOL_NAME_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES};
+
+/// The handler.
+pub(super) async fn chat_completions(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit, fields } = intake;
+    let request = ChatRequest::read(fields, state.defaults())?;
+    let dialect = OpenAi::new(&state, Shape::Chat, request.params.include_usage, request.logprobs.is_some());
+    converse(&state, visit, request, Box::new(dialect)).await
+}
+
+/// Answers a chat, whichever dialect asked.
+pub(super) async fn converse(
+    state: &ApiState,
+    visit: Visit,
+    request: ChatRequest,
+    dialect: Box<dyn Dialect>,
+) -> Result<Response, ApiError> {
+    let (request, prepared) = state
+        .prepare(move |state| {
+            let prepared = request.prepare(state)?;
+            Ok((request, prepared))
+        })
+        .await?;
+    let Prepared { prompt, grammar, stops, preserved, answers } = prepared;
+    let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
+    for request in &mut requests {
+        // Without its grammar a call that the model may make is read as well as it is written.
+        let may_be_free = matches!(&grammar, Some(Grammar::Gbnf { lazy: Some(_), .. }));
+        if grammar.is_some() && !may_be_free {
+            request.grammar.clone_from(&grammar);
+        }
+        request.stop.extend(stops.iter().cloned());
+        request.preserved.clone_from(&preserved);
+    }
+    let per_prompt = requests.len();
+    let choice = |request| Ok(ChoiceJob { request, parser: answers.parser()? });
+    let choices = requests.into_iter().map(choice).collect::<Result<_, ApiError>>()?;
+    run::answer(state, visit, Job { dialect, choices, per_prompt, stream: request.params.stream }).await
+}
+
+/// A chat request, checked.
+#[derive(Debug)]
+pub(crate) struct ChatRequest {
+    pub(crate) params: Params,
+    pub(crate) logprobs: Option<u32>,
+    messages: Vec<Value>,
+    tools: Tools,
+    settings: Settings,
+}
+
+/// A chat request, rendered.
+pub(crate) struct Prepared {
+    /// Tokens of the conversation.
+    pub(crate) prompt: Vec<Token>,
+    /// What the answer must be.
+    pub(crate) grammar: Option<Grammar>,
+    /// Texts that end the answer, beside the client's own.
+    pub(crate) stops: Vec<String>,
+    /// Control tokens whose text belongs to the answer.
+    pub(crate) preserved: Vec<Token>,
+    /// How the answers are read.
+    pub(crate) answers: Answers,
+}
+
+/// How the answers to a request are read.
+pub(crate) struct Answers {
+    format: Arc<ChatFormat>,
+    /// `None`: all text is content.
+    reading: Option<Reading>,
+}
+
+impl Answers {
+    /// For one choice.
+    pub(crate) fn parser(&self) -> Result<Box<dyn OutputParser>, ApiError> {
+        let Some(reading) = &self.reading else { return Ok(Box::new(PlainText)) };
+        let reader = self.format.reader().map_err(|error| ApiError::internal(error.to_string()))?;
+        Ok(Box::new(ChatParser::new(reader, reading.clone())))
+    }
+}
+
+impl ChatRequest {
+    pub(crate) fn read(mut fields: Fields, defaults: &SamplingParams) -> Result<Self, ApiError> {
+        let tools = Tools::read(&mut fields)?;
+        let settings = Settings::read(&mut fields)?;
+        let params = Params::read(&fields, defaults)?;
+        if tools.may_call() && settings.response_format != ResponseFormat::Text {
+            let message =
+                "'response_format' cannot be combined with 'tools' that may be called: set 'tool_choice' to none";
+            return Err(ApiError::unsupported("response_format", message));
+        }
+        let logprobs = logprobs(&fields)?;
+        let messages = messages::read(fields.take("messages"))?;
+        let request = Self { params, logprobs, messages, tools, settings };
+        let asked = request.settings.continuation.is_some_and(|continuation| continuation != Continuation::None);
+        if asked && request.continuation() == Continuation::None {
+            let message = "'continue_final_message' needs a last message that is the assistant's and calls no tool";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
+        Ok(request)
+    }
+
+    /// Renders and tokenises; takes as long as the conversation is.
+    pub(crate) fn prepare(&self, state: &ApiState) -> Result<Prepared, ApiError> {
+        let templates = state.templates()?;
+        let capabilities = templates.capabilities();
+        if self.tools.may_call() && !capabilities.supports_tools && !capabilities.supports_tool_calls {
+            let message =
+                "this model's chat template has no place for tools: set spec.model.chatTemplate to one that has";
+            return Err(ApiError::unsupported("tools", message));
+        }
+        let parallel = self.tools.parallel.unwrap_or(capabilities.supports_parallel_tool_calls);
+        let (Rendered { prompt, format }, schema) = self.render(templates, parallel)?;
+        let engine = state.engine();
+        let tokenize = |text: &str, add_special| {
+            engine.tokenize(text, add_special, true).map_err(|error| ApiError::internal(error.to_string()))
+        };
+        // Templates write the first token themselves, most of them; the model must not see it twice.
+        let model = engine.model();
+        let add_special = model.adds_bos && !model.bos_text.is_empty() && !prompt.starts_with(&model.bos_text);
+        let tokens = tokenize(&prompt, add_special)?;
+        let single = |text: &str| tokenize(text, false).ok().filter(|tokens| tokens.len() == 1)?.first().copied();
+        let demands = Demands {
+            call_first: self.tools.must_call() && self.continuation() == Continuation::None,
+            one_call: self.tools.may_call() && !parallel,
+        };
+        let grammar = schema.or_else(|| grammar::of(&format, demands, single));
+        if self.tools.must_call() && grammar.is_none() {
+            let message =
+                "llama.cpp cannot tell from this model's chat template how it calls tools: set spec.model.chatTemplate";
+            return Err(ApiError::unsupported("tool_choice", message));
+        }
+        Ok(Prepared {
+            prompt: tokens,
+            grammar,
+            stops: format.additional_stops.clone(),
+            preserved: format.preserved_tokens.iter().filter_map(|text| single(text)).collect(),
+            answers: Answers { reading: self.reading(state, &format, parallel), format },
+        })
+    }
+
+    /// The prompt, and the grammar of its answer where it is a schema's alone.
+    fn render(&self, templates: &ChatTemplates, parallel: bool) -> Result<(Rendered, Option<Grammar>), ApiError> {
+        let Settings { reasoning_format, enable_thinking, ref variables, add_generation_prompt, .. } = self.settings;
+        let parse_reasoning = match reasoning_format {
+            ReasoningFormat::None => false,
+            ReasoningFormat::Apart => true,
+            ReasoningFormat::Both => !self.params.stream,
+        };
+        let input = ChatInput {
+            messages: &self.messages,
+            tools: &self.tools.list,
+            tool_choice: &self.tools.choice,
+            parallel_tool_calls: parallel,
+            json_schema: None,
+            add_generation_prompt,
+            continuation: self.continuation(),
+            enable_thinking,
+            parse_reasoning,
+            variables,
+        };
+        let rendered = templates.render(&input).map_err(|error| self.refused(&error))?;
+        let ResponseFormat::Schema(schema) = &self.settings.response_format else { return Ok((rendered, None)) };
+        let thinks = enable_thinking && rendered.format.thinking.is_some();
+        if !thinks && input.continuation == Continuation::None {
+            return Ok((rendered, Some(Grammar::JsonSchema(schema.clone()))));
+        }
+        // The grammar has to know what comes before the JSON, which is llama.cpp's to say.
+        let input = ChatInput { json_schema: Some(schema), tools: &[], ..input };
+        let formed = templates.render(&input).map_err(|error| self.refused(&error))?;
+        Ok((Rendered { prompt: rendered.prompt, format: formed.format }, None))
+    }
+
+    /// Whether the last message goes on: as asked, else if it is the assistant's and complete with no call.
+    fn continuation(&self) -> Continuation {
+        let goes_on = self.messages.last().is_some_and(|last| {
+            last.get("role").and_then(Value::as_str) == Some("assistant") && last.get("tool_calls").is_none()
+        });
+        match self.settings.continuation {
+            _ if !goes_on => Continuation::None,
+            Some(continuation) => continuation,
+            None if self.settings.add_generation_prompt => Continuation::Auto,
+            None => Continuation::None,
+        }
+    }
+
+    /// `None`: there is nothing to tell apart.
+    fn reading(&self, state: &ApiState, format: &ChatFormat, parallel: bool) -> Option<Reading> {
+        let may_call = self.tools.may_call();
+        if !may_call && format.plain {
+            return None;
+        }
+        let repeat = self.settings.reasoning_format == ReasoningFormat::Both && !self.params.stream;
+        let template = state.engine().model().chat_template.as_deref().unwrap_or_default();
+        Some(Reading {
+            streamed: self.params.stream,
+            names: self.tools.names(),
+            most_calls: match (may_call, parallel) {
+                (false, _) => 0,
+                (true, false) => 1,
+                (true, true) => MAX_CALLS,
+            },
+            short_ids: template.contains("length != 9"),
+            thinking: format.thinking.clone(),
+            repeat_reasoning: repeat,
+        })
+    }
+
+    fn refused(&self, error: &ChatError) -> ApiError {
+        let param = match error {
+            ChatError::Other(_) if !self.tools.list.is_empty() => "tools",
+            ChatError::Other(_) if self.settings.response_format != ResponseFormat::Text => "response_format",
+            _ => "messages",
+        };
+        ApiError::invalid(param, error.to_string())
+    }
+}
+
+fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    let wanted = fields.boolean("logprobs")?.unwrap_or(false);
+    let top = fields.integer("top_logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?;
+    match (wanted, top) {
+        (false, Some(top)) if top > 0 => {
+            Err(ApiError::invalid("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true"))
+        }
+        (false, _) => Ok(None),
+        (true, top) => Ok(Some(top.and_then(|top| u32::try_from(top).ok()).unwrap_or(0))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::body::parse_object;
+
+    fn read(json: &str) -> Result<ChatRequest, ApiError> {
+        ChatRequest::read(Fields(parse_object(json.as_bytes()).unwrap()), &SamplingParams::default())
+    }
+
+    #[test]
+    fn log_probabilities() {
+        let hello = r#""messages": [{"role": "user", "content": "hi"}]"#;
+        let wants = |extra: &str| read(&format!("{{{hello}{extra}}}")).map(|request| request.logprobs);
+        assert_eq!(wants("").unwrap(), None);
+        assert_eq!(wants(r#", "logprobs": false, "top_logprobs": 0"#).unwrap(), None);
+        assert_eq!(wants(r#", "logprobs": true"#).unwrap(), Some(0));
+        assert_eq!(wants(r#", "logprobs": true, "top_logprobs": 20"#).unwrap(), Some(20));
+        for (extra, param) in [
+            (r#", "top_logprobs": 2"#, "top_logprobs"),
+            (r#", "logprobs": true, "top_logprobs": 21"#, "top_logprobs"),
+            (r#", "logprobs": 3"#, "logprobs"),
+            (r#", "chat_template_kwargs": []"#, "chat_template_kwargs"),
+            (
+                r#", "response_format": {"type": "json_object"}, "tools": [{"type": "function", "function": {"name": "f"}}]"#,
+                "response_format",
+            ),
+        ] {
+            assert_eq!(wants(extra).unwrap_err().param.as_deref(), Some(param), "{extra}");
+        }
+    }
+
+    #[test]
+    fn a_last_message_of_the_assistant_goes_on() {
+        let user = r#"{"role": "user", "content": "hi"}"#;
+        let assistant = r#"{"role": "assistant", "content": "Well,"}"#;
+        let calls = r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}"#;
+        for (messages, extra, expected) in [
+            (user.to_owned(), "", Continuation::None),
+            (format!("{user}, {assistant}"), "", Continuation::Auto),
+            (format!("{user}, {assistant}"), r#", "continue_final_message": false"#, Continuation::None),
+            (format!("{user}, {assistant}"), r#", "continue_final_message": "content""#, Continuation::Content),
+            (format!("{user}, {assistant}"), r#", "add_generation_prompt": false"#, Continuation::None),
+            (format!("{user}, {calls}"), "", Continuation::None),
+        ] {
+            let request = read(&format!(r#"{{"messages": [{messages}]{extra}}}"#)).unwrap();
+            assert_eq!(request.continuation(), expected, "{messages}{extra}");
+        }
+        let error = read(&format!(r#"{{"messages": [{user}], "continue_final_message": true}}"#)).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("continue_final_message"));
+    }
+}
