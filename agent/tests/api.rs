@@ -234,6 +234,151 @@ async fn completions_take_text_and_tokens() {
     assert_eq!(text, expected);
 }
 
+const MESSAGES: &str = "/v1/messages";
+const RESPONSES: &str = "/v1/responses";
+
+/// The named events of a stream, each of which has its name as its type.
+async fn named_events(node: &Node, path: &str, body: &Value) -> Vec<Value> {
+    let response = node.post(path, body).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
+    let text = response.text().await.unwrap();
+    let one = |event: &str| {
+        let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        data
+    };
+    text.trim_end().split("\n\n").filter(|event| !event.starts_with(':')).map(one).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_answered_in_anthropics_form() {
+    let node = Node::start().await;
+    let body = json!({"model": "toy-chat", "max_tokens": 100, "messages": [{"role": "user", "content": QUESTION}]});
+    let answer = node.json(MESSAGES, &body).await;
+    assert_eq!(
+        (&answer["type"], &answer["role"], &answer["model"]),
+        (&json!("message"), &json!("assistant"), &json!("toy-chat"))
+    );
+    assert_eq!(answer["content"], json!([{"type": "text", "text": ANSWER}]));
+    assert_eq!((&answer["stop_reason"], &answer["stop_sequence"]), (&json!("end_turn"), &Value::Null));
+    let prompt = answer["usage"]["input_tokens"].as_u64().unwrap()
+        + answer["usage"]["cache_read_input_tokens"].as_u64().unwrap();
+    let counted = node.json("/v1/messages/count_tokens", &with(body.clone(), json!({"max_tokens": null}))).await;
+    assert_eq!(counted, json!({"input_tokens": prompt}));
+
+    let events = named_events(&node, MESSAGES, &with(body.clone(), json!({"stream": true}))).await;
+    assert_eq!(events[0]["message"]["usage"]["input_tokens"], prompt);
+    assert_eq!(events[1]["content_block"], json!({"type": "text", "text": ""}));
+    let text: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
+    assert_eq!(text, ANSWER);
+    let end: Vec<_> = events[events.len() - 3..].iter().map(|event| event["type"].as_str().unwrap()).collect();
+    assert_eq!(end, ["content_block_stop", "message_delta", "message_stop"]);
+    assert_eq!(events[events.len() - 2]["usage"]["output_tokens"], answer["usage"]["output_tokens"]);
+
+    let cut = node.json(MESSAGES, &with(body.clone(), json!({"max_tokens": 2}))).await;
+    assert_eq!((&cut["stop_reason"], &cut["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(2)));
+    for (more, status, kind) in [
+        (json!({"model": "claude"}), 404, "not_found_error"),
+        (json!({"max_tokens": null}), 400, "invalid_request_error"),
+        (json!({"messages": "hi"}), 400, "invalid_request_error"),
+    ] {
+        let response = node.post(MESSAGES, &with(body.clone(), more)).await;
+        assert_eq!(response.status(), status);
+        let id = response.headers()["request-id"].to_str().unwrap().to_owned();
+        assert_eq!(response.headers()["x-request-id"], id);
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(
+            (&error["type"], &error["error"]["type"], &error["request_id"]),
+            (&json!("error"), &json!(kind), &json!(id))
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn responses_are_answered_without_state() {
+    let node = Node::start().await;
+    let body = json!({"model": "toy-chat", "input": QUESTION, "store": true});
+    let answer = node.json(RESPONSES, &body).await;
+    assert_eq!(
+        (&answer["object"], &answer["status"], &answer["store"]),
+        (&json!("response"), &json!("completed"), &json!(false))
+    );
+    assert_eq!(
+        answer["output"][0]["content"],
+        json!([{"type": "output_text", "text": ANSWER, "annotations": [], "logprobs": []}])
+    );
+    let usage = &answer["usage"];
+    assert_eq!(
+        usage["total_tokens"].as_u64().unwrap(),
+        usage["input_tokens"].as_u64().unwrap() + usage["output_tokens"].as_u64().unwrap()
+    );
+
+    let items =
+        json!({"input": [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}], "stream": true});
+    let events = named_events(&node, RESPONSES, &with(body.clone(), items)).await;
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let text: String = deltas.filter_map(|event| event["delta"].as_str()).collect();
+    assert_eq!(text, ANSWER);
+    for (number, event) in events.iter().enumerate() {
+        assert_eq!(event["sequence_number"], number);
+    }
+    let last = &events[events.len() - 1];
+    assert_eq!(
+        (&last["type"], &last["response"]["output"][0]["content"]),
+        (&json!("response.completed"), &answer["output"][0]["content"])
+    );
+
+    let cut = node.json(RESPONSES, &with(body.clone(), json!({"max_output_tokens": 2}))).await;
+    assert_eq!(
+        (&cut["status"], &cut["incomplete_details"]["reason"]),
+        (&json!("incomplete"), &json!("max_output_tokens"))
+    );
+    let probable = with(
+        body.clone(),
+        json!({"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 2}),
+    );
+    let probable = node.json(RESPONSES, &probable).await;
+    let tokens = probable["output"][0]["content"][0]["logprobs"].as_array().unwrap();
+    assert_eq!((tokens.len(), tokens[0]["top_logprobs"].as_array().unwrap().len()), (2, 2));
+    let refused = node.post(RESPONSES, &with(body, json!({"previous_response_id": "resp_1"}))).await;
+    assert_eq!(refused.status(), 400);
+    let error: Value = refused.json().await.unwrap();
+    assert_eq!(
+        (&error["error"]["param"], &error["error"]["code"]),
+        (&json!("previous_response_id"), &json!("unsupported_parameter"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_fails_ends_in_its_apis_own_words() {
+    let node = Node::start_with(|config| {
+        config.traffic.request_timeout_seconds = 1;
+        config.context.max_tokens = Some(8192);
+    })
+    .await;
+    let forever = json!({"stream": true, "ignore_eos": true});
+    let text = async |path: &str, body: Value| {
+        let response = node.post(path, &with(body, forever.clone())).await;
+        assert_eq!(response.status(), 200);
+        response.text().await.unwrap()
+    };
+    let (a, b) = futures::future::join(
+        text(MESSAGES, json!({"max_tokens": 8000, "messages": [{"role": "user", "content": "Sing."}]})),
+        text(RESPONSES, json!({"input": "Sing."})),
+    )
+    .await;
+    let end = |text: &str| text.trim_end().rsplit("\n\n").next().unwrap().to_owned();
+    let said = end(&a);
+    assert!(said.starts_with("event: error\n") && said.contains(r#""type":"timeout_error""#), "{said}");
+    assert!(!a.contains("message_stop"));
+    let said = end(&b);
+    assert!(said.starts_with("event: response.failed\n") && said.contains(r#""status":"failed""#), "{said}");
+    assert!(b.contains("event: error\n") && b.contains(r#""code":"request_timeout""#), "{b}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn parameters_reach_the_engine() {
     let node = Node::start().await;

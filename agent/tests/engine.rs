@@ -87,7 +87,7 @@ async fn read(mut generation: Generation) -> Answer {
                 tokens.push(token);
                 logprobs.extend(logprob);
             }
-            Some(GenerateEvent::Done { finish_reason, usage, timings }) => {
+            Some(GenerateEvent::Done { finish_reason, stop: _, usage, timings }) => {
                 assert!(next(&mut generation).await.is_none(), "something comes after the end");
                 return Answer { text, tokens, logprobs, end: Ok((finish_reason, usage, timings)) };
             }

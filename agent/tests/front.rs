@@ -333,6 +333,39 @@ async fn an_error_after_a_ping_is_an_error_event() {
     assert!(text.contains("event: error\ndata: {") && text.contains("InsufficientMemory: needs 9 GiB"), "{text}");
 }
 
+/// Each path's errors and signs of life are its API's own, also where no worker has been asked yet.
+#[tokio::test]
+async fn every_api_is_held_and_refused_in_its_own_words() {
+    let node = Node::start(|config| config.limits.ping_interval = Duration::from_millis(30)).await;
+    let url = node.model("toy", |_| ()).await;
+    let ask =
+        async |path: &str, body: Value| node.client.post(format!("{url}{path}")).json(&body).send().await.unwrap();
+    let unknown = ask("/v1/messages", json!({"model": "claude"})).await;
+    assert_eq!(unknown.status(), 404);
+    assert_eq!(unknown.headers()["request-id"], unknown.headers()["x-request-id"]);
+    let unknown: Value = unknown.json().await.unwrap();
+    assert_eq!((&unknown["type"], &unknown["error"]["type"]), (&json!("error"), &json!("not_found_error")));
+    for (path, ping, refusal) in [
+        ("/v1/messages", "event: ping\ndata: {\"type\": \"ping\"}\n\n", "\"type\":\"overloaded_error\""),
+        ("/v1/responses", ": ping\n\n", "\"code\":\"model_unavailable\""),
+    ] {
+        node.front.route("toy", Route::Loading);
+        let held = ask(path, json!({"stream": true})).await;
+        assert_eq!(
+            (held.status().as_u16(), &held.headers()["content-type"]),
+            (200, &"text/event-stream".parse().unwrap())
+        );
+        let mut pieces = held.bytes_stream();
+        assert_eq!(within("a ping", pieces.next()).await.unwrap().unwrap(), ping);
+        node.front
+            .route("toy", Route::Unavailable { reason: "InsufficientMemory".into(), message: "needs 9 GiB".into() });
+        let rest: Vec<Bytes> = within("the end", pieces.map(Result::unwrap).collect()).await;
+        let text = String::from_utf8(rest.concat()).unwrap().replace(ping, "");
+        assert!(text.starts_with("event: error\ndata: {") && text.contains(r#""type":"error""#), "{path}: {text}");
+        assert!(text.contains(refusal) && text.contains("needs 9 GiB"), "{path}: {text}");
+    }
+}
+
 #[tokio::test]
 async fn tokens_are_passed_on_as_they_come() {
     let node = Node::start(|_| ()).await;
@@ -544,6 +577,8 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
         assert_eq!(response.headers()["www-authenticate"], "Bearer");
         error(response, 401, "invalid_api_key").await;
     }
+    let with_key = node.client.get(node.shared("/v1/models")).header("x-api-key", "s3cret");
+    assert_eq!(with_key.send().await.unwrap().status(), 200, "where Anthropic's clients put it");
     let models: Value = get("/v1/models", Some("s3cret")).await.unwrap().json().await.unwrap();
     let listed: Vec<_> = models["data"]
         .as_array()

@@ -90,9 +90,11 @@ pub(crate) enum Finish {
 }
 
 /// How a choice ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct End {
     pub(crate) finish: Finish,
+    /// The stop text that came: one of the client's, or of the model's format.
+    pub(crate) stop: Option<String>,
     pub(crate) usage: Usage,
     pub(crate) timings: Timings,
 }
@@ -130,8 +132,67 @@ impl Tally {
 
     /// Sums over the choices that have ended.
     pub(crate) fn totals(&self) -> (UsageBody, TimingsBody) {
-        let ended = |end: &Option<End>| end.map_or_else(Default::default, |end| (end.usage, end.timings));
+        let ended = |end: &Option<End>| end.as_ref().map_or_else(Default::default, |end| (end.usage, end.timings));
         let ended: Vec<_> = self.ends.iter().map(ended).collect();
         wire::totals(&ended, self.per_prompt)
+    }
+}
+
+/// What a dialect says, for tests of dialects.
+#[cfg(test)]
+pub(crate) mod testing {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// A choice that ended so after 10 prompt tokens, 4 of them cached, and 6 more.
+    pub(crate) fn ended(finish: Finish) -> Tally {
+        let mut tally = Tally::new(1, 1);
+        let usage = Usage { prompt_tokens: 10, cached_tokens: 4, completion_tokens: 6 };
+        tally.end(0, End { finish, stop: Some("X".to_owned()), usage, timings: Timings::default() });
+        tally
+    }
+
+    /// The frames of a stream in which each delta comes by itself.
+    pub(crate) fn streamed(dialect: &mut dyn Dialect, deltas: Vec<Delta>, finish: Finish) -> Vec<String> {
+        let (mut frames, tally) = (Frames::default(), ended(finish));
+        dialect.started(10, &mut frames).unwrap();
+        for delta in deltas {
+            let piece = Piece { choice: 0, deltas: vec![delta], token: None, logprob: None };
+            dialect.piece(piece, &mut frames).unwrap();
+        }
+        dialect.choice_ended(0, &tally, &mut frames).unwrap();
+        dialect.ended(&tally, &mut frames).unwrap();
+        std::iter::from_fn(|| frames.pop()).map(|frame| String::from_utf8(frame.to_vec()).unwrap()).collect()
+    }
+
+    /// The data of events, each of which is named as its type says.
+    pub(crate) fn events(frames: &[String]) -> Vec<Value> {
+        let one = |frame: &String| {
+            let (name, data) = frame.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+            let data: Value = serde_json::from_str(data.strip_suffix("\n\n").unwrap()).unwrap();
+            assert_eq!(data["type"], name);
+            data
+        };
+        frames.iter().map(one).collect()
+    }
+
+    /// Reasoning, text and two calls.
+    pub(crate) fn everything() -> Vec<Delta> {
+        let text = str::to_owned;
+        let call = |index, id, name| Delta::ToolCall { index, id: text(id), name: text(name) };
+        let more = |index, json| Delta::ToolArguments { index, json: text(json) };
+        vec![
+            Delta::Reasoning(text("h")),
+            Delta::Reasoning(text("m")),
+            Delta::Content(text("")),
+            Delta::Content(text("Hel")),
+            Delta::Content(text("lo")),
+            call(0, "c0", "f"),
+            more(0, "{\"a\":"),
+            more(0, "1}"),
+            call(1, "c1", "g"),
+            more(1, "{}"),
+        ]
     }
 }

@@ -57,7 +57,7 @@ impl ApiError {
     /// 401: the bearer token is missing or wrong.
     #[must_use]
     pub fn unauthorized() -> Self {
-        let message = "a bearer token is needed in the Authorization header, and it was missing or wrong";
+        let message = "a token is needed as 'Authorization: Bearer' or 'x-api-key', and it was missing or wrong";
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", Some("invalid_api_key"), message)
     }
 

@@ -16,7 +16,6 @@ impl Frames {
     }
 
     /// An event called `name`.
-    #[cfg_attr(not(test), expect(dead_code, reason = "Responses and Messages name their events"))]
     pub(crate) fn event(&mut self, name: &str, value: &impl Serialize) -> Result<(), serde_json::Error> {
         self.json(format!("event: {name}\ndata: ").as_bytes(), value, b"\n\n")
     }

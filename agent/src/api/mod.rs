@@ -6,6 +6,9 @@
 //! | `POST /v1/chat/completions` | the model's own Jinja template; streaming or not | [`chat`] |
 //! | `POST /v1/completions` | a string, strings, or tokens; streaming or not | [`completions`] |
 //! | `POST /v1/embeddings`, `/v1/rerank` and their other names | for models whose file names a pooling | [`embed`] |
+//! | `POST /v1/responses` | OpenAI's Responses, without state; streaming or not | [`responses`] |
+//! | `POST /v1/messages` | Anthropic's Messages; streaming or not | [`anthropic`] |
+//! | `POST /v1/messages/count_tokens` | tokens of such a request | [`anthropic`] |
 //! | `GET /v1/models`, `/v1/models/{id}` | this model | [`models`] |
 //! | `GET /health` | 200 while the engine makes steps | [`health`] |
 //! | `GET /metrics` | this worker's metrics | [`health`] |
@@ -15,10 +18,10 @@
 //! their text, and the API's [`dialect`] says it. [`form`] has what the APIs do differently beside that: errors,
 //! framing, signs of life.
 //!
-//! What the API takes and what it refuses is said where it is read: [`params`], `messages`, [`chat`], [`completions`].
-//! Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`. An error that happens after a stream began is
-//! an `error` event.
+//! What the API takes and what it refuses is said where it is read: [`params`], `messages`, [`chat`], [`completions`],
+//! [`responses`], [`anthropic`]. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`.
 
+mod anthropic;
 mod body;
 pub mod chat;
 pub mod completions;
@@ -35,6 +38,7 @@ mod openai;
 mod output;
 pub mod params;
 mod request_id;
+mod responses;
 mod run;
 mod state;
 mod wire;
@@ -67,6 +71,9 @@ pub fn router(state: ApiState) -> Router {
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::text_completions))
         .merge(embed::routes())
+        .route("/v1/responses", post(responses::responses))
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/health", get(health::health))

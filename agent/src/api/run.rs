@@ -118,7 +118,7 @@ impl Run {
                 let deltas = choice.parse(|parser| parser.push(&text))?;
                 Ok(Progress::Piece(Piece { choice: index, deltas, token: Some(token), logprob }))
             }
-            GenerateEvent::Done { finish_reason, usage, timings } => {
+            GenerateEvent::Done { finish_reason, stop, usage, timings } => {
                 choice.metrics.done(now, finish_reason, &usage, &timings);
                 let deltas = choice.parse(|parser| parser.finish())?;
                 let finish = match finish_reason {
@@ -126,7 +126,7 @@ impl Run {
                     FinishReason::Stop => Finish::Stop,
                     FinishReason::Length => Finish::Length,
                 };
-                self.tally.end(index, End { finish, usage, timings });
+                self.tally.end(index, End { finish, stop, usage, timings });
                 if deltas.is_empty() {
                     return Ok(Progress::Ended(index));
                 }

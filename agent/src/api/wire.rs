@@ -230,38 +230,39 @@ pub(crate) struct TextLogprobs {
     text_offset: Vec<usize>,
 }
 
+/// Log-probabilities of tokens, as chat completions and Responses say them.
+pub(crate) fn tokens(tokens: &[TokenLogprob]) -> Vec<TokenBody> {
+    let body = |bytes: &[u8], logprob: f32, top_logprobs| TokenBody {
+        token: lossy(bytes),
+        logprob: finite(logprob),
+        bytes: bytes.to_vec(),
+        top_logprobs,
+    };
+    let one = |token: &TokenLogprob| {
+        let top = token.top.iter().map(|top| body(&top.bytes, top.logprob, None)).collect();
+        body(&token.bytes, token.logprob, Some(top))
+    };
+    tokens.iter().map(one).collect()
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
 /// `offset`: characters of the answer before these tokens.
 pub(crate) fn logprobs(shape: Shape, tokens: &[TokenLogprob], offset: usize) -> Logprobs {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     match shape {
-        Shape::Chat => {
-            let top = |token: &TokenLogprob| {
-                let one = |top: &crate::engine::TopLogprob| TokenBody {
-                    token: text(&top.bytes),
-                    logprob: finite(top.logprob),
-                    bytes: top.bytes.clone(),
-                    top_logprobs: None,
-                };
-                token.top.iter().map(one).collect()
-            };
-            let body = |token: &TokenLogprob| TokenBody {
-                token: text(&token.bytes),
-                logprob: finite(token.logprob),
-                bytes: token.bytes.clone(),
-                top_logprobs: Some(top(token)),
-            };
-            Logprobs::Chat { content: tokens.iter().map(body).collect() }
-        }
+        Shape::Chat => Logprobs::Chat { content: self::tokens(tokens) },
         Shape::Text => {
             let mut body = TextLogprobs::default();
             let mut at = offset;
             for token in tokens {
-                let said = text(&token.bytes);
+                let said = lossy(&token.bytes);
                 body.text_offset.push(at);
                 at += said.chars().count();
                 body.tokens.push(said);
                 body.token_logprobs.push(finite(token.logprob));
-                let top = token.top.iter().map(|top| (text(&top.bytes), finite(top.logprob)));
+                let top = token.top.iter().map(|top| (lossy(&top.bytes), finite(top.logprob)));
                 body.top_logprobs.push(top.collect());
             }
             Logprobs::Text(body)

@@ -97,6 +97,8 @@ pub enum GenerateEvent {
     Done {
         /// Why.
         finish_reason: FinishReason,
+        /// The stop text that came, if one did.
+        stop: Option<String>,
         /// Tokens used.
         usage: Usage,
         /// Where the time went.

@@ -238,6 +238,7 @@ impl Sequence {
     pub(super) fn finish(mut self, finish_reason: FinishReason, now: Instant) {
         let [text_permit, done_permit] = self.last;
         let rest = self.text.finish();
+        let stop = self.text.matched().map(str::to_owned);
         if !rest.is_empty() {
             let token = self.tokens.last().copied().unwrap_or_default();
             text_permit.send(GenerateEvent::Token { text: rest, token, logprob: None });
@@ -255,7 +256,7 @@ impl Sequence {
             time_to_first_token: first_token - self.submitted,
             decode: now - first_token,
         };
-        done_permit.send(GenerateEvent::Done { finish_reason, usage, timings });
+        done_permit.send(GenerateEvent::Done { finish_reason, stop, usage, timings });
     }
 
     /// Sends the failure.

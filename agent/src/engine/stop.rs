@@ -8,6 +8,8 @@ pub(super) struct TextAssembler {
     bytes: Vec<u8>,
     /// Text that may be the beginning of a stop text.
     held: String,
+    /// The stop text that came, as an index.
+    matched: Option<usize>,
 }
 
 /// What [`TextAssembler::push`] lets through.
@@ -36,7 +38,9 @@ impl TextAssembler {
         if self.stops.is_empty() {
             return Passed { text: std::mem::take(&mut self.held), stopped: false };
         }
-        if let Some(start) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        let found = self.stops.iter().enumerate().filter_map(|(at, stop)| Some((self.held.find(stop.as_str())?, at)));
+        if let Some((start, stop)) = found.min() {
+            self.matched = Some(stop);
             self.held.truncate(start);
             return Passed { text: std::mem::take(&mut self.held), stopped: true };
         }
@@ -52,6 +56,11 @@ impl TextAssembler {
             self.held.push(char::REPLACEMENT_CHARACTER);
         }
         std::mem::take(&mut self.held)
+    }
+
+    /// The stop text that ended it.
+    pub(super) fn matched(&self) -> Option<&str> {
+        self.stops.get(self.matched?).map(String::as_str)
     }
 
     /// Moves whole characters from `bytes` to `held`; bytes that can never become one turn into U+FFFD.

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
-use http::{HeaderValue, Method, Request, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -42,7 +42,8 @@ pub(super) struct Visit {
 }
 
 /// Paths that ask a worker, all by POST.
-const GENERATION: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
+const GENERATION: [&str; 5] =
+    ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"];
 
 /// Answers a request, whatever it is.
 pub(super) async fn handle(shared: Arc<Shared>, visit: Visit, request: Request<Incoming>) -> Response {
@@ -79,13 +80,8 @@ async fn route(
     if visit.is_overflow {
         return Err(ApiError::unavailable("too_many_connections", "clients hold too many connections", 1));
     }
-    if let Door::Shared = visit.door {
-        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let token =
-            given.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        if !shared.lets_in(token.map(|(_, token)| token.trim())) {
-            return Err(ApiError::unauthorized());
-        }
+    if matches!(visit.door, Door::Shared) && !shared.lets_in(token(request.headers())) {
+        return Err(ApiError::unauthorized());
     }
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     if GENERATION.contains(&path.as_str()) || EMBEDDING_PATHS.contains(&path.as_str()) {
@@ -111,6 +107,15 @@ async fn route(
         (Door::Model(_), Some(asked)) => Err(ApiError::model_not_found(asked)),
         (Door::Shared, Some(asked)) => Ok(Json(describe(shared, &resolve(shared, asked)?)).into_response()),
     }
+}
+
+/// The token that a client shows: `Authorization: Bearer`, or `x-api-key` as Anthropic's clients do.
+fn token(headers: &HeaderMap) -> Option<&str> {
+    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let bearer = text(&header::AUTHORIZATION)
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    bearer.map(|(_, token)| token.trim()).or_else(|| text(&proxy::API_KEY))
 }
 
 /// What probes and Prometheus ask for, without a token.

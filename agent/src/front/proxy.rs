@@ -212,6 +212,9 @@ fn deferred(
     })
 }
 
+/// Where Anthropic's clients put their token.
+pub(super) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 /// Headers that are for one connection only (RFC 9110, 7.6.1), the ones that `connection` names included.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
@@ -243,7 +246,7 @@ pub(super) fn outgoing(headers: &HeaderMap, request_id: &str) -> HeaderMap {
     let mut headers = headers.clone();
     strip_hop_by_hop(&mut headers);
     // The body goes on whole: its length is set anew, and there is nothing to expect.
-    for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::AUTHORIZATION, QUEUE_BUDGET] {
+    for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::AUTHORIZATION, API_KEY, QUEUE_BUDGET] {
         headers.remove(name);
     }
     if let Ok(value) = HeaderValue::from_str(request_id) {
@@ -267,6 +270,7 @@ mod tests {
             ("transfer-encoding", "chunked"),
             ("upgrade", "h2c"),
             ("authorization", "Bearer secret"),
+            ("x-api-key", "secret"),
             ("x-altiplano-queue-budget-ms", "999999"),
             ("content-type", "application/json"),
             ("x-request-id", "theirs"),

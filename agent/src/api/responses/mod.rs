@@ -1,0 +1,34 @@
+//! OpenAI's Responses: `POST /v1/responses`. Nothing is kept: every request brings its conversation along.
+//!
+//! | field | |
+//! |---|---|
+//! | `input` | a string, or items: messages (text, images by URL), `function_call`, `function_call_output`, `reasoning` |
+//! | `instructions` | a system message before it |
+//! | `max_output_tokens`, `temperature`, `top_p`, `stream` | as chat completions take them |
+//! | `tools`, `tool_choice`, `parallel_tool_calls` | functions; `allowed_tools` too; tools that run at OpenAI are refused |
+//! | `text.format` | `text`, `json_object`, `json_schema` |
+//! | `reasoning.effort` | as chat completions' `reasoning_effort` |
+//! | `include` | `message.output_text.logprobs`, with `top_logprobs` |
+//! | `store` | ignored: the answer says `false` |
+//! | `previous_response_id`, `conversation`, `prompt`, `background`, `truncation: auto` | refused |
+//!
+//! What chat completions take beyond that (`top_k`, `min_p`, `seed`, `stop`, `chat_template_kwargs`, …) is taken here
+//! too. A stream is of typed events with sequence numbers; one that fails ends with `error` and `response.failed`.
+
+mod answer;
+mod request;
+
+use axum::response::Response;
+
+use super::chat::{self, ChatRequest};
+use super::error::ApiError;
+use super::intake::Intake;
+
+/// The handler.
+pub(super) async fn responses(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit, fields } = intake;
+    let (fields, echo) = request::translate(fields)?;
+    let request = ChatRequest::read(fields, state.defaults())?;
+    let dialect = answer::Responses::new(&state, echo);
+    chat::converse(&state, visit, request, Box::new(dialect)).await
+}
