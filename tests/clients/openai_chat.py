@@ -5,7 +5,7 @@ import sys
 import openai
 
 base_url, model, prompt, expected = sys.argv[1:]
-client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60)
+client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60)
 messages = [{"role": "user", "content": prompt}]
 
 names = [entry.id for entry in client.models.list()]

@@ -231,7 +231,7 @@ async fn openai_sdk(url: &str, prompt: &str, answer: &str) -> Result<()> {
     let script = altiplano_tests::repository().join("tests/clients/openai_chat.py");
     let output = tokio::process::Command::new(python()?)
         .arg(&script)
-        .args([&format!("{url}/v1"), "toy", prompt, answer])
+        .args([url, "toy", prompt, answer])
         .output()
         .await
         .context("could not start Python")?;

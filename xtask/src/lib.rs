@@ -13,6 +13,8 @@ pub const CONTROL_PLANE_GO_MOD: &str = include_str!("../../tests/cluster/go.mod"
 pub const HELM_GO_MOD: &str = include_str!("../../tests/cluster/helm/go.mod");
 /// The Python packages that the client tests use.
 pub const PYTHON_REQUIREMENTS: &str = include_str!("../../tests/clients/requirements.txt");
+/// The JavaScript packages that the client tests use, each with its version and digest.
+pub const NODE_LOCK: &str = include_str!("../../tests/clients/js/package-lock.json");
 /// What a control plane for tests is made of.
 pub const CONTROL_PLANE_TOOLS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"];
 
@@ -98,6 +100,19 @@ pub fn python_dir() -> PathBuf {
 pub fn python() -> Option<PathBuf> {
     let installed = fs::read_to_string(python_dir().join("requirements.txt")).ok()?;
     (installed == PYTHON_REQUIREMENTS).then(|| python_dir().join("bin/python")).filter(|path| path.is_file())
+}
+
+/// The folder of the JavaScript packages with the official clients.
+#[must_use]
+pub fn node_dir() -> PathBuf {
+    cache().join("node")
+}
+
+/// The `node_modules` of [`node_dir`], when the packages in it are those of [`NODE_LOCK`].
+#[must_use]
+pub fn node_modules() -> Option<PathBuf> {
+    let installed = fs::read_to_string(node_dir().join("package-lock.json")).ok()?;
+    (installed == NODE_LOCK).then(|| node_dir().join("node_modules")).filter(|path| path.is_dir())
 }
 
 /// The folder that cargo builds into: `CARGO_TARGET_DIR`, else on CI one that outlives the clone (llama.cpp takes ten

@@ -4,6 +4,7 @@
 mod apt;
 mod deny;
 mod golang;
+mod node;
 mod python;
 mod vulkan;
 
@@ -24,7 +25,8 @@ pub(crate) fn all() -> Result<()> {
     packages()?;
     golang::control_plane()?;
     golang::helm()?;
-    python::clients()
+    python::clients()?;
+    node::clients()
 }
 
 /// What compiling needs, and nothing that only tests need.

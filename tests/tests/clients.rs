@@ -1,0 +1,111 @@
+//! The official SDKs against one `altiplano-agent serve` with the toy model, whose greedy answers are known: each
+//! endpoint, streaming and not, errors by their classes. The scripts are in `tests/clients`; each ends with `ok` or with
+//! what it saw instead.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use altiplano_test_models::toy;
+use altiplano_tests::{Proc, node_modules, program, python, repository, sandbox, wait_for};
+use anyhow::{Context as _, Result, ensure};
+use tokio::sync::OnceCell;
+
+/// Longest wait for the agent and for a script; what is usual is a tenth of it.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+const QUESTION: &str = "What can you do?";
+const ANSWER: &str =
+    "I can answer a few questions about llamas, the altiplano, Kubernetes and GPUs, add small numbers and count.";
+
+/// A served model.
+struct Served {
+    /// Kept for its log; it ends with this process.
+    proc: Proc,
+    url: String,
+}
+
+/// The agent that all tests of this file ask.
+async fn served() -> Result<&'static Served> {
+    static SERVED: OnceCell<Served> = OnceCell::const_new();
+    SERVED.get_or_try_init(serve).await
+}
+
+async fn serve() -> Result<Served> {
+    let folder = sandbox::subdir("clients")?;
+    let models = folder.join("models.yaml");
+    let yaml = format!(
+        "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: toy}}\n\
+         spec: {{model: {{source: {{uri: 'file://{}'}}}}, unload: {{policy: Never}}}}\n",
+        toy::path().display()
+    );
+    std::fs::write(&models, yaml)?;
+    let mut command = Command::new(program("altiplano-agent")?);
+    command.arg("serve").arg(&models).args(["--listen", "127.0.0.1:0", "--state-dir"]).arg(folder.join("state"));
+    let proc = Proc::start("clients-agent", command)?;
+    let url = wait_for("the toy model is ready", PATIENCE, || async {
+        let log = proc.log();
+        ensure!(log.contains("default/toy: Ready as"), "{log}");
+        let line = log.lines().find_map(|line| line.strip_prefix("listening on ")).context("no address")?;
+        Ok(line.trim_end_matches("/v1").to_owned())
+    })
+    .await?;
+    Ok(Served { proc, url })
+}
+
+/// Runs a script of `tests/clients` with the interpreter that its name asks for.
+async fn runs(script: &str) -> Result<()> {
+    let Served { proc, url } = served().await?;
+    let (program, script) = interpreter(&repository().join("tests/clients").join(script))?;
+    let output = tokio::process::Command::new(&program)
+        .arg(&script)
+        .args([url, "toy", QUESTION, ANSWER])
+        // The SDKs look for proxies and endpoints in the environment.
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(PATIENCE, output).await.with_context(|| format!("{} hangs", script.display()))?;
+    let output = output.with_context(|| format!("could not start {}", program.display()))?;
+    let (said, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success() && said.trim_end().ends_with("ok"),
+        "{}: {said}{log}\n{}",
+        script.display(),
+        proc.log_tail()
+    );
+    Ok(())
+}
+
+/// What runs a script, and where: Node.js looks for packages beside the script.
+fn interpreter(script: &Path) -> Result<(PathBuf, PathBuf)> {
+    if script.extension().is_some_and(|extension| extension == "py") {
+        return Ok((python()?, script.to_path_buf()));
+    }
+    let folder = sandbox::subdir("js")?;
+    let copy = folder.join(script.file_name().context("a script without name")?);
+    std::fs::copy(script, &copy)?;
+    std::os::unix::fs::symlink(node_modules()?, folder.join("node_modules"))?;
+    Ok(("node".into(), copy))
+}
+
+#[tokio::test]
+async fn openai_for_python() -> Result<()> {
+    runs("openai_chat.py").await?;
+    runs("openai_responses.py").await
+}
+
+#[tokio::test]
+async fn anthropic_for_python() -> Result<()> {
+    runs("anthropic_messages.py").await
+}
+
+#[tokio::test]
+async fn openai_for_javascript() -> Result<()> {
+    runs("js/openai.mjs").await
+}
+
+#[tokio::test]
+async fn anthropic_for_javascript() -> Result<()> {
+    runs("js/anthropic.mjs").await
+}
