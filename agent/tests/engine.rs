@@ -475,6 +475,62 @@ async fn shutdown_lets_requests_end_until_its_deadline() {
     assert_eq!(engine.stats().running, 0);
 }
 
+/// Sizes that alternate make the context as large as the largest needs, once; nothing is loaded again.
+#[tokio::test]
+async fn alternating_sizes_do_not_thrash() {
+    let (_folder, path) = generated(&Spec::default());
+    let engine = start(&config(path, dynamic(256, 2048, 2)));
+    for round in 0..200i32 {
+        let length = [100, 900, 300, 500][usize::try_from(round % 4).expect("small")];
+        let prompt = (0..length).map(|i| 40 + (i * (round + 3) + round) % 60).collect();
+        let run = GenerateRequest { prompt, max_tokens: Some(2), sampling: greedy(), ..GenerateRequest::default() };
+        assert_eq!(ask(&engine, run).await.reason(), FinishReason::Length);
+    }
+    let stats = engine.stats();
+    // To 1024 for the first, and to 2048 when five seconds have gone by: 900 tokens want headroom, but fit.
+    assert!((1..=2).contains(&stats.resizes), "{stats:?}");
+    assert_eq!((stats.shrinks, stats.finished_length), (0, 200), "{stats:?}");
+    stop(&engine);
+}
+
+/// What was computed before the context grew is found after it.
+#[tokio::test]
+async fn prefix_reuse_survives_another_size() {
+    let (_folder, path) = generated(&Spec::default());
+    let engine = start(&config(path, dynamic(256, 2048, 2)));
+    let run = |token: Token, length: usize| GenerateRequest {
+        prompt: vec![token; length],
+        max_tokens: Some(2),
+        sampling: greedy(),
+        ..GenerateRequest::default()
+    };
+    ask(&engine, run(50, 120)).await;
+    assert_eq!(engine.stats().resizes, 1);
+    ask(&engine, run(51, 1100)).await;
+    assert_eq!(engine.stats().resizes, 2);
+    let usage = ask(&engine, run(50, 120)).await.usage();
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens), (120, 119));
+    stop(&engine);
+}
+
+/// The state of a recurrent model has one size: the context is a policy, and never changes.
+#[tokio::test]
+async fn a_recurrent_model_has_its_context_from_the_start() {
+    let (_folder, path) = generated(&Spec { architecture: Architecture::Mamba, ..Spec::default() });
+    let [small, large] = [1024, 8192].map(|max| start(&config(path.clone(), dynamic(256, max, 2))));
+    assert_eq!((small.report().context_tokens, large.report().context_tokens), (2048, 16_384));
+    let bytes = |engine: &Engine| engine.report().memory[0].context_bytes;
+    assert!(bytes(&small) > 0 && bytes(&small) == bytes(&large), "{:?} {:?}", small.report(), large.report());
+    let prompt = (0..900).map(|i| 40 + i % 60).collect();
+    let run = GenerateRequest { prompt, max_tokens: Some(300), sampling: greedy(), ..GenerateRequest::default() };
+    let answer = ask(&small, run).await;
+    // The policy is kept all the same.
+    assert_eq!((answer.reason(), answer.usage().completion_tokens), (FinishReason::Length, 124));
+    assert_eq!(small.stats().resizes, 0);
+    stop(&small);
+    stop(&large);
+}
+
 /// A model with a sliding window: growth moves both of its caches.
 #[tokio::test]
 async fn a_sliding_window_model_runs_and_grows() {

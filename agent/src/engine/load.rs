@@ -222,7 +222,11 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     let unified = context.sizing != ContextSizing::Fixed || parallel == 1 || capability.cut != Cut::Anywhere;
     let kept = if unified { parallel.min(MAX_KEPT) } else { parallel };
     let sequences = if unified { parallel + kept } else { parallel };
-    let limits = Limits::new(&config.context, model.trained_context());
+    let mut limits = Limits::new(&config.context, model.trained_context());
+    if model.is_only_recurrent() {
+        // The state has one size, so the context is a policy only: nothing is won by growing.
+        limits.initial = limits.cap;
+    }
 
     let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
     let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH);

@@ -137,6 +137,11 @@ impl Model {
         self.inner.is_recurrent() || self.inner.is_hybrid()
     }
 
+    /// Whether all layers are such: then a cell of the context takes no memory.
+    pub(in crate::engine) fn is_only_recurrent(&self) -> bool {
+        self.inner.is_recurrent() && !self.inner.is_hybrid()
+    }
+
     /// Tokens in the sliding window; 0: none.
     pub(in crate::engine) fn sliding_window(&self) -> u32 {
         // SAFETY: the model is alive.
