@@ -43,6 +43,20 @@ impl Row {
         self
     }
 
+    /// Beside a peer's figure, `ours ÷ theirs` has to be at least `limit`.
+    #[must_use]
+    pub fn ratio_at_least(self, limit: f64) -> Self {
+        let met = self.ratio.is_some_and(|ratio| ratio >= limit);
+        Self { target: Some(format!("ratio ≥ {limit}")), met: Some(met), ..self }
+    }
+
+    /// Beside a peer's figure, `ours ÷ theirs` has to be at most `limit`.
+    #[must_use]
+    pub fn ratio_at_most(self, limit: f64) -> Self {
+        let met = self.ratio.is_some_and(|ratio| ratio <= limit);
+        Self { target: Some(format!("ratio ≤ {limit}")), met: Some(met), ..self }
+    }
+
     /// Beside a peer's figure.
     #[must_use]
     pub fn beside(mut self, peer: &str, theirs: f64) -> Self {
@@ -138,7 +152,8 @@ mod tests {
             setting: "two cores".into(),
             rows: vec![
                 Row::new("apply to Ready, p50", "s", 0.8123).below(1.0).spread(0.05),
-                Row::new("prompt", "tok/s", 4200.0).beside("peer 1", 4000.0),
+                Row::new("prompt", "tok/s", 4200.0).beside("peer 1", 4000.0).ratio_at_least(1.0),
+                Row::new("first token", "s", 0.3).beside("peer 1", 1.0).ratio_at_most(0.25),
                 Row::new("memory", "MiB", 41.04).below(40.0),
             ],
         };
@@ -147,7 +162,8 @@ mod tests {
             lines[2..],
             [
                 "| apply to Ready, p50 | s | 0.812 |  |  |  | 0.050 | < 1 | yes |",
-                "| prompt | tok/s | 4200 | peer 1 | 4000 | 1.05 |  |  |  |",
+                "| prompt | tok/s | 4200 | peer 1 | 4000 | 1.05 |  | ratio ≥ 1 | yes |",
+                "| first token | s | 0.300 | peer 1 | 1.00 | 0.300 |  | ratio ≤ 0.25 | **no** |",
                 "| memory | MiB | 41.0 |  |  |  |  | < 40 | **no** |",
             ]
         );

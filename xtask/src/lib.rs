@@ -15,6 +15,10 @@ pub const HELM_GO_MOD: &str = include_str!("../../tests/cluster/helm/go.mod");
 pub const PYTHON_REQUIREMENTS: &str = include_str!("../../tests/clients/requirements.txt");
 /// The JavaScript packages that the client tests use, each with its version and digest.
 pub const NODE_LOCK: &str = include_str!("../../tests/clients/js/package-lock.json");
+/// The Python package whose source distribution brings llama.cpp with its server, by name, version and hash.
+pub const LLAMA_SERVER_REQUIREMENTS: &str = include_str!("../../tests/peers/requirements.txt");
+/// What set-up leaves in [`llama_server_dir`]: the programs, their version, and llama.cpp's tests of the server.
+pub const LLAMA_SERVER_FILES: [&str; 4] = ["llama-server", "llama-bench", "VERSION", "tests"];
 /// What a control plane for tests is made of.
 pub const CONTROL_PLANE_TOOLS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"];
 
@@ -115,6 +119,33 @@ pub fn node_modules() -> Option<PathBuf> {
     (installed == NODE_LOCK).then(|| node_dir().join("node_modules")).filter(|path| path.is_dir())
 }
 
+/// Name and version of the package that llama-server is built from, such as `llama-cpp-python 0.3.36`.
+#[must_use]
+pub fn llama_server_package() -> String {
+    let line = LLAMA_SERVER_REQUIREMENTS.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
+    line.split_whitespace().next().unwrap_or_default().replace("==", " ")
+}
+
+/// The version of a source tree of llama.cpp, as its `CMake` files have it: `0.6.0-dev, ggml 0.26.0`.
+#[must_use]
+pub fn llama_cpp_version(source: &Path) -> Option<String> {
+    let version = |file: &str, name: &str| {
+        let text = fs::read_to_string(source.join(file)).ok()?;
+        let part = |part: &str| {
+            let prefix = format!("set({name}_VERSION_{part} ");
+            text.lines().find_map(|line| Some(line.strip_prefix(&prefix)?.strip_suffix(')')?.to_owned()))
+        };
+        Some(format!("{}.{}.{}", part("MAJOR")?, part("MINOR")?, part("PATCH")?))
+    };
+    Some(format!("{}-dev, ggml {}", version("CMakeLists.txt", "LLAMA")?, version("ggml/CMakeLists.txt", "GGML")?))
+}
+
+/// The folder of llama-server and llama-bench, once `cargo xtask bench engine` has built them.
+#[must_use]
+pub fn llama_server_dir() -> PathBuf {
+    cache().join("llama-server").join(llama_server_package().replace(' ', "-"))
+}
+
 /// The folder that cargo builds into: `CARGO_TARGET_DIR`, else on CI one that outlives the clone (llama.cpp takes ten
 /// minutes to build, and registry crates do not depend on where the clone lies), else `target`.
 #[must_use]
@@ -151,6 +182,14 @@ mod tests {
         assert!(helm_dir().ends_with(go_module_version(HELM_GO_MOD, "helm.sh/helm/v3")));
         assert_eq!(go_module_version("require a.b/c v1.2.3\nreplace a.b/d => a.b/d v9\n", "a.b/d"), "");
         assert_eq!(go_module_version("require (\n\ta.b/c/v2 v2.0.0 // indirect\n\ta.b/c v1.2.3\n)", "a.b/c"), "v1.2.3");
+    }
+
+    #[test]
+    fn the_peers_package_is_pinned() {
+        let package = llama_server_package();
+        assert!(package.starts_with("llama-cpp-python 0."), "{package:?}");
+        assert!(LLAMA_SERVER_REQUIREMENTS.contains("--hash=sha256:"));
+        assert!(llama_server_dir().ends_with(package.replace(' ', "-")));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 mod apt;
 mod deny;
 mod golang;
+mod llama_server;
 mod node;
 mod python;
 mod vulkan;
@@ -19,6 +20,7 @@ use anyhow::{Context, Result, bail};
 use crate::command::{find, output};
 
 pub(crate) use deny::{cargo_deny, ensure as ensure_cargo_deny};
+pub(crate) use llama_server::build as llama_server;
 
 /// Brings all of it about.
 pub(crate) fn all() -> Result<()> {

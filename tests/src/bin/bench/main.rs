@@ -1,17 +1,26 @@
 //! The measurements behind `cargo xtask bench NAME`.
 
 mod apply;
+mod engine;
+mod leaks;
+mod logits;
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 1] = [("apply", "from apply to Ready and to the first token; memory at rest")];
+const BENCHES: [(&str, &str); 4] = [
+    ("apply", "from apply to Ready and to the first token; memory at rest"),
+    ("engine", "speed, latency and memory beside llama-server and llama-bench; scenarios may be named"),
+    ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
+    ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
+];
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> ExitCode {
-    match run(std::env::args().nth(1).as_deref()).await {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -20,9 +29,12 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(name: Option<&str>) -> Result<()> {
-    let report = match name {
+async fn run(arguments: &[String]) -> Result<()> {
+    let report = match arguments.first().map(String::as_str) {
         Some("apply") => apply::run().await?,
+        Some("engine") => engine::run(&arguments[1..]).await?,
+        Some("leaks") => leaks::run().await?,
+        Some("logits") => logits::run().await?,
         Some("list") => {
             for (name, what) in BENCHES {
                 println!("{name:<16} {what}");

@@ -1,0 +1,183 @@
+//! Ours and theirs, started alike.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use altiplano_test_models::Spec;
+use altiplano_tests::{Proc, free_port, http, program, sandbox, wait_for};
+use anyhow::{Context as _, Result, bail, ensure};
+
+const START: Duration = Duration::from_mins(1);
+
+/// A generated file.
+#[derive(Clone, Debug)]
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) vocabulary: u32,
+}
+
+impl Model {
+    pub(crate) fn write(dir: &Path, name: &str, spec: &Spec) -> Result<Self> {
+        let path = dir.join(format!("{name}.gguf"));
+        spec.write(&path).with_context(|| format!("could not write {}", path.display()))?;
+        Ok(Self { name: name.to_owned(), path, vocabulary: spec.vocab })
+    }
+}
+
+/// A server that answers.
+pub(crate) struct Server {
+    /// What it is, for the table.
+    pub(crate) name: String,
+    /// Altiplano, or the peer.
+    pub(crate) is_ours: bool,
+    pub(crate) address: SocketAddr,
+    pub(crate) model: String,
+    pub(crate) proc: Proc,
+}
+
+impl Server {
+    /// The process that has the model.
+    pub(crate) fn worker(&self) -> Result<u32> {
+        if !self.is_ours {
+            return Ok(self.proc.pid());
+        }
+        let is_worker = |pid: &u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == b"runner")
+        };
+        self.proc.processes().into_iter().find(is_worker).context("no worker runs")
+    }
+}
+
+/// How many threads both compute with: the machine's cores, as the agent does by itself.
+pub(crate) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Altiplano, its whole path. `context` is the YAML of `spec.context`.
+pub(crate) async fn ours(model: &Model, context: &str) -> Result<Server> {
+    let dir = sandbox::subdir("serve")?;
+    let file = dir.join("model.yaml");
+    let Model { name, path, .. } = model;
+    std::fs::write(
+        &file,
+        format!(
+            "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
+             spec:\n  model: {{source: {{uri: 'file://{}'}}}}\n  context: {context}\n  engine: {{gpu: Never}}\n\
+             \x20 unload: {{policy: Never}}\n",
+            path.display()
+        ),
+    )?;
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let mut command = Command::new(program("altiplano-agent")?);
+    command
+        .arg("serve")
+        .arg(&file)
+        .args(["--listen", &address.to_string(), "--state-dir"])
+        .arg(dir.join("state"))
+        .env("ALTIPLANO_LOG", "info");
+    let mut proc = Proc::start("altiplano", command)?;
+    let start = wait_for("the model to be ready", START, || {
+        let said = proc.assert_running().map(|()| proc.log());
+        std::future::ready(match said {
+            Ok(log) if log.contains(": Ready as ") => Ok(()),
+            Ok(_) => Err(anyhow::anyhow!("{}", proc.log_tail())),
+            Err(error) => Err(error),
+        })
+    });
+    start.await?;
+    Ok(Server { name: format!("ours, {context}"), is_ours: true, address, model: name.clone(), proc })
+}
+
+/// llama-server with `cells` of context and more arguments.
+pub(crate) async fn theirs(model: &Model, cells: usize, arguments: &[&str]) -> Result<Server> {
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let threads = threads().to_string();
+    let mut command = Command::new(peer("llama-server")?);
+    command
+        .arg("--model")
+        .arg(&model.path)
+        .args(["--alias", &model.name, "--host", "127.0.0.1", "--port", &address.port().to_string()])
+        .args(["--threads", &threads, "--threads-batch", &threads, "--ctx-size", &cells.to_string()])
+        .args(arguments);
+    let mut proc = Proc::start("llama-server", command)?;
+    let client = http()?;
+    let mut ended = Ok(());
+    wait_for("llama-server's /health", START, || {
+        ended = proc.assert_running();
+        let gone = ended.is_err();
+        let asked = client.get(format!("http://{address}/health")).send();
+        async move {
+            if gone {
+                return Ok(());
+            }
+            match asked.await {
+                Ok(response) if response.status().is_success() => Ok(()),
+                Ok(response) => Err(response.status().to_string()),
+                Err(error) => Err(error.to_string()),
+            }
+        }
+    })
+    .await?;
+    ended?;
+    let name = if arguments.is_empty() { "default".to_owned() } else { arguments.join(" ") };
+    Ok(Server { name: format!("llama-server {name}"), is_ours: false, address, model: model.name.clone(), proc })
+}
+
+/// The three settings of llama-server that a fair comparison takes the best of.
+pub(crate) async fn peers(model: &Model, parallel: usize, cells: usize) -> Result<Vec<Server>> {
+    let number = parallel.to_string();
+    Ok(vec![
+        theirs(model, cells, &[]).await?,
+        theirs(model, cells, &["-np", &number, "-kvu"]).await?,
+        theirs(model, cells, &["-np", &number, "--no-kv-unified"]).await?,
+    ])
+}
+
+/// Tokens a second that llama-bench generates at this depth.
+pub(crate) async fn llama_bench(model: &Model, depth: usize, generate: u32) -> Result<f64> {
+    let output = tokio::process::Command::new(peer("llama-bench")?)
+        .arg("--model")
+        .arg(&model.path)
+        .args(["--threads", &threads().to_string(), "--n-prompt", "0", "--n-gen", &generate.to_string()])
+        .args(["--n-depth", &depth.to_string(), "--repetitions", "1", "--output", "json"])
+        .output()
+        .await?;
+    if !output.status.success() {
+        bail!("llama-bench: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).context("llama-bench's JSON")?;
+    report.pointer("/0/avg_ts").and_then(serde_json::Value::as_f64).context("llama-bench without avg_ts")
+}
+
+/// The version that set-up has built.
+pub(crate) fn version() -> Result<String> {
+    let version = std::fs::read_to_string(peer("VERSION")?)?;
+    ensure!(!version.trim().is_empty(), "llama-server's VERSION is empty");
+    Ok(version.trim().to_owned())
+}
+
+/// The version of llama.cpp that the agent was built with: its source is named where it was built.
+pub(crate) fn our_version() -> Result<String> {
+    let builds = xtask::target_dir().join("debug/build");
+    let caches = std::fs::read_dir(&builds)?
+        .map_while(Result::ok)
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("llama-cpp-sys-2-"))
+        .filter_map(|entry| std::fs::read_to_string(entry.path().join("out/build/CMakeCache.txt")).ok());
+    let source = |cache: &str| {
+        cache.lines().find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL=").map(PathBuf::from))
+    };
+    let versions: std::collections::BTreeSet<String> =
+        caches.filter_map(|cache| xtask::llama_cpp_version(&source(&cache)?)).collect();
+    ensure!(!versions.is_empty(), "no build of llama.cpp under {}", builds.display());
+    Ok(versions.into_iter().collect::<Vec<_>>().join(" or "))
+}
+
+fn peer(name: &str) -> Result<PathBuf> {
+    let path = xtask::llama_server_dir().join(name);
+    ensure!(path.exists(), "{} is not there: run `cargo xtask bench engine`", path.display());
+    Ok(path)
+}

@@ -1,0 +1,87 @@
+//! Tokens a second, for one client and for many.
+
+use std::time::Instant;
+
+use altiplano_tests::report::Row;
+use anyhow::Result;
+
+use super::client::{Question, ask, ask_all, count, random_tokens};
+use super::servers::{Model, Server, llama_bench, ours, peers};
+use super::turns::{Better, in_turn, median};
+
+/// One stream, from its first token to its last.
+pub(super) async fn one_client(model: &Model) -> Result<Vec<Row>> {
+    const PROMPT: usize = 64;
+    const GENERATE: u32 = 192;
+    const ROUNDS: u64 = 5;
+    let question = |seed| Question { prompt: random_tokens(seed, PROMPT, model.vocabulary), generate: GENERATE };
+    let mut servers = vec![ours(model, "{minTokens: 2048, maxTokens: 2048, parallel: 1}").await?];
+    servers.extend(peers(model, 1, 2048).await?);
+    for server in &servers {
+        ask(server, &question(99)).await?;
+    }
+    let mut bare = Vec::new();
+    let [pace] = in_turn(&servers, ROUNDS, async |server, round| {
+        if server.is_ours {
+            bare.push(llama_bench(model, PROMPT, GENERATE).await?);
+        }
+        Ok([ask(server, &question(round)).await?.pace()])
+    })
+    .await?;
+    let beside_bench = Row::new("generation, 1 client", "tok/s", median(&pace.ours))
+        .beside("llama-bench", median(&bare))
+        .ratio_at_least(0.98);
+    Ok(vec![beside_bench, pace.row("generation, 1 client", "tok/s", Better::More).ratio_at_least(1.0)])
+}
+
+/// Four, eight and sixteen at once: short prompts of one length, and long ones that differ.
+pub(super) async fn many_clients(model: &Model) -> Result<Vec<Row>> {
+    const LONGEST: usize = 768;
+    const GENERATE: u32 = 64;
+    let mut rows = Vec::new();
+    for clients in [4, 8, 16] {
+        let tokens = LONGEST + GENERATE as usize + 192;
+        let context = format!("{{minTokens: {tokens}, maxTokens: {tokens}, parallel: {clients}}}");
+        let mut servers = vec![ours(model, &context).await?];
+        servers.extend(peers(model, clients, tokens * clients).await?);
+
+        let short = |seed: u64| questions(model, seed, clients, |_| 64, GENERATE);
+        let long = |seed: u64| questions(model, seed, clients, |n| LONGEST / 2 + n * LONGEST / 2 / clients, GENERATE);
+        // The first prompts of all find a small context, which then grows.
+        for server in &servers {
+            total(server, &short(1000)).await?;
+        }
+        total(&servers[0], &long(1001)).await?;
+
+        let [speed] = in_turn(&servers, 3, async |server, round| Ok([total(server, &short(round)).await?])).await?;
+        let metric = format!("total, {clients} clients, prompts of 64 tokens");
+        rows.push(speed.row(&metric, "tok/s", Better::More).ratio_at_least(1.0));
+        if clients == 16 {
+            rows.push(speed.row_beside(&metric, "tok/s", "llama-server default").ratio_at_least(1.5));
+        }
+        let [speed] =
+            in_turn(&servers, 1, async |server, round| Ok([total(server, &long(100 + round)).await?])).await?;
+        let metric = format!("total, {clients} clients, prompts of {} to {LONGEST} tokens", LONGEST / 2);
+        rows.push(speed.row(metric, "tok/s", Better::More).ratio_at_least(0.9));
+    }
+    Ok(rows)
+}
+
+fn questions(
+    model: &Model,
+    seed: u64,
+    clients: usize,
+    length: impl Fn(usize) -> usize,
+    generate: u32,
+) -> Vec<Question> {
+    (0..clients)
+        .map(|n| Question { prompt: random_tokens(seed << 8 | n as u64, length(n), model.vocabulary), generate })
+        .collect()
+}
+
+/// Tokens generated a second by all together, from the first request sent to the last answer's end.
+async fn total(server: &Server, questions: &[Question]) -> Result<f64> {
+    let started = Instant::now();
+    let answers = ask_all(server, questions).await?;
+    Ok(count(answers.iter().map(|answer| answer.tokens.len()).sum()) / started.elapsed().as_secs_f64())
+}
