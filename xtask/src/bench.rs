@@ -25,6 +25,10 @@ const OF_THE_ENGINE: [&str; 3] = ["engine", "leaks", "logits"];
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::all()?;
     let (debug, bench) = (xtask::target_dir().join("debug"), xtask::repository().join("target/bench"));
+    if options.name == "suite" {
+        setup::llama_server()?;
+        setup::llama_server_tests()?;
+    }
     let programs = if OF_THE_ENGINE.contains(&options.name.as_str()) {
         setup::llama_server()?;
         let programs = optimised_agent(&debug, bench.join("bin"))?;

