@@ -236,20 +236,22 @@ impl Queue {
 
 impl Engine {
     /// Loads the model, makes the context and warms up. Blocks; `progress` gets 0 to 100.
-    pub fn start(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<Self, EngineError> {
+    pub fn start(config: &RunnerConfig, progress: &(dyn Fn(u8) + Sync)) -> Result<Self, EngineError> {
         let started = Instant::now();
-        let (model, gpu) = load::open(config, progress)?;
         let queue = usize::try_from(config.traffic.max_queued).unwrap_or(0);
         let milliseconds = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let engine = if let Some(pooling) = embed::pooling(&model) {
-            let mut loaded = embed::load(config, model, pooling, gpu)?;
-            loaded.report.load_milliseconds = milliseconds();
-            Self::launch_embedder(loaded, queue)?
-        } else {
-            let mut loaded = load::load(config, model, gpu)?;
-            loaded.report.load_milliseconds = milliseconds();
-            Self::launch(loaded, queue)?
-        };
+        let engine = on_a_thread_that_ends(|| {
+            let (model, gpu) = load::open(config, progress)?;
+            if let Some(pooling) = embed::pooling(&model) {
+                let mut loaded = embed::load(config, model, pooling, gpu)?;
+                loaded.report.load_milliseconds = milliseconds();
+                Self::launch_embedder(loaded, queue)
+            } else {
+                let mut loaded = load::load(config, model, gpu)?;
+                loaded.report.load_milliseconds = milliseconds();
+                Self::launch(loaded, queue)
+            }
+        })?;
         progress(100);
         Ok(engine)
     }
@@ -416,6 +418,19 @@ impl Engine {
         let known = ended.wait_for(Option::is_some).await.map(|result| result.clone());
         known.ok().flatten().unwrap_or_else(|| Err(EngineError::Internal("the engine's thread is gone".to_owned())))
     }
+}
+
+/// Runs `work`, which computes, on a thread of its own.
+///
+/// OpenMP leaves its helpers with the thread that it computed on. While those live beside the helpers of the engine's
+/// thread there are more of them than CPUs, and OpenMP puts them to sleep at every barrier, hundreds of times a token,
+/// where it else waits busily.
+fn on_a_thread_that_ends<T: Send>(work: impl FnOnce() -> Result<T, EngineError> + Send) -> Result<T, EngineError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("load".to_owned()).spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
+        thread.join().unwrap_or_else(|_| Err(EngineError::Internal("loading the model panicked".to_owned())))
+    })
 }
 
 impl Drop for Inner {
