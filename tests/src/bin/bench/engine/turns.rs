@@ -36,6 +36,7 @@ pub(super) async fn in_turn<const N: usize>(
     for round in 0..rounds {
         for server in servers {
             let figures = measure(server, round).await?;
+            eprintln!("  round {round}, {}: {figures:.4?}", server.name);
             for (series, figure) in all.iter_mut().zip(figures) {
                 match series.peers.iter_mut().find(|(name, _)| *name == server.name) {
                     Some((_, known)) => known.push(figure),
