@@ -456,6 +456,15 @@ async fn what_is_wrong_is_said_in_openais_form() {
             "unsupported_parameter",
             "tools",
         ),
+        (
+            CHAT,
+            with(chat(QUESTION), json!({"response_format": {"type": "json_schema", "schema": {"type": "frob"}}})),
+            400,
+            "invalid_value",
+            "response_format",
+        ),
+        (TEXT, json!({"prompt": "a", "grammar": "root = 1"}), 400, "invalid_value", "grammar"),
+        (TEXT, json!({"prompt": "a", "samplers": ["luck"]}), 400, "invalid_value", "samplers"),
         (CHAT, chat(&long), 400, "context_length_exceeded", "messages"),
         (TEXT, json!({"prompt": long}), 400, "context_length_exceeded", "prompt"),
         (TEXT, json!({"prompt": [1, 999_999]}), 400, "invalid_value", "prompt"),
@@ -591,4 +600,49 @@ async fn the_worker_names_its_model_and_its_health() {
     let models: Value = node.client.get(format!("{}/v1/models", node.url)).send().await.unwrap().json().await.unwrap();
     assert_eq!(models["data"][0]["id"], "toy-chat");
     assert_eq!(node.client.get(format!("{}/health", node.url)).send().await.unwrap().status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_has_the_form_that_was_asked_for() {
+    let node = Node::start().await;
+    let schema = json!({
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["name", "legs"],
+        "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "animal", "strict": true, "schema": schema}});
+    let body = with(chat(QUESTION), json!({"response_format": format, "max_tokens": 200}));
+    let is_animal = |text: &str| {
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
+        assert!(
+            value["name"].is_string() && value["legs"].is_u64() && value.as_object().unwrap().len() == 2,
+            "{value}"
+        );
+    };
+    let several = with(body.clone(), json!({"n": 3, "temperature": 1.5, "seed": 1}));
+    let answer = node.json(CHAT, &several).await;
+    let choices = answer["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 3);
+    for choice in choices {
+        assert_eq!(choice["finish_reason"], "stop", "{choice}");
+        is_animal(choice["message"]["content"].as_str().unwrap());
+    }
+    let events = node.events(CHAT, &with(body, json!({"stream": true}))).await;
+    let text: String = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
+    is_animal(&text);
+
+    let plain = |more: Value| with(json!({"prompt": "The answer is", "max_tokens": 40, "temperature": 1.0}), more);
+    let said = async |more: Value| node.json(TEXT, &plain(more)).await["choices"][0].clone();
+    let grammar = said(json!({"grammar": "root ::= \"yes\" | \"no\""})).await;
+    assert!(
+        ["yes", "no"].contains(&grammar["text"].as_str().unwrap()) && grammar["finish_reason"] == "stop",
+        "{grammar}"
+    );
+    let date = said(json!({"json_schema": {"type": "string", "format": "date"}})).await;
+    assert_eq!(date["text"].as_str().map(str::len), Some(12), "{date}");
+    let any = said(json!({"response_format": {"type": "json_object"}})).await;
+    assert!(any["text"].as_str().unwrap().starts_with('{'), "{any}");
+    let never = said(json!({"logit_bias": [[" plain", false]], "temperature": 0, "n_probs": 2})).await;
+    assert!(!never["text"].as_str().unwrap().contains(" plain") && never["logprobs"].is_object(), "{never}");
 }

@@ -2,6 +2,9 @@
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "engine/sampling.rs"]
+mod sampling;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

@@ -58,8 +58,12 @@ impl CompletionRequest {
             params.max_tokens = Some(DEFAULT_MAX_TOKENS);
         }
         let echo = fields.boolean("echo")?.unwrap_or(false);
-        let logprobs =
-            fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?.and_then(|top| u32::try_from(top).ok());
+        let mut logprobs = fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?;
+        if logprobs.is_none() {
+            // llama-server's name, where 0 is off.
+            logprobs = fields.integer("n_probs", 0..=i64::from(MAX_TOP_LOGPROBS))?.filter(|top| *top > 0);
+        }
+        let logprobs = logprobs.and_then(|top| u32::try_from(top).ok());
         if echo && logprobs.is_some() {
             return Err(ApiError::unsupported(
                 "echo",

@@ -156,7 +156,8 @@ impl ApiError {
                     .with_code("context_length_exceeded")
             }
             SubmitError::EmptyPrompt | SubmitError::InvalidToken { .. } => Self::invalid(prompt_param, message),
-            SubmitError::InvalidParameter(_) | SubmitError::InvalidGrammar(_) => Self::bad_request(message),
+            SubmitError::InvalidParameter(_) => Self::bad_request(message),
+            SubmitError::InvalidGrammar { field, .. } => Self::invalid(*field, message),
             SubmitError::Unsupported(_) => Self::unsupported("model", message),
             SubmitError::ShuttingDown => Self::unavailable("model_unloading", message, 1),
             SubmitError::Internal(_) | SubmitError::EngineFailed => Self::internal(message),
@@ -171,6 +172,7 @@ impl ApiError {
             EngineError::QueueTimeout => Self::queue_timeout(message, retry_after),
             EngineError::ShutDown => Self::unavailable("model_unloading", message, 1),
             EngineError::ContextFull(_) => Self::unavailable("context_full", message, retry_after),
+            EngineError::GrammarFailed(_) => Self::bad_request(message).with_code_reason(error.reason()),
             other => Self::internal(message).with_code_reason(other.reason()),
         }
     }

@@ -40,6 +40,7 @@ pub mod params;
 mod request_id;
 mod responses;
 mod run;
+mod sampling;
 mod state;
 mod wire;
 

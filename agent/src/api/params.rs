@@ -1,15 +1,47 @@
 //! The parameters that chat and completions share, validated.
 //!
-//! Three kinds of fields: those below are honoured within the documented ranges; those in [`UNSUPPORTED`] change what
-//! the answer would be and cannot be honoured, so a value other than the neutral one is 400 `unsupported_parameter`;
-//! all others are ignored, as OpenAI does, so that clients may send fields that are newer than this server.
+//! | field | values | |
+//! |---|---|---|
+//! | `max_completion_tokens`, `max_tokens`, `n_predict` | ≥ 1; -1: no limit | clamped to what the context leaves |
+//! | `n` | 1 to 8 | choices; with a seed each has its own, so they can be repeated |
+//! | `stop` | a text, or 16 of 1 to 512 bytes | found across tokens, never shown |
+//! | `ignore_eos` | | goes on after the model's end; with a grammar only the grammar ends |
+//! | `seed` | an integer; -1: another each time | same seed and same schedule, same text |
+//! | `temperature` | 0 to 2 | 0 is greedy |
+//! | `dynatemp_range`, `dynatemp_exponent` | 0 to 2, 0 to 10 | the temperature moves with the entropy |
+//! | `top_k` | -1 to 1,000,000 | 0 and -1 keep all |
+//! | `top_p`, `min_p`, `typical_p` | 0 to 1 | 1, 0 and 1 are off |
+//! | `top_n_sigma` | -1 to 100 | 0 and less are off |
+//! | `xtc_probability`, `xtc_threshold` | 0 to 1 | probability 0 is off |
+//! | `min_keep` | 0 to 2^20 | what `top_p`, `min_p`, `typical_p` and XTC keep at least |
+//! | `repeat_penalty` (`repetition_penalty`) | 0.01 to 10 | 1 is off |
+//! | `frequency_penalty`, `presence_penalty` | -2 to 2 | 0 is off |
+//! | `repeat_last_n` | -1 to 2^20 | tokens that these look back; -1: the whole context |
+//! | `dry_multiplier`, `dry_base`, `dry_allowed_length`, `dry_penalty_last_n`, `dry_sequence_breakers` | 0 to 100, 0 to 100, counts to 2^20, 16 texts of 40 bytes | multiplier 0 is off |
+//! | `mirostat`, `mirostat_tau`, `mirostat_eta` | 0, 1, 2; 0 to 100; 0 to 1 | takes the place of `samplers` |
+//! | `samplers` | names as llama-server's, or its letters | the order; one that is not named is not used |
+//! | `logit_bias` | an object, or an array of pairs: token or text, and -100 to 100 or `false` (never) | 1024 entries |
+//! | `response_format` | `text`, `json_object` (may have a `schema`), `json_schema` | valid JSON, whatever the model |
+//! | `json_schema`, `guided_json` | a schema | the same, in llama-server's and vLLM's words |
+//! | `grammar` | GBNF | from its rule `root` |
+//! | `cache_prompt`, `cache_salt` | true or false; a text of 256 bytes | whether, and with whom, computed prefixes are shared |
+//!
+//! Sampling parameters that a request does not name are the deployment's `spec.engine.sampling`, else the ones in the
+//! model file (`general.sampling.*`), else llama.cpp's. A schema or grammar that cannot be compiled, or is too large or
+//! too ambiguous, is 400; `oneOf` is read as `anyOf`, `not` and look-around in patterns are not known, and `$ref` stays
+//! within the schema.
+//!
+//! Other fields are of two kinds: those in [`UNSUPPORTED`] change what the answer would be and cannot be honoured, so a
+//! value other than the neutral one is 400 `unsupported_parameter`; all others are ignored, as OpenAI does, so that
+//! clients may send fields that are newer than this server.
 
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::intake::Visit;
-use crate::engine::{CacheKey, GenerateRequest, MAX_LOGIT_BIAS, SamplingParams, Token};
+use super::sampling;
+use crate::engine::{CacheKey, GenerateRequest, Grammar, SamplingParams, Token};
 
 /// Choices that one request may ask for.
 pub const MAX_CHOICES: u32 = 8;
@@ -29,6 +61,7 @@ pub const MAX_SALT_BYTES: usize = 256;
 pub(crate) struct Params {
     pub(crate) max_tokens: Option<u32>,
     pub(crate) sampling: SamplingParams,
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
     /// llama-server's `cache_prompt`: false reads the whole prompt.
@@ -48,7 +81,8 @@ impl Params {
         let n = fields.integer("n", 1..=i64::from(MAX_CHOICES))?.unwrap_or(1);
         Ok(Self {
             max_tokens: max_tokens(fields)?,
-            sampling: sampling(fields, defaults)?,
+            sampling: sampling::read(fields, defaults)?,
+            grammar: sampling::grammar(fields)?,
             stop: stop(fields)?,
             ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
             cache_prompt: fields.boolean("cache_prompt")?.unwrap_or(true),
@@ -68,8 +102,18 @@ impl Params {
         prompts: Vec<Vec<Token>>,
         visit: &Visit,
     ) -> Vec<GenerateRequest> {
-        let Self { max_tokens, sampling, stop, ignore_eos, cache_prompt, cache_salt, n, stream: _, include_usage: _ } =
-            self;
+        let Self {
+            max_tokens,
+            sampling,
+            grammar,
+            stop,
+            ignore_eos,
+            cache_prompt,
+            cache_salt,
+            n,
+            stream: _,
+            include_usage: _,
+        } = self;
         let cache = CacheKey { salt: cache_salt.clone(), ..CacheKey::default() };
         let mut requests = Vec::with_capacity(prompts.len() * *n as usize);
         for prompt in prompts {
@@ -80,7 +124,7 @@ impl Params {
                     prompt: prompt.clone(),
                     max_tokens: *max_tokens,
                     sampling: SamplingParams { seed, ..sampling.clone() },
-                    grammar: None,
+                    grammar: grammar.clone(),
                     stop: stop.clone(),
                     preserved: Vec::new(),
                     ignore_eos: *ignore_eos,
@@ -96,7 +140,8 @@ impl Params {
 }
 
 fn max_tokens(fields: &Fields) -> Result<Option<u32>, ApiError> {
-    for name in ["max_completion_tokens", "max_tokens"] {
+    // llama-server's name last.
+    for name in ["max_completion_tokens", "max_tokens", "n_predict"] {
         let Some(tokens) = fields.integer(name, -1..=i64::from(i32::MAX))? else { continue };
         // llama.cpp's word for "until the model ends".
         if tokens == -1 {
@@ -119,84 +164,6 @@ fn cache_salt(fields: &Fields) -> Result<String, ApiError> {
         }
         Some(other) => Err(wrong_type("cache_salt", "a string", other)),
     }
-}
-
-fn sampling(fields: &Fields, defaults: &SamplingParams) -> Result<SamplingParams, ApiError> {
-    let mut sampling = defaults.clone();
-    if let Some(temperature) = fields.number("temperature", 0.0..=2.0)? {
-        sampling.temperature = temperature;
-    }
-    if let Some(top_p) = fields.number("top_p", 0.0..=1.0)? {
-        sampling.top_p = top_p;
-    }
-    if let Some(min_p) = fields.number("min_p", 0.0..=1.0)? {
-        sampling.min_p = min_p;
-    }
-    if let Some(top_k) = fields.integer("top_k", -1..=1_000_000)? {
-        // vLLM says -1, llama.cpp 0 for "all".
-        sampling.top_k = u32::try_from(top_k).unwrap_or(0);
-    }
-    for name in ["frequency_penalty", "presence_penalty"] {
-        if let Some(penalty) = fields.number(name, -2.0..=2.0)? {
-            match name {
-                "frequency_penalty" => sampling.frequency_penalty = penalty,
-                _ => sampling.presence_penalty = penalty,
-            }
-        }
-    }
-    // llama.cpp's name first, vLLM's second.
-    for name in ["repeat_penalty", "repetition_penalty"] {
-        if let Some(penalty) = fields.number(name, 0.01..=10.0)? {
-            sampling.repeat_penalty = penalty;
-            break;
-        }
-    }
-    if let Some(seed) = fields.integer("seed", i64::MIN..=i64::MAX)? {
-        sampling.seed = fold_seed(seed);
-    }
-    if let Some(bias) = fields.get("logit_bias") {
-        sampling.logit_bias = logit_bias(bias)?;
-    }
-    Ok(sampling)
-}
-
-/// llama.cpp's seeds have 32 bits: smaller ones stay as they are, -1 is "another one each time" as with llama-server.
-fn fold_seed(seed: i64) -> Option<u32> {
-    if seed == -1 {
-        return None;
-    }
-    let bits = seed.cast_unsigned();
-    #[expect(clippy::cast_possible_truncation, reason = "both halves are used")]
-    let folded = (bits ^ (bits >> 32)) as u32;
-    // u32::MAX is llama.cpp's LLAMA_DEFAULT_SEED, which means a random one.
-    Some(folded.min(u32::MAX - 1))
-}
-
-fn logit_bias(value: &Value) -> Result<Vec<(Token, f32)>, ApiError> {
-    const NAME: &str = "logit_bias";
-    let Some(entries) = value.as_object() else {
-        return Err(wrong_type(NAME, "an object of token ids and numbers", value));
-    };
-    if entries.len() > MAX_LOGIT_BIAS {
-        let message = format!("'{NAME}' may have {MAX_LOGIT_BIAS} entries, not {}", entries.len());
-        return Err(ApiError::invalid(NAME, message));
-    }
-    let entry = |(token, bias): (&String, &Value)| {
-        let token: Token = token.parse().ok().filter(|token| *token >= 0).ok_or_else(|| {
-            ApiError::invalid(
-                NAME,
-                format!("'{NAME}' has the key '{}', which is no token id", super::error::clip(token)),
-            )
-        })?;
-        match bias.as_f64() {
-            #[expect(clippy::cast_possible_truncation, reason = "llama.cpp samples with f32")]
-            Some(number) if (-100.0..=100.0).contains(&number) => Ok((token, number as f32)),
-            _ => {
-                Err(ApiError::invalid(NAME, format!("'{NAME}' of token {token} must be from -100 to 100, not {bias}")))
-            }
-        }
-    };
-    entries.iter().map(entry).collect()
 }
 
 fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
@@ -237,16 +204,12 @@ fn include_usage(fields: &Fields, stream: bool) -> Result<bool, ApiError> {
 pub type IsNeutral = fn(&Value) -> bool;
 
 /// Fields that cannot be honoured, with the test for a value that asks for nothing.
-pub const UNSUPPORTED: [(&str, IsNeutral); 34] = [
+pub const UNSUPPORTED: [(&str, IsNeutral); 24] = [
     ("tools", is_empty),
     ("functions", is_empty),
     ("tool_choice", is_none_word),
     ("function_call", is_none_word),
-    ("response_format", is_text_format),
     ("structured_outputs", never),
-    ("json_schema", never),
-    ("grammar", is_empty),
-    ("guided_json", never),
     ("guided_regex", never),
     ("guided_choice", never),
     ("guided_grammar", never),
@@ -262,12 +225,6 @@ pub const UNSUPPORTED: [(&str, IsNeutral); 34] = [
     ("min_tokens", is_zero),
     ("continue_final_message", is_false),
     ("prompt_logprobs", is_zero_or_false),
-    ("typical_p", is_one),
-    ("top_n_sigma", is_not_positive),
-    ("mirostat", is_zero),
-    ("dynatemp_range", is_zero),
-    ("dry_multiplier", is_zero),
-    ("xtc_probability", is_zero),
     ("lora", is_empty),
     ("image_data", is_empty),
     ("n_keep", is_zero),
@@ -306,10 +263,6 @@ fn is_medium(value: &Value) -> bool {
     value.as_str() == Some("medium")
 }
 
-fn is_text_format(value: &Value) -> bool {
-    value.get("type").and_then(Value::as_str) == Some("text")
-}
-
 fn is_text_only(value: &Value) -> bool {
     value.as_array().is_some_and(|items| items.iter().all(|item| item.as_str() == Some("text")))
 }
@@ -328,10 +281,6 @@ fn is_zero_or_false(value: &Value) -> bool {
 
 fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
-}
-
-fn is_not_positive(value: &Value) -> bool {
-    value.as_f64().is_some_and(|number| number <= 0.0)
 }
 
 #[cfg(test)]
@@ -353,33 +302,19 @@ mod tests {
     #[test]
     fn everything_said_is_honoured() {
         let params = read(
-            r#"{"max_tokens": 5, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1,
-                "seed": 42, "stop": ["a", "b"], "frequency_penalty": -2, "presence_penalty": 1.5, "repeat_penalty": 1.1,
-                "logit_bias": {"15": -100, "2": 1.5}, "n": 3, "ignore_eos": true, "stream": true,
-                "stream_options": {"include_usage": true}, "user": "me", "some_future_field": {}}"#,
+            r#"{"max_tokens": 5, "max_completion_tokens": 7, "temperature": 0, "seed": 42, "stop": ["a", "b"], "n": 3,
+                "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true}, "user": "me",
+                "response_format": {"type": "json_object"}, "some_future_field": {}}"#,
         )
         .unwrap();
         assert_eq!(params.max_tokens, Some(7));
-        let SamplingParams { logit_bias, seed, .. } = &params.sampling;
-        assert_eq!(*seed, Some(42));
-        assert!(logit_bias.contains(&(15, -100.0)), "{logit_bias:?}");
-        let expected = SamplingParams {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 0.5,
-            min_p: 0.1,
-            repeat_penalty: 1.1,
-            frequency_penalty: -2.0,
-            presence_penalty: 1.5,
-            seed: Some(42),
-            logit_bias: logit_bias.clone(),
-            ..SamplingParams::default()
-        };
+        let expected = SamplingParams { temperature: 0.0, seed: Some(42), ..SamplingParams::default() };
         assert_eq!(params.sampling, expected);
         assert_eq!(params.stop, ["a", "b"]);
-        assert!(params.ignore_eos && params.stream && params.include_usage);
+        assert!(params.grammar.is_some() && params.ignore_eos && params.stream && params.include_usage);
         assert_eq!(params.n, 3);
         assert_eq!(read(r#"{"max_tokens": -1}"#).unwrap().max_tokens, None);
+        assert_eq!(read(r#"{"n_predict": 9}"#).unwrap().max_tokens, Some(9));
         assert_eq!(read(r#"{"stop": "x"}"#).unwrap().stop, ["x"]);
     }
 
@@ -397,40 +332,18 @@ mod tests {
     }
 
     #[test]
-    fn seeds_keep_32_bits() {
-        for (seed, expected) in
-            [(0, Some(0)), (7, Some(7)), (-1, None), (1 << 32, Some(1)), (4_294_967_295, Some(4_294_967_294))]
-        {
-            assert_eq!(fold_seed(seed), expected, "{seed}");
-        }
-        assert_ne!(fold_seed(i64::MIN), None);
-    }
-
-    #[test]
     fn what_is_out_of_range_is_named_with_its_limits() {
         let seventeen = format!(r#"{{"stop": {:?}}}"#, vec!["x"; 17]);
         let long = format!(r#"{{"stop": "{}"}}"#, "x".repeat(513));
         let cases = [
-            (r#"{"temperature": 2.1}"#, "temperature", "from 0 to 2"),
-            (r#"{"temperature": -0.1}"#, "temperature", "from 0 to 2"),
-            (r#"{"temperature": "hot"}"#, "temperature", "a number"),
-            (r#"{"top_p": 1.5}"#, "top_p", "from 0 to 1"),
-            (r#"{"min_p": -1}"#, "min_p", "from 0 to 1"),
-            (r#"{"top_k": -2}"#, "top_k", "from -1 to 1000000"),
             (r#"{"n": 9}"#, "n", "from 1 to 8"),
             (r#"{"n": 0}"#, "n", "from 1 to 8"),
             (r#"{"max_tokens": 0}"#, "max_tokens", "at least 1"),
             (r#"{"max_completion_tokens": -2}"#, "max_completion_tokens", "from -1"),
-            (r#"{"frequency_penalty": 2.5}"#, "frequency_penalty", "from -2 to 2"),
-            (r#"{"presence_penalty": -2.5}"#, "presence_penalty", "from -2 to 2"),
-            (r#"{"repeat_penalty": 0}"#, "repeat_penalty", "from 0.01 to 10"),
-            (r#"{"seed": 1.5}"#, "seed", "an integer"),
             (seventeen.as_str(), "stop", "16 texts, not 17"),
             (long.as_str(), "stop", "1 to 512 bytes"),
             (r#"{"stop": [""]}"#, "stop", "1 to 512 bytes"),
             (r#"{"stop": [1]}"#, "stop", "an array of strings"),
-            (r#"{"logit_bias": {"1": 101}}"#, "logit_bias", "from -100 to 100"),
-            (r#"{"logit_bias": {"a": 1}}"#, "logit_bias", "no token id"),
             (r#"{"logit_bias": [1]}"#, "logit_bias", "an object"),
             (r#"{"stream": "yes"}"#, "stream", "true or false"),
             (r#"{"stream_options": {"include_usage": true}}"#, "stream_options", "only allowed when 'stream' is true"),
@@ -455,14 +368,10 @@ mod tests {
             ("tools", r#"[{"type": "function", "function": {"name": "f"}}]"#, "[]"),
             ("tool_choice", r#""required""#, r#""none""#),
             ("function_call", r#"{"name": "f"}"#, r#""none""#),
-            ("response_format", r#"{"type": "json_object"}"#, r#"{"type": "text"}"#),
             ("modalities", r#"["text", "audio"]"#, r#"["text"]"#),
             ("audio", r#"{"voice": "alloy"}"#, "null"),
             ("best_of", "3", "1"),
             ("suffix", r#""end""#, r#""""#),
-            ("typical_p", "0.5", "1.0"),
-            ("mirostat", "2", "0"),
-            ("xtc_probability", "0.1", "0"),
             ("use_beam_search", "true", "false"),
         ];
         for (name, asks, neutral) in cases {

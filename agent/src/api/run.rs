@@ -24,7 +24,12 @@ pub(crate) async fn answer(state: &ApiState, visit: Visit, job: Job) -> Result<R
     let Job { dialect, choices, per_prompt, stream } = job;
     let prompt_tokens =
         choices.iter().step_by(per_prompt.max(1)).map(|choice| choice.request.prompt.len() as u64).sum();
-    let run = Run::submit(state, visit, choices, per_prompt, dialect.prompt_param())?;
+    let prompt_param = dialect.prompt_param();
+    let run = if choices.iter().any(|choice| choice.request.is_dear()) {
+        state.prepare(move |state| Run::submit(state, visit, choices, per_prompt, prompt_param)).await?
+    } else {
+        Run::submit(state, visit, choices, per_prompt, prompt_param)?
+    };
     if stream { Stream::new(run, dialect, prompt_tokens).respond().await } else { run.collect(dialect).await }
 }
 

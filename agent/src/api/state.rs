@@ -8,8 +8,9 @@ use serde_json::{Map, Value};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::body::DEFAULT_BODY_LIMIT;
-use super::error::{ApiError, clip};
-use super::fields;
+use super::error::ApiError;
+use super::fields::{self, Fields};
+use super::sampling;
 use crate::engine::chat::{ChatError, ChatTemplates};
 use crate::engine::{Ability, Engine, SamplingParams};
 use crate::metrics::WorkerMetrics;
@@ -42,14 +43,9 @@ impl Default for ApiOptions {
 /// A state that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiStateError {
-    /// A sampling parameter of the deployment is no number in its range.
-    #[error("spec.engine.sampling.{field} is '{value}', which is no number in its range")]
-    InvalidSampling {
-        /// Field of the spec.
-        field: &'static str,
-        /// Its value.
-        value: String,
-    },
+    /// A sampling parameter of the deployment is not in its range.
+    #[error("spec.engine.sampling: {0}")]
+    InvalidSampling(String),
     /// The metrics could not be made.
     #[error("cannot make the metrics")]
     Metrics(#[from] prometheus::Error),
@@ -89,6 +85,7 @@ impl ApiState {
         if let Some(Err(error)) = &templates {
             tracing::warn!(%error, "chat completions will be refused");
         }
+        let defaults = sampling_defaults(config.engine.sampling.as_ref(), &engine.model().sampling)?;
         // Some more than run and wait: who comes to a full queue reads "queue full", not a connection that hangs.
         let in_flight = max_queued.saturating_add(parallel).saturating_add(8) as usize;
         Ok(Self(Arc::new(Inner {
@@ -97,7 +94,7 @@ impl ApiState {
             served_name: config.served_name.clone(),
             names: [config.name.clone(), format!("{}/{}", config.namespace, config.name)],
             created: super::unix_seconds(),
-            defaults: sampling_defaults(config.engine.sampling.as_ref())?,
+            defaults,
             metrics: Arc::new(WorkerMetrics::new(&config.namespace, &config.name)?),
             options,
             queue_timeout: seconds(*queue_timeout_seconds),
@@ -213,44 +210,130 @@ impl ApiState {
     }
 }
 
-/// The deployment's `sampling` over llama.cpp's defaults.
-fn sampling_defaults(spec: Option<&SamplingSpec>) -> Result<SamplingParams, ApiStateError> {
-    let mut sampling = SamplingParams::default();
-    let Some(SamplingSpec { temperature, top_p, min_p, top_k, repeat_penalty }) = spec else { return Ok(sampling) };
-    let number = |field, value: &Option<String>, default: f32, most: f32| match value {
-        None => Ok(default),
-        Some(text) => match text.parse::<f32>() {
-            Ok(number) if (0.0..=most).contains(&number) => Ok(number),
-            _ => Err(ApiStateError::InvalidSampling { field, value: clip(text).into_owned() }),
-        },
-    };
-    sampling.temperature = number("temperature", temperature, sampling.temperature, 100.0)?;
-    sampling.top_p = number("topP", top_p, sampling.top_p, 1.0)?;
-    sampling.min_p = number("minP", min_p, sampling.min_p, 1.0)?;
-    sampling.repeat_penalty = number("repeatPenalty", repeat_penalty, sampling.repeat_penalty, 100.0)?;
-    if let Some(top_k) = top_k {
-        sampling.top_k = u32::try_from(*top_k)
-            .map_err(|_| ApiStateError::InvalidSampling { field: "topK", value: top_k.to_string() })?;
+/// The deployment's `sampling` over the model file's.
+fn sampling_defaults(spec: Option<&SamplingSpec>, file: &SamplingParams) -> Result<SamplingParams, ApiStateError> {
+    let Some(spec) = spec else { return Ok(file.clone()) };
+    // The same words as in a request, but for the case of their letters, and the same ranges.
+    let fields = serde_json::to_value(spec).ok().and_then(|spec| spec.as_object().cloned()).unwrap_or_default();
+    let words = fields.into_iter().map(|(name, value)| {
+        let number = value.as_str().and_then(|text| text.parse::<f64>().ok());
+        (snake_case(&name), number.map_or(value, Value::from))
+    });
+    sampling::read(&Fields(words.collect()), file).map_err(|error| ApiStateError::InvalidSampling(error.message))
+}
+
+/// `topK` to `top_k`.
+fn snake_case(name: &str) -> String {
+    let mut snake = String::with_capacity(name.len() + 4);
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() {
+            snake.push('_');
+        }
+        snake.push(letter.to_ascii_lowercase());
     }
-    Ok(sampling)
+    snake
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::engine::{DryParams, Mirostat, SamplerKind, WHOLE_CONTEXT};
 
     #[test]
-    fn the_deployments_sampling_goes_over_llama_cpps() {
-        let spec = SamplingSpec { temperature: Some("0".into()), top_k: Some(7), ..SamplingSpec::default() };
-        let sampling = sampling_defaults(Some(&spec)).unwrap();
-        assert_eq!(sampling, SamplingParams { temperature: 0.0, top_k: 7, ..SamplingParams::default() });
+    fn the_deployments_sampling_goes_over_the_model_files() {
+        let file = SamplingParams { top_p: 0.5, min_p: 0.25, ..SamplingParams::default() };
+        assert_eq!(sampling_defaults(None, &file).unwrap(), file);
+        let spec: SamplingSpec = serde_json::from_value(json!({
+            "temperature": "0", "topK": 7, "topP": "0.75", "dryMultiplier": "0.5", "drySequenceBreakers": ["."],
+            "topNSigma": "1.5", "frequencyPenalty": "-1.5", "repeatLastN": -1, "mirostat": 2,
+            "samplers": ["top_k", "typ_p", "top_n_sigma", "temperature"],
+        }))
+        .unwrap();
+        let expected = SamplingParams {
+            temperature: 0.0,
+            top_k: 7,
+            top_p: 0.75,
+            dry: DryParams { multiplier: 0.5, sequence_breakers: vec![".".to_owned()], ..DryParams::default() },
+            top_n_sigma: 1.5,
+            frequency_penalty: -1.5,
+            repeat_last_n: WHOLE_CONTEXT,
+            mirostat: Mirostat::V2,
+            samplers: vec![SamplerKind::TopK, SamplerKind::TypicalP, SamplerKind::TopNSigma, SamplerKind::Temperature],
+            ..file.clone()
+        };
+        assert_eq!(sampling_defaults(Some(&spec), &file).unwrap(), expected);
         for (field, spec) in [
-            ("temperature", SamplingSpec { temperature: Some("hot".into()), ..SamplingSpec::default() }),
-            ("topP", SamplingSpec { top_p: Some("1.5".into()), ..SamplingSpec::default() }),
-            ("topK", SamplingSpec { top_k: Some(-1), ..SamplingSpec::default() }),
+            ("'temperature'", SamplingSpec { temperature: Some("hot".into()), ..SamplingSpec::default() }),
+            ("'top_p'", SamplingSpec { top_p: Some("1.5".into()), ..SamplingSpec::default() }),
+            ("'top_k'", SamplingSpec { top_k: Some(-2), ..SamplingSpec::default() }),
         ] {
-            let message = sampling_defaults(Some(&spec)).unwrap_err().to_string();
-            assert!(message.starts_with(&format!("spec.engine.sampling.{field} is ")), "{message}");
+            let message = sampling_defaults(Some(&spec), &file).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("spec.engine.sampling: {field} must be ")), "{message}");
         }
+    }
+
+    /// Each field of the spec is a word that requests know.
+    #[test]
+    fn no_field_of_the_spec_is_ignored() {
+        let decimals = [
+            "temperature",
+            "dynatempRange",
+            "dynatempExponent",
+            "topP",
+            "minP",
+            "typicalP",
+            "topNSigma",
+            "xtcProbability",
+            "xtcThreshold",
+            "repeatPenalty",
+            "frequencyPenalty",
+            "presencePenalty",
+            "dryMultiplier",
+            "dryBase",
+            "mirostatTau",
+            "mirostatEta",
+        ];
+        let counts = ["topK", "minKeep", "repeatLastN", "dryAllowedLength", "dryPenaltyLastN", "mirostat"];
+        let mut all: Map<String, Value> = decimals.iter().map(|name| ((*name).to_owned(), json!("0.375"))).collect();
+        all.extend(counts.iter().map(|name| ((*name).to_owned(), json!(1))));
+        all.insert("drySequenceBreakers".to_owned(), json!(["x"]));
+        all.insert("samplers".to_owned(), json!(["xtc"]));
+        for (name, value) in &all {
+            let one: SamplingSpec = serde_json::from_value(json!({name: value})).unwrap();
+            let file = SamplingParams::default();
+            assert_ne!(sampling_defaults(Some(&one), &file).unwrap(), file, "{name}");
+        }
+        let spec: SamplingSpec = serde_json::from_value(Value::Object(all.clone())).unwrap();
+        assert_eq!(serde_json::to_value(&spec).unwrap().as_object().map(Map::len), Some(all.len()));
+        // None is missing above.
+        let SamplingSpec {
+            temperature: _,
+            dynatemp_range: _,
+            dynatemp_exponent: _,
+            top_k: _,
+            top_p: _,
+            min_p: _,
+            typical_p: _,
+            top_n_sigma: _,
+            xtc_probability: _,
+            xtc_threshold: _,
+            min_keep: _,
+            repeat_last_n: _,
+            repeat_penalty: _,
+            frequency_penalty: _,
+            presence_penalty: _,
+            dry_multiplier: _,
+            dry_base: _,
+            dry_allowed_length: _,
+            dry_penalty_last_n: _,
+            mirostat: _,
+            mirostat_tau: _,
+            mirostat_eta: _,
+            dry_sequence_breakers: _,
+            samplers: _,
+        } = spec;
+        assert_eq!(all.len(), 24);
     }
 }

@@ -43,6 +43,9 @@ pub enum EngineError {
     /// The running sequences leave no room for this one.
     #[error("the context is full: {0}")]
     ContextFull(String),
+    /// The grammar, or what the model would say next, leaves nothing that may be said.
+    #[error("the output cannot follow its grammar any further: {0}")]
+    GrammarFailed(String),
     /// The engine was told to stop before the request ended.
     #[error("the model was unloaded before the request ended")]
     ShutDown,
@@ -66,6 +69,7 @@ impl EngineError {
             Self::DecodeFailed(_) => "DecodeFailed",
             Self::QueueTimeout => "QueueTimeout",
             Self::ContextFull(_) => "ContextFull",
+            Self::GrammarFailed(_) => "GrammarFailed",
             Self::ShutDown => "ShutDown",
             Self::Internal(_) => "Internal",
         }

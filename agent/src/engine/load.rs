@@ -11,6 +11,7 @@ use super::embed;
 use super::error::EngineError;
 use super::ffi::{self, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Model, ModelParams};
 use super::host;
+use super::sampling::SamplingParams;
 use super::sizing::Limits;
 use super::{Ability, ModelFacts};
 use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport};
@@ -340,6 +341,7 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
         eos_text: text(model.eos()),
         adds_bos: model.adds_bos(),
         chat_template: config.chat_template.clone().or_else(|| model.chat_template()),
+        sampling: SamplingParams::of_file(|key| model.metadata(key)),
         parameter_count: model.parameter_count(),
         size_bytes: model.size_bytes(),
     }

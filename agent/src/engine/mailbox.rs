@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::Activity;
-use super::ffi::Sampler;
+use super::chooser::Chooser;
 use super::request::{GenerateEvent, GenerateRequest, SubmitError};
 
 /// A request that has no slot yet.
 pub(super) struct Waiting {
     pub(super) request: GenerateRequest,
-    pub(super) sampler: Sampler,
+    pub(super) chooser: Chooser,
     pub(super) events: mpsc::Sender<GenerateEvent>,
     pub(super) submitted: Instant,
 }
@@ -255,7 +255,7 @@ mod tests {
     fn waiting(deadline: Option<Instant>) -> (Waiting, mpsc::Receiver<GenerateEvent>) {
         let (events, receiver) = mpsc::channel(4);
         let request = GenerateRequest { deadline, ..GenerateRequest::default() };
-        (Waiting { request, sampler: Sampler::default(), events, submitted: Instant::now() }, receiver)
+        (Waiting { request, chooser: Chooser::default(), events, submitted: Instant::now() }, receiver)
     }
 
     #[test]

@@ -7,10 +7,13 @@
 mod capability;
 pub mod chat;
 mod check;
+mod chooser;
 mod embed;
 mod error;
 #[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
 mod ffi;
+mod gbnf;
+mod grammar;
 mod host;
 mod load;
 mod mailbox;
@@ -19,6 +22,7 @@ mod prefix;
 mod request;
 mod sampling;
 mod schedule;
+mod schema;
 mod sequence;
 mod shared;
 #[cfg(test)]
@@ -26,6 +30,7 @@ mod simulation;
 mod sizing;
 mod step;
 mod stop;
+mod trigger;
 mod worker;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -48,7 +53,9 @@ pub use sampling::{
 
 use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
 use chat::{ChatError, ChatTemplates};
+use chooser::Chooser;
 use ffi::{Model, Sampler};
+use grammar::Grammars;
 use load::Loaded;
 use mailbox::{Mailbox, Waiting};
 use shared::Shared;
@@ -114,6 +121,8 @@ pub struct ModelFacts {
     pub adds_bos: bool,
     /// Jinja source in the file, unless the configuration replaces it.
     pub chat_template: Option<String>,
+    /// Sampling parameters for requests that name none: the file's over llama.cpp's.
+    pub sampling: SamplingParams,
     /// Parameters.
     pub parameter_count: u64,
     /// Bytes of all tensors.
@@ -196,6 +205,7 @@ pub struct Engine {
 struct Inner {
     model: Model,
     facts: ModelFacts,
+    grammars: Grammars,
     queue: Queue,
     shared: Arc<Shared>,
     report: watch::Receiver<RunnerReport>,
@@ -297,7 +307,8 @@ impl Engine {
             })
             .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { inner: Arc::new(Inner { model, facts, queue, shared, report, ended, thread }) })
+        let grammars = Grammars::default();
+        Ok(Self { inner: Arc::new(Inner { model, facts, grammars, queue, shared, report, ended, thread }) })
     }
 
     /// What is known about the model.
@@ -353,23 +364,26 @@ impl Engine {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Puts a request into the queue of a model that generates.
+    /// Puts a request into the queue of a model that generates. One that is [`GenerateRequest::is_dear`] takes milliseconds,
+    /// up to a second, before it is there, so this belongs on a thread that may block.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
         let Queue::Generate(mailbox) = &self.inner.queue else {
             let can_rank = self.inner.facts.can(Ability::Rerank);
             return Err(SubmitError::Unsupported(if can_rank { embed::RANKS_ONLY } else { embed::EMBEDS_ONLY }));
         };
-        let Inner { model, facts, .. } = &*self.inner;
+        let Inner { model, facts, grammars, .. } = &*self.inner;
         check::check(model, facts.max_tokens, &request)?;
-        if request.grammar.is_some() {
-            return Err(SubmitError::InvalidGrammar("grammars are not supported yet".to_owned()));
-        }
+        let compile = |grammar: &Grammar| {
+            let compiled = grammars.compile(model, grammar, !request.ignore_eos);
+            compiled.map_err(|reason| SubmitError::InvalidGrammar { field: grammar.field(), reason })
+        };
+        let constraint = request.grammar.as_ref().map(compile).transpose()?;
         let seed = request.sampling.seed.unwrap_or_else(random_seed);
         let sampler = Sampler::new(model, &request.sampling, seed, facts.max_tokens);
-        let sampler = sampler.map_err(SubmitError::Internal)?;
+        let chooser = Chooser::new(sampler.map_err(SubmitError::Internal)?, constraint);
         let mailbox = Arc::clone(mailbox);
         let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
-        mailbox.submit(Waiting { request, sampler, events: sender, submitted: Instant::now() })?;
+        mailbox.submit(Waiting { request, chooser, events: sender, submitted: Instant::now() })?;
         Ok(Generation { events, mailbox, finished: false })
     }
 

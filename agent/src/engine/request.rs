@@ -78,6 +78,14 @@ pub struct CacheKey {
     pub media: String,
 }
 
+impl GenerateRequest {
+    /// Whether the engine has to compile something before it can take the request.
+    #[must_use]
+    pub fn is_dear(&self) -> bool {
+        self.grammar.is_some() || self.sampling.dry.multiplier != 0.0
+    }
+}
+
 /// Most alternatives per token whose log-probabilities are reported.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 
@@ -195,8 +203,13 @@ pub enum SubmitError {
     #[error("{0}")]
     InvalidParameter(&'static str),
     /// The grammar or the schema cannot be compiled, or is larger than is allowed.
-    #[error("{0}")]
-    InvalidGrammar(String),
+    #[error("'{field}' cannot be used: {reason}")]
+    InvalidGrammar {
+        /// OpenAI's or llama-server's name for it.
+        field: &'static str,
+        /// For people.
+        reason: String,
+    },
     /// llama.cpp could not make the sampler.
     #[error("{0}")]
     Internal(String),

@@ -103,6 +103,49 @@ impl Default for SamplingParams {
     }
 }
 
+impl SamplingParams {
+    /// llama.cpp's defaults with those of a model file, whose metadata `get` reads, over them. What is out of its range
+    /// there is not used.
+    pub(super) fn of_file(get: impl Fn(&str) -> Option<String>) -> Self {
+        let mut params = Self::default();
+        let number = |key: &str, least: f32, most: f32, value: &mut f32| {
+            if let Some(text) = get(&format!("general.sampling.{key}")) {
+                match text.parse::<f32>() {
+                    Ok(number) if (least..=most).contains(&number) => *value = number,
+                    _ => tracing::warn!(key, "the model file's sampling parameter is out of its range"),
+                }
+            }
+        };
+        number("temp", 0.0, 100.0, &mut params.temperature);
+        number("top_p", 0.0, 1.0, &mut params.top_p);
+        number("min_p", 0.0, 1.0, &mut params.min_p);
+        number("xtc_probability", 0.0, 1.0, &mut params.xtc_probability);
+        number("xtc_threshold", 0.0, 1.0, &mut params.xtc_threshold);
+        number("penalty_repeat", 0.01, 100.0, &mut params.repeat_penalty);
+        number("mirostat_tau", 0.0, 100.0, &mut params.mirostat_tau);
+        number("mirostat_eta", 0.0, 1.0, &mut params.mirostat_eta);
+        let whole = |key: &str| get(&format!("general.sampling.{key}")).and_then(|text| text.parse::<i32>().ok());
+        if let Some(top_k) = whole("top_k") {
+            params.top_k = u32::try_from(top_k).unwrap_or(0);
+        }
+        if let Some(last_n) = whole("penalty_last_n") {
+            params.repeat_last_n = u32::try_from(last_n).unwrap_or(WHOLE_CONTEXT);
+        }
+        params.mirostat = match whole("mirostat") {
+            Some(1) => Mirostat::V1,
+            Some(2) => Mirostat::V2,
+            _ => Mirostat::Off,
+        };
+        if let Some(names) = get("general.sampling.sequence") {
+            let order: Vec<_> = names.split(';').filter_map(SamplerKind::from_name).take(MAX_SAMPLERS).collect();
+            if !order.is_empty() {
+                params.samplers = order;
+            }
+        }
+        params
+    }
+}
+
 /// "Don't repeat yourself": a token that would go on with a sequence seen before loses
 /// `multiplier * base ^ (length of the sequence - allowed_length)`.
 #[derive(Clone, Debug, PartialEq)]
@@ -244,6 +287,16 @@ pub enum Grammar {
     },
 }
 
+impl Grammar {
+    /// OpenAI's or llama-server's name for it.
+    pub(super) fn field(&self) -> &'static str {
+        match self {
+            Self::JsonSchema(_) => "response_format",
+            Self::Gbnf { .. } => "grammar",
+        }
+    }
+}
+
 /// What makes a lazy grammar begin; the first that comes counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Triggers {
@@ -259,6 +312,44 @@ pub struct Triggers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_file_has_its_own_defaults() {
+        let of = |entries: &[(&str, &str)]| {
+            let find = |key: &str| {
+                let name = key.strip_prefix("general.sampling.")?;
+                entries.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+            };
+            SamplingParams::of_file(find)
+        };
+        assert_eq!(of(&[]), SamplingParams::default());
+        let expected = SamplingParams {
+            temperature: 0.6,
+            top_k: 20,
+            top_p: 0.9,
+            min_p: 0.0,
+            repeat_last_n: WHOLE_CONTEXT,
+            repeat_penalty: 1.05,
+            mirostat: Mirostat::V2,
+            mirostat_tau: 3.0,
+            samplers: vec![SamplerKind::TopK, SamplerKind::Temperature],
+            ..SamplingParams::default()
+        };
+        let file = [
+            ("temp", "0.6"),
+            ("top_k", "20"),
+            ("top_p", "0.900000"),
+            ("min_p", "0"),
+            ("penalty_last_n", "-1"),
+            ("penalty_repeat", "1.05"),
+            ("mirostat", "2"),
+            ("mirostat_tau", "3"),
+            ("sequence", "top_k;unheard_of;temperature"),
+        ];
+        assert_eq!(of(&file), expected);
+        let broken = [("temp", "nan"), ("top_p", "7"), ("penalty_repeat", "0"), ("top_k", "x"), ("sequence", "")];
+        assert_eq!(of(&broken), SamplingParams::default());
+    }
 
     #[test]
     fn samplers_have_llama_cpps_names_and_letters() {

@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::{OwnedPermit, Sender};
 
+use super::chooser::Chooser;
 use super::error::EngineError;
-use super::ffi::{LogprobRow, Model, Sampler};
+use super::ffi::{LogprobRow, Model};
 use super::mailbox::Waiting;
 use super::pool::SeqId;
 use super::prefix::{Follow, Serial};
@@ -43,7 +44,7 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<Token>,
     /// Tokens whose keys and values are in the cache.
     pub(super) resident: usize,
-    pub(super) sampler: Sampler,
+    pub(super) chooser: Chooser,
     /// Alternatives per token that the reader wants.
     pub(super) logprobs: Option<u32>,
     /// Tokens to aim for, prompt and answer.
@@ -75,7 +76,7 @@ impl Sequence {
         need: u32,
         now: Instant,
     ) -> Result<Self, String> {
-        let Waiting { request, mut sampler, events, submitted } = waiting;
+        let Waiting { request, mut chooser, events, submitted } = waiting;
         let GenerateRequest {
             id,
             prompt,
@@ -90,9 +91,7 @@ impl Sequence {
             cache,
             cache_prompt,
         } = request;
-        for &token in &prompt[prompt.len().saturating_sub(sampler.lookback())..] {
-            sampler.accept(token)?;
-        }
+        chooser.read_prompt(&prompt)?;
         let limit = (max_tokens as usize).min(prompt.len().saturating_add(wanted.map_or(usize::MAX, |n| n as usize)));
         let reserve = || events.clone().try_reserve_owned().map_err(|_| "the reader has gone".to_owned());
         Ok(Self {
@@ -106,7 +105,7 @@ impl Sequence {
             borders: Vec::new(),
             begun: false,
             resident: 0,
-            sampler,
+            chooser,
             logprobs,
             need,
             prompt: prompt.len(),
@@ -228,7 +227,7 @@ impl Sequence {
             // has gone is seen before the next one.
             let _ = self.events.try_send(GenerateEvent::Token { text: passed.text, token, logprob });
         }
-        if passed.stopped {
+        if passed.stopped || self.chooser.is_complete() {
             return Ok(Some(FinishReason::Stop));
         }
         Ok(self.is_complete())

@@ -3,7 +3,8 @@
 mod resize;
 
 use super::capability::{Capability, Cut};
-use super::ffi::{Batch, Context, ContextParams, DecodeError, LogprobRow, Model, Sampler, available_bytes};
+use super::chooser::{ChooseError, Chooser};
+use super::ffi::{Batch, Context, ContextParams, DecodeError, LogprobRow, Model, available_bytes};
 use super::host::{self, HostCache};
 use super::load::{Plan, total_context_bytes};
 use super::pool::{Pool, SeqId};
@@ -218,11 +219,9 @@ impl Executor {
     }
 
     /// The next token after a row of the last step.
-    pub(super) fn sample(&mut self, sampler: &mut Sampler, row: i32) -> Result<Token, String> {
-        let token = self.context.as_mut().ok_or("no context")?.pick(sampler, row, None)?;
-        let token = token.ok_or("no token may come")?;
-        sampler.accept(token)?;
-        Ok(token)
+    pub(super) fn sample(&mut self, chooser: &mut Chooser, row: i32) -> Result<Token, ChooseError> {
+        let context = self.context.as_mut().ok_or_else(|| ChooseError::Engine("no context".to_owned()))?;
+        chooser.choose(context, row)
     }
 
     /// Log-probabilities after a row of the last step.

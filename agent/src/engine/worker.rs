@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::chooser::ChooseError;
 use super::error::EngineError;
 use super::ffi::{DecodeError, Model};
 use super::load::{Loaded, Plan};
@@ -238,11 +239,18 @@ impl Worker {
 
     fn sample(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
-        let mut ended: Vec<(usize, FinishReason)> = Vec::new();
+        let mut ended: Vec<(usize, Result<FinishReason, EngineError>)> = Vec::new();
         let mut generated = 0;
         for (chunk, &row) in self.step.iter().zip(&self.rows).filter(|(chunk, _)| chunk.output) {
             let sequence = &mut self.running[chunk.lane];
-            let token = self.executor.sample(&mut sequence.sampler, row).map_err(EngineError::DecodeFailed)?;
+            let token = match self.executor.sample(&mut sequence.chooser, row) {
+                Ok(token) => token,
+                Err(ChooseError::Sequence(reason)) => {
+                    ended.push((chunk.lane, Err(EngineError::GrammarFailed(reason))));
+                    continue;
+                }
+                Err(ChooseError::Engine(reason)) => return Err(EngineError::DecodeFailed(reason)),
+            };
             let logprobs = match sequence.logprobs {
                 None => None,
                 Some(top) => Some(self.executor.logprobs(row, token, top).map_err(EngineError::DecodeFailed)?),
@@ -250,14 +258,17 @@ impl Worker {
             generated += 1;
             let end = sequence.accept(&self.model, token, logprobs.as_ref(), now).map_err(EngineError::DecodeFailed)?;
             if let Some(reason) = end {
-                ended.push((chunk.lane, reason));
+                ended.push((chunk.lane, Ok(reason)));
             }
         }
         self.shared.update(|stats| stats.generated_tokens += generated);
-        ended.sort_unstable_by_key(|&(lane, _)| std::cmp::Reverse(lane));
-        for (lane, reason) in ended {
+        ended.sort_unstable_by_key(|(lane, _)| std::cmp::Reverse(*lane));
+        for (lane, end) in ended {
             let sequence = self.running.remove(lane);
-            self.finish(sequence, reason);
+            match end {
+                Ok(reason) => self.finish(sequence, reason),
+                Err(error) => self.fail(sequence, error),
+            }
         }
         Ok(())
     }

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2::{llama_model, llama_vocab};
+use llguidance::toktrie::TokEnv;
 
 use super::backend::backend;
 use super::{log, shim};
@@ -222,6 +224,17 @@ impl Model {
     /// Whether the token ends a generation.
     pub(in crate::engine) fn is_end(&self, token: Token) -> bool {
         self.has(token) && self.inner.vocab().is_eog(LlamaToken(token))
+    }
+
+    /// All tokens that end a generation.
+    pub(in crate::engine) fn end_tokens(&self) -> Vec<Token> {
+        let size = Token::try_from(self.n_vocab()).unwrap_or(0);
+        (0..size).filter(|&token| self.is_end(token)).collect()
+    }
+
+    /// The vocabulary for llguidance; reads every token.
+    pub(in crate::engine) fn tok_env(&self) -> TokEnv {
+        LlamaSampler::llguidance_tok_env(&self.inner)
     }
 
     /// Tokens that the model's file says must never be generated.
