@@ -22,6 +22,14 @@ pub struct Ledger {
 struct Holding {
     holder: String,
     bytes: Need,
+    /// Granted beyond that, until a measurement settles it.
+    growth: Need,
+}
+
+impl Holding {
+    fn of(&self, device: &str) -> u64 {
+        self.bytes.get(device).copied().unwrap_or(0) + self.growth.get(device).copied().unwrap_or(0)
+    }
 }
 
 /// There is not enough room, with the numbers.
@@ -36,16 +44,30 @@ pub struct Shortage {
     /// Bytes of the device.
     pub capacity: u64,
     /// Who holds how much of it, the largest first.
-    pub holders: Vec<(String, u64)>,
+    pub holders: Vec<Holder>,
+}
+
+/// Somebody who holds memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// "namespace/name".
+    pub who: String,
+    /// Bytes.
+    pub bytes: u64,
+    /// Why it keeps them, in a word or two; `None` where nobody has asked.
+    pub why: Option<&'static str>,
 }
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { device, needed, free, capacity, holders } = self;
         write!(f, "needs {} on {device}, which has {} of {} free", bytes(*needed), bytes(*free), bytes(*capacity))?;
-        for (number, (holder, held)) in holders.iter().take(3).enumerate() {
+        for (number, Holder { who, bytes: held, why }) in holders.iter().take(3).enumerate() {
             let lead = if number == 0 { "; held by" } else { "," };
-            write!(f, "{lead} {holder} {}", bytes(*held))?;
+            write!(f, "{lead} {who} {}", bytes(*held))?;
+            if let Some(why) = why {
+                write!(f, " ({why})")?;
+            }
         }
         if let Some(more) = holders.len().checked_sub(3).filter(|more| *more > 0) {
             write!(f, " and {more} more")?;
@@ -69,7 +91,7 @@ impl Ledger {
     /// Bytes of a device that are promised.
     #[must_use]
     pub fn held(&self, device: &str) -> u64 {
-        self.holdings.values().filter_map(|holding| holding.bytes.get(device)).sum()
+        self.holdings.values().map(|holding| holding.of(device)).sum()
     }
 
     /// Bytes of a device that are promised to nobody.
@@ -103,15 +125,44 @@ impl Ledger {
     /// Promises `need` to a worker, all of it or nothing.
     pub fn reserve(&mut self, worker: WorkerId, holder: &str, need: Need) -> Result<(), Shortage> {
         self.check(&need)?;
-        self.holdings.insert(worker, Holding { holder: holder.to_owned(), bytes: need });
+        self.holdings.insert(worker, Holding { holder: holder.to_owned(), bytes: need, growth: Need::new() });
         Ok(())
+    }
+
+    /// Keeps `need` from everybody else, whether it is there or not: for one that is next.
+    pub fn claim(&mut self, worker: WorkerId, holder: &str, need: Need) {
+        self.holdings.insert(worker, Holding { holder: holder.to_owned(), bytes: need, growth: Need::new() });
     }
 
     /// Measured bytes replace the predicted ones. They are a fact, so they count even beyond the capacity.
     pub fn settle(&mut self, worker: WorkerId, measured: Need) {
         if let Some(holding) = self.holdings.get_mut(&worker) {
             holding.bytes = measured;
+            holding.growth.clear();
         }
+    }
+
+    /// Promises a worker more than it holds, all of it or nothing. [`Ledger::settle`] ends the promise.
+    pub fn grow(&mut self, worker: WorkerId, more: &Need) -> Result<(), Shortage> {
+        self.check(more)?;
+        if let Some(holding) = self.holdings.get_mut(&worker) {
+            for (device, bytes) in more {
+                *holding.growth.entry(device.clone()).or_default() += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the worker was promised beyond its holding is not taken after all.
+    pub fn shrink(&mut self, worker: WorkerId) {
+        if let Some(holding) = self.holdings.get_mut(&worker) {
+            holding.growth.clear();
+        }
+    }
+
+    /// Forgets all workers but these.
+    pub fn keep(&mut self, stays: impl Fn(WorkerId) -> bool) {
+        self.holdings.retain(|worker, _| stays(*worker));
     }
 
     /// The worker has exited.
@@ -121,13 +172,15 @@ impl Ledger {
 
     fn shortage(&self, device: &str, needed: u64) -> Shortage {
         let mut by_holder: BTreeMap<&str, u64> = BTreeMap::new();
-        for Holding { holder, bytes } in self.holdings.values() {
-            if let Some(held) = bytes.get(device).filter(|held| **held > 0) {
-                *by_holder.entry(holder).or_default() += held;
+        for holding in self.holdings.values() {
+            let held = holding.of(device);
+            if held > 0 {
+                *by_holder.entry(&holding.holder).or_default() += held;
             }
         }
-        let mut holders: Vec<(String, u64)> = by_holder.into_iter().map(|(who, held)| (who.to_owned(), held)).collect();
-        holders.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        let holder = |(who, held): (&str, u64)| Holder { who: who.to_owned(), bytes: held, why: None };
+        let mut holders: Vec<Holder> = by_holder.into_iter().map(holder).collect();
+        holders.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| a.who.cmp(&b.who)));
         let (free, capacity) = (self.free(device), self.capacity(device));
         Shortage { device: device.to_owned(), needed, free, capacity, holders }
     }
@@ -198,6 +251,11 @@ mod tests {
                 let wanted = need(&[("GPU", gpu), ("CPU", cpu)]);
                 match call {
                     0 => ledger.release(worker),
+                    2 if ledger.holding(worker).is_some() => {
+                        let fits = gpu <= ledger.free("GPU") && cpu <= ledger.free("CPU");
+                        prop_assert_eq!(ledger.grow(worker, &wanted).is_ok(), fits);
+                    }
+                    3 if ledger.holding(worker).is_some() => ledger.shrink(worker),
                     1 => {
                         // A measurement at or below the promise.
                         let held = ledger.holding(worker).cloned().unwrap_or_default();

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use altiplano_agent::client::{self, ChatArgs};
 use altiplano_agent::node::role::{self, NodeArgs};
+use altiplano_agent::runner::adopt;
 use altiplano_agent::runner::child::{self, Mode};
+use altiplano_agent::runner::init::{self, InitArgs};
 use altiplano_agent::serve::{self, ServeArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,6 +42,9 @@ enum Role {
     Serve(ServeArgs),
     /// Talk to a model that is served somewhere.
     Chat(ChatArgs),
+    /// Run the agent as a child, and again when it dies; its workers live on and are taken over. For the first process
+    /// of a container.
+    Init(InitArgs),
     /// One model in one process; started by the agent.
     #[command(hide = true)]
     Runner(RunnerArgs),
@@ -75,7 +80,7 @@ enum LogFormat {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
@@ -83,16 +88,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let filter = EnvFilter::try_new(&cli.log).map_err(|error| anyhow::anyhow!("--log {:?}: {error}", cli.log))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    // A worker's log goes to its agent. Between the death of one and the next it goes nowhere, which is no error.
+    let log = log.log_internal_errors(false);
     match cli.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
     if let Role::Runner(args) = &cli.role {
         child::run(args.mode())?;
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Role::Init(args) = cli.role {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        return Ok(runtime.block_on(init::run(args))?);
     }
     // One provider for the API server's client and for downloads; nobody can have installed another yet.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -101,21 +112,27 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         // Ctrl-C ends it at once: no model depends on it.
         let result = runtime.block_on(client::run(args));
         runtime.shutdown_background();
-        return Ok(result?);
+        result?;
+        return Ok(ExitCode::SUCCESS);
     }
     let result = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         stop_on_signal(shutdown.clone())?;
+        tokio::spawn(async {
+            adopt::init_died().await;
+            tracing::error!("init has died; ending at once");
+            std::process::exit(1);
+        });
         match cli.role {
             Role::Node(args) => role::run(args, shutdown).await?,
             Role::Serve(args) => serve::run(args, shutdown).await?,
-            Role::Chat(_) | Role::Runner(_) => {}
+            Role::Chat(_) | Role::Runner(_) | Role::Init(_) => {}
         }
         anyhow::Ok(())
     });
     // A blocking task (such as hashing a file) must not hold up the end.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 /// The first SIGTERM or SIGINT asks for a graceful end, the second ends at once: the workers end with their agent.

@@ -16,6 +16,7 @@ use crate::metrics::AgentMetrics;
 use crate::node::apply::{Means, socket_directory};
 use crate::node::plan::Limits;
 use crate::runner::spawn::Runner;
+use crate::runner::supervise::Patience;
 use crate::store::{Store, StoreConfig, StoreError};
 
 /// Models that are loaded at the same time.
@@ -73,6 +74,11 @@ pub struct ServingArgs {
     #[arg(long, env = "ALTIPLANO_DRAIN_SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
 
+    /// Longest time, in seconds, that one step of a worker's engine may take before the worker is taken to hang and is
+    /// ended. A worker that is not heard of at all is ended after that time too, or after 30 s.
+    #[arg(long, env = "ALTIPLANO_HANG_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(5..))]
+    pub hang_seconds: u64,
+
     /// File with the bearer token that the shared port asks for; no token is asked for where it is absent.
     #[arg(long, env = "ALTIPLANO_SHARED_TOKEN_FILE")]
     pub shared_token_file: Option<PathBuf>,
@@ -126,7 +132,9 @@ impl Setup {
         lame_duck: Duration,
         shutdown: &CancellationToken,
     ) -> Result<Self, SetupError> {
-        let runner = Runner::current().map_err(SetupError::Executable)?;
+        let step = Duration::from_secs(args.hang_seconds);
+        let patience = Patience { step, silence: step.min(Patience::default().silence) };
+        let runner = Runner::current().map_err(SetupError::Executable)?.with_patience(patience);
         let token = match &args.shared_token_file {
             Some(path) => Some(read_token(path).await?),
             None => None,

@@ -87,9 +87,15 @@ impl Worker {
         }
     }
 
+    /// The next event that is no heartbeat.
     fn event(&self) -> Option<RunnerEvent> {
-        let line = self.line()?;
-        Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        loop {
+            let line = self.line()?;
+            match serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")) {
+                RunnerEvent::Heartbeat { .. } => {}
+                event => return Some(event),
+            }
+        }
     }
 
     fn ready(&self) -> RunnerReport {

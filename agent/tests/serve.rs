@@ -322,6 +322,7 @@ async fn workers_end_with_an_agent_that_is_killed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_wakes_an_unloaded_model() {
     let agent = Agent::serve(&[("toy", &toy::path(), ", unload: {policy: AfterRequest, graceSeconds: 1}")]).await;
+    agent.ready("toy", 1).await;
     let (question, answer) = question();
     assert_eq!(agent.ask("toy", &question).await, answer);
     for times in 1..=2 {

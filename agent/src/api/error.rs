@@ -130,6 +130,14 @@ impl ApiError {
         Self::new(StatusCode::BAD_GATEWAY, "server_error", Some("worker_exited"), message)
     }
 
+    /// 422: this very request was in two workers when they ended. Not a code that clients try again by themselves.
+    #[must_use]
+    pub fn ends_workers() -> Self {
+        let message = "two worker processes of this model ended while they worked on this request, so it is not tried \
+                       again for an hour; the agent's log and the model's status say how they ended";
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "server_error", Some("request_ends_workers"), message)
+    }
+
     /// 504: the request took longer than `traffic.requestTimeoutSeconds`.
     #[must_use]
     pub fn request_timeout(seconds: u64) -> Self {

@@ -9,6 +9,7 @@
 //! and workers) without a token, and `/v1/models` for all models.
 
 mod buffer;
+mod expected;
 mod handlers;
 mod listener;
 mod ports;
@@ -16,6 +17,7 @@ mod proxy;
 mod relay;
 mod scrape;
 mod shared;
+mod suspects;
 mod table;
 mod upstream;
 
@@ -28,6 +30,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
+pub use expected::Expected;
 pub use shared::FrontLimits;
 pub use table::{Activity, PublishedModel, Route};
 
@@ -151,6 +154,13 @@ impl Front {
             model.set_route(route);
         } else {
             tracing::debug!(uid, "a route for a model that is not published");
+        }
+    }
+
+    /// Says when the model may be ready, which those are told who cannot wait.
+    pub fn expect(&self, uid: &str, expected: Expected) {
+        if let Some(model) = self.model(uid) {
+            model.expect(expected);
         }
     }
 

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use super::buffer::Buffered;
 use super::relay;
 use super::shared::Shared;
+use super::suspects::Suspect;
 use super::table::{InFlight, Route, Told};
 use crate::api::{ApiError, Form, QUEUE_BUDGET, REQUEST_ID, is_stream};
 
@@ -63,8 +64,12 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
     let queue_deadline = ask.arrived + published.queue_timeout();
     let deadline = ask.arrived + published.request_timeout() + REQUEST_GRACE;
     let mut route = model.told();
+    let suspect = Suspect::new(&shared.suspects, &published.uid, &ask.path, &ask.body);
     let mut tries = 0;
     loop {
+        if suspect.is_refused() {
+            return Err(ApiError::ends_workers());
+        }
         let (turn, socket) = ready(&shared, &in_flight, &mut route, queue_deadline).await?;
         in_flight.run();
         tries += 1;
@@ -77,9 +82,12 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
             Ok(Ok(response)) => {
                 let Ask { buffered, body, form, .. } = ask;
                 drop((buffered, body));
-                return relayed(response, in_flight, form, shared.limits.worker_silence).await;
+                return relayed(response, in_flight, form, shared.limits.worker_silence, suspect).await;
             }
             Ok(Err(error)) => {
+                if !error.is_before_request() {
+                    suspect.worker_ended();
+                }
                 tracing::warn!(
                     request_id = %ask.request_id,
                     model = %published.full_name(),
@@ -124,13 +132,13 @@ async fn ready(
             }
             Route::Unavailable { reason, message } => {
                 let message = format!("the model cannot be served now: {reason}: {message}");
-                return Err(ApiError::unavailable("model_unavailable", message, 30));
+                return Err(ApiError::unavailable("model_unavailable", message, model.retry_after()));
             }
         }
         let published = model.published();
         // After the wake: who is refused here finds the model loaded when it comes again, also where none may wait.
         if !std::mem::replace(&mut admitted, true) && model.activity().waiting > published.max_queued() {
-            return Err(ApiError::queue_full(published.max_queued(), 5));
+            return Err(ApiError::queue_full(published.max_queued(), model.retry_after()));
         }
         let tick = deadline.min(Instant::now() + TICK);
         match tokio::time::timeout_at(tick.into(), route.changed()).await {
@@ -140,7 +148,7 @@ async fn ready(
             Err(_) => {
                 let seconds = published.queue_timeout().as_secs();
                 let message = format!("the model was not loaded within {seconds} s");
-                return Err(ApiError::queue_timeout(message, 5));
+                return Err(ApiError::queue_timeout(message, model.retry_after()));
             }
         }
     }
@@ -151,16 +159,22 @@ async fn relayed(
     in_flight: InFlight,
     form: Form,
     silence: Duration,
+    suspect: Suspect,
 ) -> Result<Response, ApiError> {
     let (mut parts, body) = response.into_parts();
     strip_hop_by_hop(&mut parts.headers);
     if is_stream(&parts.headers) {
-        return Ok(Response::from_parts(parts, Body::from_stream(relay::frames(body, in_flight, form, silence))));
+        let frames = relay::frames(body, in_flight, form, silence, suspect);
+        return Ok(Response::from_parts(parts, Body::from_stream(frames)));
     }
     let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length <= WHOLE_ANSWER) {
         let limit = usize::try_from(WHOLE_ANSWER).unwrap_or(usize::MAX);
-        let bytes = relay::whole(body, limit).await.ok_or_else(ApiError::worker_exited)?;
+        let Some(bytes) = relay::whole(body, limit).await else {
+            suspect.worker_ended();
+            return Err(ApiError::worker_exited());
+        };
+        suspect.answered();
         return Ok(Response::from_parts(parts, Body::from(bytes)));
     }
     Ok(Response::from_parts(parts, Body::from_stream(relay::pieces(body, in_flight))))

@@ -1,5 +1,6 @@
 //! A worker's answer on its way to the client.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -7,6 +8,7 @@ use futures::{Stream, StreamExt};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use super::suspects::Suspect;
 use super::table::InFlight;
 use crate::api::{ApiError, Form};
 
@@ -20,8 +22,21 @@ pub(super) fn frames(
     in_flight: InFlight,
     form: Form,
     silence: Duration,
+    suspect: Suspect,
 ) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    let pieces = body.into_data_stream();
+    let after = suspect.clone();
+    let pieces = body
+        .into_data_stream()
+        .inspect(move |piece| {
+            if piece.is_err() {
+                suspect.worker_ended();
+            }
+        })
+        // Nobody asks for more after an error.
+        .chain(futures::stream::poll_fn(move |_| {
+            after.answered();
+            Poll::Ready(None)
+        }));
     whole_frames(pieces, form, silence).map(move |frame| {
         // Counts as running until the stream is dropped.
         let _held = &in_flight;

@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::suspects::Suspects;
 use super::table::{Model, Table};
 use super::upstream::Upstream;
 use crate::metrics::AgentMetrics;
@@ -54,6 +55,7 @@ pub(super) struct Shared {
     pub(super) limits: FrontLimits,
     pub(super) metrics: Arc<AgentMetrics>,
     pub(super) upstream: Upstream,
+    pub(super) suspects: Arc<Suspects>,
     pub(super) table: RwLock<Table>,
     pub(super) activity: watch::Sender<u64>,
     /// `Err` says why not.
@@ -83,6 +85,7 @@ impl Shared {
             limits,
             metrics,
             upstream: Upstream::new(),
+            suspects: Arc::default(),
             table: RwLock::default(),
             activity: watch::Sender::new(0),
             readiness: watch::Sender::new(Err("the agent is starting".to_owned())),

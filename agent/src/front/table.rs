@@ -10,6 +10,8 @@ use altiplano_crds::model_deployment::TrafficSpec;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::expected::Expected;
+
 /// A model that the agent answers for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PublishedModel {
@@ -106,6 +108,7 @@ pub(super) struct Model {
     running: AtomicU32,
     waiting: AtomicU32,
     last_request: Mutex<Option<Instant>>,
+    expected: Mutex<Expected>,
     /// Whether the owner of the front was told that a request waits, since the route last changed.
     woken: AtomicBool,
     activity: watch::Sender<u64>,
@@ -131,6 +134,7 @@ impl Model {
             running: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             last_request: Mutex::new(None),
+            expected: Mutex::default(),
             woken: AtomicBool::new(false),
             activity,
             stop,
@@ -166,6 +170,15 @@ impl Model {
             waiting: self.waiting.load(Ordering::Acquire),
             last_request: *self.last_request.lock().unwrap_or_else(PoisonError::into_inner),
         }
+    }
+
+    pub(super) fn expect(&self, expected: Expected) {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
+    }
+
+    /// Seconds after which a request that is sent away now may come again.
+    pub(super) fn retry_after(&self) -> u32 {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).retry_after(Instant::now())
     }
 
     /// Whether the owner is to be told now that a request waits.

@@ -66,6 +66,16 @@ pub(super) enum UpstreamError {
     Request(#[source] Error),
 }
 
+impl UpstreamError {
+    /// Whether the worker cannot have seen the request.
+    pub(super) fn is_before_request(&self) -> bool {
+        match self {
+            Self::Address => true,
+            Self::Request(error) => error.is_connect(),
+        }
+    }
+}
+
 /// The pool tells workers apart by host, so the socket's path is the host, in hexadecimal, and the turn after it.
 fn address(socket: &Path, turn: u64, path: &str) -> Option<Uri> {
     use std::fmt::Write as _;

@@ -49,6 +49,8 @@ pub struct AgentMetrics {
     restarts: IntCounterVec,
     load: HistogramVec,
     wakes: IntCounterVec,
+    evictions: IntCounterVec,
+    room_wait: HistogramVec,
     answers: IntCounterVec,
     retries: IntCounterVec,
     device_total: GaugeVec,
@@ -86,6 +88,18 @@ impl AgentMetrics {
                 &MODEL,
             )?,
             wakes: IntCounterVec::new(opts("model_wakes_total", "Loads that a waiting request asked for."), &MODEL)?,
+            evictions: IntCounterVec::new(
+                opts("model_evictions_total", "Times the model was unloaded because another needed the memory."),
+                &MODEL,
+            )?,
+            room_wait: HistogramVec::new(
+                HistogramOpts::new(
+                    "model_room_wait_seconds",
+                    "Seconds from the first request that waits for an unloaded model to the start of its load.",
+                )
+                .buckets(LOAD_SECONDS_BUCKETS.to_vec()),
+                &MODEL,
+            )?,
             answers: IntCounterVec::new(
                 opts("agent_http_requests_total", "Requests that the agent answered or passed on, by class of code."),
                 &with(&["code"]),
@@ -114,6 +128,8 @@ impl AgentMetrics {
         registry.register(Box::new(metrics.restarts.clone()))?;
         registry.register(Box::new(metrics.load.clone()))?;
         registry.register(Box::new(metrics.wakes.clone()))?;
+        registry.register(Box::new(metrics.evictions.clone()))?;
+        registry.register(Box::new(metrics.room_wait.clone()))?;
         registry.register(Box::new(metrics.answers.clone()))?;
         registry.register(Box::new(metrics.retries.clone()))?;
         registry.register(Box::new(metrics.device_total.clone()))?;
@@ -177,6 +193,16 @@ impl AgentMetrics {
         self.wakes.with_label_values(&[namespace, name]).inc();
     }
 
+    /// The model was unloaded because another needed the memory.
+    pub fn model_evicted(&self, namespace: &str, name: &str) {
+        self.evictions.with_label_values(&[namespace, name]).inc();
+    }
+
+    /// A request waited so long until the load of its model began.
+    pub fn waited_for_room(&self, namespace: &str, name: &str, waited: Duration) {
+        self.room_wait.with_label_values(&[namespace, name]).observe(waited.as_secs_f64());
+    }
+
     /// Removes the series of a model that left this node.
     pub fn forget_model(&self, namespace: &str, name: &str, devices: &[&str]) {
         let model = [namespace, name];
@@ -192,6 +218,8 @@ impl AgentMetrics {
         drop(self.restarts.remove_label_values(&model));
         drop(self.load.remove_label_values(&model));
         drop(self.wakes.remove_label_values(&model));
+        drop(self.evictions.remove_label_values(&model));
+        drop(self.room_wait.remove_label_values(&model));
         drop(self.retries.remove_label_values(&model));
     }
 
@@ -241,6 +269,8 @@ mod tests {
         metrics.model_loaded("ml", "toy", Duration::from_millis(700));
         metrics.worker_restarted("ml", "toy");
         metrics.model_woken("ml", "toy");
+        metrics.model_evicted("ml", "toy");
+        metrics.waited_for_room("ml", "toy", Duration::from_secs(3));
         metrics.answered("ml", "toy", StatusCode::NOT_FOUND);
         metrics.retried("ml", "toy");
         let text = metrics.render().unwrap();

@@ -16,9 +16,10 @@ use super::plan::Step;
 use crate::devices::Devices;
 use crate::front::{Front, PublishedModel, Route};
 use crate::metrics::AgentMetrics;
-use crate::runner::protocol::{EstimateReport, RunnerConfig};
+use crate::runner::adopt::{self, Record};
+use crate::runner::protocol::{EstimateReport, RunnerCommand, RunnerConfig};
 use crate::runner::spawn::{Runner, SpawnError};
-use crate::runner::supervise::{WorkerHandle, WorkerId, WorkerMessage, supervise};
+use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
 use crate::store::{Progress, Source, Store, StoreError, StoredModel};
 
 /// How long a dry run may take; it reads no weights.
@@ -134,6 +135,48 @@ impl Executor {
         self.workers.remove(&worker);
     }
 
+    fn supervise(&mut self, record: Record, start: Start) {
+        let (runner, messages) = (self.means.runner.clone(), self.messages.clone());
+        let worker = record.worker;
+        let (handle, run) = supervise(runner, record, start, messages);
+        self.workers.insert(worker, handle);
+        self.supervisors.spawn(run);
+    }
+
+    /// Takes over the workers that a dead agent has left behind. Blocking, for milliseconds.
+    pub(super) fn adopt(&mut self) -> Vec<Record> {
+        let records = match adopt::records(&self.means.sockets) {
+            Ok(records) => records,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for workers that another agent left");
+                return Vec::new();
+            }
+        };
+        let mut taken = Vec::new();
+        for record in records {
+            match take_over(&record) {
+                Ok(process) => {
+                    tracing::info!(uid = record.assignment.uid, worker = record.worker, "took over a worker");
+                    self.supervise(record.clone(), Start::Running(process));
+                    taken.push(record);
+                }
+                // It has ended, with its agent or before.
+                Err(error) => {
+                    tracing::info!(%error, worker = record.worker, "a worker of the former agent is gone");
+                    adopt::clean_up(&record.config.socket);
+                }
+            }
+        }
+        taken
+    }
+
+    /// Answers a worker.
+    pub(super) fn tell(&self, worker: WorkerId, command: RunnerCommand) {
+        if let Some(handle) = self.workers.get(&worker) {
+            handle.tell(command);
+        }
+    }
+
     /// Begins a step. `observed` is as it was before it.
     pub(super) fn run(&mut self, step: Step, observed: &Observed) {
         let Some(model) = observed.models.get(step.uid()) else { return };
@@ -142,7 +185,7 @@ impl Executor {
             Step::Publish { uid } => self.publish(uid, model),
             Step::Fetch { uid } => self.fetch(uid, model.source.clone()),
             Step::Estimate { uid, revision, on } => self.estimate(uid, revision, on, model),
-            Step::Load { uid: _, revision, worker, target, need: _, note } => {
+            Step::Load { uid: _, revision, worker, target, need, note } => {
                 let Some(config) = self.config(model, worker, target.devices) else { return };
                 tracing::info!(
                     model = model.label(),
@@ -152,13 +195,17 @@ impl Executor {
                     note,
                     "loading the model"
                 );
-                let (runner, messages) = (self.means.runner.clone(), self.messages.clone());
-                let (handle, run) = supervise(runner, worker, config, messages);
-                self.workers.insert(worker, handle);
-                self.supervisors.spawn(run);
+                let assignment = model.assignment.as_ref().clone();
+                self.supervise(Record { worker, config, assignment, predicted: need, note }, Start::New);
             }
             Step::Route { uid, to } => self.means.front.route(&uid, self.route(to)),
-            Step::Unload { uid: _, why } => tracing::info!(model = model.label(), why, "unloading the model"),
+            Step::Unload { uid: _, why, for_room: _ } => {
+                tracing::info!(model = model.label(), why, "unloading the model");
+            }
+            Step::Yield { uid: _ } => {
+                tracing::info!(model = model.label(), "another model waits for its memory: new requests wait");
+            }
+            Step::Resume { uid: _ } => tracing::info!(model = model.label(), "it takes requests again"),
             Step::Wake { uid: _ } => tracing::info!(model = model.label(), "waking the model"),
             Step::Drain { uid: _, worker, deadline: _ } => {
                 tracing::info!(model = model.label(), worker, "draining the worker");
@@ -359,19 +406,22 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// A directory for sockets of its own: below `state`, or below the system's where that path is too long for a socket.
-/// What dead agents left there is removed.
+/// Agents below one `init` have the same one, so that each finds its predecessor's workers. What dead agents left
+/// elsewhere is removed.
 pub fn socket_directory(state: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
     /// Longest directory whose sockets fit into `sun_path` (108 bytes with the end, 24 for the file's name).
     const MAX_DIRECTORY_BYTES: usize = 80;
-    let name = uuid::Uuid::new_v4().simple().to_string()[..8].to_owned();
+    let init = adopt::init().and_then(|init| directory_of(init.as_raw_nonzero().get()));
+    let name = init.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string()[..8].to_owned());
     let mut run = state.join("run");
     if run.as_os_str().len() + 1 + name.len() > MAX_DIRECTORY_BYTES {
         run = std::env::temp_dir().join("altiplano");
     }
     std::fs::create_dir_all(&run)?;
     for entry in std::fs::read_dir(&run)?.flatten() {
-        // Only one that nobody holds the lock of.
-        if let Ok(lock) = std::fs::File::open(entry.path().join("lock"))
+        // Only one that nobody holds the lock of, nor is about to.
+        if !may_be_adopted(&entry.file_name().to_string_lossy())
+            && let Ok(lock) = std::fs::File::open(entry.path().join("lock"))
             && rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
         {
             std::fs::remove_dir_all(entry.path())?;
@@ -380,9 +430,28 @@ pub fn socket_directory(state: &Path) -> std::io::Result<(PathBuf, std::fs::File
     let directory = run.join(name);
     {
         use std::os::unix::fs::DirBuilderExt as _;
-        std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
+        match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
     }
     let lock = std::fs::File::create(directory.join("lock"))?;
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
     Ok((directory, lock))
+}
+
+/// Name of the directory of the agents below an `init`: its number and when it was started, by which no later process
+/// of that number can be taken for it.
+fn directory_of(init: i32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{init}/stat")).ok()?;
+    // The program's name may have anything in it, also a parenthesis.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let started: u64 = fields.split_whitespace().nth(19)?.parse().ok()?;
+    Some(format!("i{init}-{started:x}"))
+}
+
+/// Whether the directory's `init` still lives, so that another agent may come for what is in it.
+fn may_be_adopted(directory: &str) -> bool {
+    let init = directory.strip_prefix('i').and_then(|rest| rest.split_once('-')?.0.parse().ok());
+    init.and_then(directory_of).is_some_and(|name| name == directory)
 }

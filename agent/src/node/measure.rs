@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::states;
 
 use super::observe::{Happened, Observed};
-use super::plan::Plan;
+use super::plan::{Plan, Step};
 use crate::metrics::{AgentMetrics, ModelState};
 use crate::runner::protocol::RunnerEvent;
 
@@ -40,6 +40,21 @@ impl Measurer {
                 self.metrics.model_loaded(namespace, name, Duration::from_millis(report.load_milliseconds));
             }
             Happened::Woken => self.metrics.model_woken(namespace, name),
+            _ => {}
+        }
+    }
+
+    /// A step that counts, before it is begun.
+    pub(super) fn step(&self, step: &Step, observed: &Observed, now: Instant) {
+        let Some(model) = observed.models.get(step.uid()) else { return };
+        let (namespace, name) = (&model.assignment.namespace, &model.assignment.name);
+        match step {
+            Step::Unload { for_room: true, .. } => self.metrics.model_evicted(namespace, name),
+            Step::Load { .. } => {
+                if let Some(since) = model.waiting_since {
+                    self.metrics.waited_for_room(namespace, name, now.saturating_duration_since(since));
+                }
+            }
             _ => {}
         }
     }

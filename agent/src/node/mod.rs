@@ -26,6 +26,8 @@ use self::measure::Measurer;
 use self::observe::{Activity, Desired, Happened, Observed};
 use self::plan::{Limits, Plan, plan};
 use self::status::{Identity, status};
+use crate::front::Expected;
+use crate::runner::protocol::{RunnerCommand, RunnerEvent};
 use crate::runner::supervise::{WorkerDid, WorkerMessage};
 
 /// Messages on their way to the loop. A full channel makes a worker's reports wait, nothing else.
@@ -88,6 +90,10 @@ impl Node {
         let mut desired = Desired::default();
         let (mut leaving, mut heard) = (false, false);
         let mut probe = Probe::default();
+        for record in self.executor.adopt() {
+            self.observed.found(record, Instant::now());
+        }
+        desired.entries = self.observed.as_wanted().entries;
         self.probe(&mut probe);
         self.executor.measure_storage();
         loop {
@@ -151,11 +157,16 @@ impl Node {
                 break;
             }
             for step in std::mem::take(&mut decided.steps) {
+                self.measurer.step(&step, &self.observed, now);
                 self.executor.run(step.clone(), &self.observed);
                 self.observed.begin(&step, now);
             }
         }
         self.measurer.measure(&self.observed, &decided);
+        for (uid, model) in &self.observed.models {
+            let ready_at = decided.verdicts.get(uid).and_then(|verdict| verdict.ready_at);
+            self.means.front.expect(uid, Expected { load: model.load_time(), ready_at });
+        }
         let now = status(&self.identity, desired, &self.observed, &decided);
         self.status.send_if_modified(|last| {
             let changed = *last != now;
@@ -207,6 +218,14 @@ impl Node {
     fn worker(&mut self, WorkerMessage { worker, what }: WorkerMessage) {
         let uid = self.observed.owner_of(worker).unwrap_or_default().to_owned();
         let what = match what {
+            WorkerDid::Said(RunnerEvent::Growth { id, memory }) => {
+                let refused = self.observed.grow(&uid, worker, id, &memory, Instant::now()).err();
+                tracing::info!(uid, worker, refused, "the worker asked for more memory");
+                if id > 0 {
+                    self.executor.tell(worker, RunnerCommand::Growth { id, refused });
+                }
+                return;
+            }
             WorkerDid::Said(event) => Happened::WorkerSaid(worker, event),
             WorkerDid::Ended(end) => {
                 tracing::info!(uid, worker, how = end.how, failure = ?end.failure, "worker ended");

@@ -14,7 +14,8 @@ use altiplano_crds::model_node::{ModelAssignment, RawAssignment, UnsupportedAssi
 use super::plan::Step;
 use crate::devices::Devices;
 use crate::ledger::{Ledger, Need};
-use crate::runner::protocol::{EstimateReport, RunnerEvent, RunnerReport};
+use crate::runner::adopt::Record;
+use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent, RunnerReport};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 use crate::store::StoredModel;
 
@@ -23,6 +24,10 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The longest wait.
 const LONGEST_BACKOFF: Duration = Duration::from_mins(5);
+
+/// Time of a load that nobody has measured: this, and the file's bytes at this speed.
+const LOAD_OVERHEAD: Duration = Duration::from_secs(2);
+const LOAD_BYTES_A_SECOND: u64 = 1 << 30;
 
 /// A worker that served this long before it ended counts as a success: the next restart is at once again.
 const STABLE: Duration = Duration::from_mins(1);
@@ -118,6 +123,14 @@ pub struct Model {
     pub asleep: bool,
     /// Its requests, as the listener counts them.
     pub activity: Activity,
+    /// Since when requests have waited for it, without a pause.
+    pub waiting_since: Option<Instant>,
+    /// It gets no new requests, so that it becomes idle and makes room.
+    pub yields: bool,
+    /// How long its last load took.
+    pub last_load: Option<Duration>,
+    /// What its context lately wanted to grow by and could not, and when.
+    pub wants_more: Option<(Need, Instant)>,
 }
 
 /// A model's port.
@@ -191,6 +204,8 @@ pub struct Worker {
     pub report: Option<RunnerReport>,
     /// Bytes that it measured.
     pub measured: Need,
+    /// When it was started.
+    pub started: Instant,
     /// How far it is.
     pub phase: Phase,
     /// Requests in it, running and waiting.
@@ -357,10 +372,70 @@ impl Observed {
         }
     }
 
+    /// Takes up a worker that a dead agent has left. What it holds is a fact, whether there is room or not.
+    pub fn found(&mut self, record: Record, now: Instant) {
+        let Record { worker, config, assignment, predicted, note } = record;
+        let assignment = Arc::new(assignment);
+        let model = self.models.entry(assignment.uid.clone()).or_insert_with(|| Model::new(assignment));
+        self.ledger.claim(worker, &model.label(), predicted.clone());
+        self.next_worker = self.next_worker.max(worker + 1);
+        let worker_state = Worker {
+            revision: config.revision,
+            devices: config.devices,
+            note,
+            predicted,
+            report: None,
+            measured: Need::new(),
+            started: now,
+            phase: Phase::Loading { percent: 0 },
+            requests: 0,
+            leaving: None,
+        };
+        model.workers.insert(worker, worker_state);
+    }
+
+    /// What is here is wanted, until somebody says otherwise.
+    #[must_use]
+    pub fn as_wanted(&self) -> Desired {
+        let entries = self.models.values().map(|model| Entry::Model(Arc::clone(&model.assignment))).collect();
+        Desired { generation: None, entries }
+    }
+
+    /// A worker asks for more memory, or gives back (`id` 0) what it was granted. An error says why there is none; then
+    /// the plan sees to it that idle models make room before it asks again.
+    pub fn grow(
+        &mut self,
+        uid: &str,
+        worker: WorkerId,
+        id: u64,
+        more: &[MemoryUse],
+        now: Instant,
+    ) -> Result<(), String> {
+        let Some(devices) = &self.devices else { return Err("the devices are not known yet".to_owned()) };
+        if id == 0 {
+            self.ledger.shrink(worker);
+            return Ok(());
+        }
+        let need = devices.need(more);
+        let granted = self.ledger.grow(worker, &need);
+        if let Some(model) = self.models.get_mut(uid) {
+            model.wants_more = granted.is_err().then_some((need, now));
+        }
+        granted.map_err(|shortage| shortage.to_string())
+    }
+
     /// The model that a worker belongs to.
     #[must_use]
     pub fn owner_of(&self, worker: WorkerId) -> Option<&str> {
         self.models.iter().find(|(_, model)| model.workers.contains_key(&worker)).map(|(uid, _)| uid.as_str())
+    }
+}
+
+impl Worker {
+    /// How long its load took.
+    #[must_use]
+    pub fn load_time(&self) -> Option<Duration> {
+        self.report.as_ref().map(|report| Duration::from_millis(report.load_milliseconds))
     }
 }
 
@@ -381,7 +456,27 @@ impl Model {
             restarts: 0,
             asleep: false,
             activity: Activity::default(),
+            waiting_since: None,
+            yields: false,
+            last_load: None,
+            wants_more: None,
         }
+    }
+
+    /// How long a load takes: as the last one did, else a guess from the file's size.
+    #[must_use]
+    pub fn load_time(&self) -> Duration {
+        let guess = || match &self.file {
+            FileState::Present(stored) => LOAD_OVERHEAD + Duration::from_secs(stored.size_bytes / LOAD_BYTES_A_SECOND),
+            FileState::Unknown | FileState::Fetching { .. } => LOAD_OVERHEAD,
+        };
+        self.last_load.unwrap_or_else(guess)
+    }
+
+    /// Whether a worker of any revision takes its requests.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        !self.yields && self.workers.values().any(|w| w.leaving.is_none() && matches!(w.phase, Phase::Ready { .. }))
     }
 
     /// "namespace/name".
@@ -448,6 +543,7 @@ impl Model {
                     predicted: need.clone(),
                     report: None,
                     measured: Need::new(),
+                    started: now,
                     phase: Phase::Loading { percent: 0 },
                     requests: 0,
                     leaving: None,
@@ -455,7 +551,12 @@ impl Model {
                 self.workers.insert(*worker, worker_state);
             }
             Step::Route { to, .. } => self.route = Some(to.clone()),
-            Step::Unload { .. } => self.asleep = true,
+            Step::Unload { .. } => {
+                self.asleep = true;
+                self.yields = false;
+            }
+            Step::Yield { .. } => self.yields = true,
+            Step::Resume { .. } => self.yields = false,
             Step::Wake { .. } => self.asleep = false,
             Step::Drain { worker, deadline, .. } => {
                 if let Some(worker) = self.workers.get_mut(worker) {
@@ -507,7 +608,10 @@ impl Model {
                 Err(trouble) => self.fail(trouble, now),
             },
             Happened::Woken => self.asleep = false,
-            Happened::Activity(activity) => self.activity = activity,
+            Happened::Activity(activity) => {
+                self.waiting_since = (activity.waiting > 0).then(|| self.waiting_since.unwrap_or(now));
+                self.activity = activity;
+            }
             // Of a source or revision that is not wanted any more, or not about one model.
             Happened::Fetched(..)
             | Happened::Estimated(..)
@@ -528,6 +632,9 @@ impl Model {
                 }
             }
             RunnerEvent::Ready(report) => {
+                if report.load_milliseconds > 0 {
+                    self.last_load = Some(Duration::from_millis(report.load_milliseconds));
+                }
                 worker.report = Some(report);
                 worker.phase = Phase::Ready { since: now };
                 if worker.revision == self.assignment.revision {
@@ -537,8 +644,8 @@ impl Model {
             }
             RunnerEvent::Changed(report) => worker.report = Some(report),
             RunnerEvent::Activity { running, waiting } => worker.requests = running.saturating_add(waiting),
-            // The end that follows has it.
-            RunnerEvent::Failed(_) => {}
+            // The end that follows has it; the supervisor hears the heart; and the ledger answers.
+            RunnerEvent::Failed(_) | RunnerEvent::Heartbeat { .. } | RunnerEvent::Growth { .. } => {}
         }
     }
 
@@ -569,7 +676,8 @@ impl Model {
                 let why = end.failure.as_ref().map(|failure| format!(": {}", failure.message));
                 let message = format!("the worker {}{}", end.how, why.unwrap_or_else(|| log_of(end)));
                 let retry_at = now + self.crashes.checked_sub(2).map_or(Duration::ZERO, backoff);
-                self.failure = Some(Failure { reason: reasons::WORKER_EXITED.to_owned(), message, retry_at });
+                let reason = end.failure.as_ref().map_or(reasons::WORKER_EXITED, |failure| &failure.reason).to_owned();
+                self.failure = Some(Failure { reason, message, retry_at });
             }
         }
     }

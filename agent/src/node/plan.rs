@@ -14,9 +14,12 @@ use crate::devices::Target;
 use crate::ledger::{Ledger, Need};
 use crate::runner::supervise::WorkerId;
 
+#[cfg(test)]
+mod progress;
 mod room;
 #[cfg(test)]
 mod tests;
+mod victims;
 
 /// How long requests that were on their way to a worker get to reach it after it has lost its route.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -85,6 +88,18 @@ pub enum Step {
         uid: String,
         /// Why.
         why: String,
+        /// Another model needs the room.
+        for_room: bool,
+    },
+    /// Give the model no new requests, so that it becomes idle: another waits for its memory. Those that run go on.
+    Yield {
+        /// The model.
+        uid: String,
+    },
+    /// Give the model its requests again.
+    Resume {
+        /// The model.
+        uid: String,
     },
     /// Hold the model in memory again.
     Wake {
@@ -127,6 +142,8 @@ impl Step {
             | Self::Load { uid, .. }
             | Self::Route { uid, .. }
             | Self::Unload { uid, .. }
+            | Self::Yield { uid }
+            | Self::Resume { uid }
             | Self::Wake { uid }
             | Self::Drain { uid, .. }
             | Self::Stop { uid, .. }
@@ -148,6 +165,9 @@ pub struct Verdict {
     pub percent: Option<u8>,
     /// The answer to an estimate, bytes per device.
     pub required: Need,
+    /// When a request that comes now may expect an answer, where that is known; the time of a load comes on top where
+    /// the model is [`states::UNLOADED`].
+    pub ready_at: Option<Instant>,
 }
 
 impl Verdict {
@@ -187,6 +207,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
         held: observed.ledger.clone(),
         soon,
         unloaded: BTreeSet::new(),
+        yielding: BTreeSet::new(),
         plan: Plan::default(),
     };
     let wanted: BTreeSet<&str> = desired.entries.iter().map(Entry::uid).collect();
@@ -199,7 +220,11 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
         Entry::Unsupported(_) => None,
     });
     let mut models: Vec<(&ModelAssignment, &Model)> = models.collect();
-    models.sort_by_key(|(assignment, _)| std::cmp::Reverse(assignment.priority));
+    // Of equal priority those that are waited for, whoever waits longest first: so each gets its turn.
+    models.sort_by_key(|(assignment, model)| {
+        let waiting = model.waiting_since.filter(|_| !model.is_served());
+        (std::cmp::Reverse(assignment.priority), waiting.is_none(), waiting)
+    });
     for (assignment, model) in models {
         let verdict = planner.model(assignment, model);
         planner.plan.verdicts.insert(assignment.uid.clone(), verdict);
@@ -214,6 +239,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
             planner.plan.verdicts.insert(unsupported.uid.clone(), verdict);
         }
     }
+    planner.settle_turns();
     planner.stop_drained(&wanted);
     planner.plan
 }
@@ -231,6 +257,8 @@ struct Planner<'a> {
     soon: Ledger,
     /// Models that this plan unloads to make room.
     unloaded: BTreeSet<String>,
+    /// Busy models that are to become idle, because another waits for their memory.
+    yielding: BTreeSet<String>,
     plan: Plan,
 }
 
@@ -272,7 +300,11 @@ impl Planner<'_> {
         let verdict = match model.staying(&wanted.revision).filter(|_| !is_unloaded) {
             Some((id, worker)) => match worker.phase {
                 Phase::Ready { since } => self.ready(wanted, model, id, worker, since),
-                Phase::Loading { percent } => Verdict { percent: Some(percent), ..Verdict::new(states::LOADING) },
+                Phase::Loading { percent } => Verdict {
+                    percent: Some(percent),
+                    ready_at: Some(worker.started + model.load_time()),
+                    ..Verdict::new(states::LOADING)
+                },
             },
             None => match self.file(wanted, model) {
                 Err(verdict) => verdict,
@@ -295,13 +327,14 @@ impl Planner<'_> {
         for (former, _) in model.former(&wanted.revision) {
             self.drain(wanted, former);
         }
+        self.room_to_grow(wanted, model);
         if let Some(idle) = idle_limit(wanted)
             && is_idle(model)
         {
             let due = last_use(model, since) + idle;
             if self.now >= due {
                 let why = format!("no request for {} s", idle.as_secs());
-                self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why });
+                self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why, for_room: false });
                 self.drain(wanted, id);
                 return Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model");
             }
@@ -315,7 +348,8 @@ impl Planner<'_> {
         if !self.is_due(model)
             && let Some(failure) = &model.failure
         {
-            return Err(Verdict::because(states::FAILED, &failure.reason, &failure.message));
+            let failed = Verdict::because(states::FAILED, &failure.reason, &failure.message);
+            return Err(Verdict { ready_at: Some(failure.retry_at), ..failed });
         }
         match &model.file {
             FileState::Present(_) => Ok(()),
@@ -388,6 +422,7 @@ impl Planner<'_> {
         let ready = |(id, worker): &(WorkerId, &Worker)| matches!(worker.phase, Phase::Ready { .. }) && !drained(*id);
         let current = model.staying(&wanted.revision).filter(|worker| ready(worker));
         let to = match current.or_else(|| model.former(&wanted.revision).find(ready)) {
+            Some(_) if model.yields => RouteTo::Loading,
             Some((id, _)) => RouteTo::Worker(id),
             None if verdict.state == states::UNLOADED => RouteTo::Unloaded,
             None if verdict.state == states::FAILED => RouteTo::Unavailable {
@@ -411,6 +446,19 @@ impl Planner<'_> {
         let time = seconds(wanted.rollout.drain_seconds).min(self.limits.drain);
         self.plan.steps.push(Step::Drain { uid: wanted.uid.clone(), worker, deadline: self.now + time });
         self.soon.release(worker);
+    }
+
+    /// Who must stop taking requests because another waits for the memory, and who may take them again.
+    fn settle_turns(&mut self) {
+        for (uid, model) in &self.observed.models {
+            match (self.yielding.contains(uid), model.yields) {
+                (true, false) => self.plan.steps.push(Step::Yield { uid: uid.clone() }),
+                (false, true) if !self.unloaded.contains(uid) => {
+                    self.plan.steps.push(Step::Resume { uid: uid.clone() });
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Asks the workers to end that are on their way out and have no request any more.
@@ -486,9 +534,17 @@ fn idle_limit(wanted: &ModelAssignment) -> Option<Duration> {
 }
 
 fn is_idle(model: &Model) -> bool {
-    model.activity.running == 0
-        && model.activity.waiting == 0
-        && model.workers.values().all(|worker| worker.requests == 0)
+    model.activity.waiting == 0 && has_none(model)
+}
+
+/// Idle, or made to wait so that it can be unloaded.
+fn is_quiet(model: &Model) -> bool {
+    (model.activity.waiting == 0 || model.yields) && has_none(model)
+}
+
+/// Whether no worker has a request.
+fn has_none(model: &Model) -> bool {
+    model.activity.running == 0 && model.workers.values().all(|worker| worker.requests == 0)
 }
 
 fn last_use(model: &Model, ready_since: Instant) -> Instant {

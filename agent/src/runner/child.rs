@@ -3,7 +3,8 @@
 //! Standard output belongs to [`RunnerEvent`]s (or the report that was asked for), standard error to the log.
 
 use std::io::{self, BufRead, Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,9 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::protocol::{RunnerConfig, RunnerEvent, RunnerFailure};
+use super::adopt::Door;
+use super::grants;
+use super::protocol::{RunnerCommand, RunnerConfig, RunnerEvent, RunnerFailure};
 use crate::engine::{self, Activity, Engine, EngineError};
 
 /// What a worker process is asked to do.
@@ -82,6 +85,9 @@ const ORPHAN_GRACE: Duration = Duration::from_secs(5);
 /// Least time between two reports of activity that tell only of another number.
 const ACTIVITY_PAUSE: Duration = Duration::from_secs(1);
 
+/// Time between two heartbeats.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+
 /// Longest configuration line: chat templates are bounded, so is this.
 const CONFIG_BYTES: u64 = 1 << 20;
 
@@ -112,30 +118,83 @@ fn read_config() -> Result<RunnerConfig, ChildError> {
 #[derive(Clone, Default)]
 struct Events {
     // Lines of two threads must not mix.
-    lock: Arc<Mutex<()>>,
+    said: Arc<Mutex<Said>>,
+}
+
+/// What another agent must be told again.
+#[derive(Default)]
+struct Said {
+    state: Option<RunnerEvent>,
+    activity: Option<RunnerEvent>,
+    /// Another agent may come, so one that does not listen is no reason to end.
+    may_be_adopted: bool,
 }
 
 impl Events {
     fn write(&self, event: &impl Serialize) -> Result<(), ChildError> {
-        let mut line = serde_json::to_vec(event).map_err(|error| ChildError::Output(error.into()))?;
-        line.push(b'\n');
-        let _lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut out = io::stdout().lock();
-        out.write_all(&line).and_then(|()| out.flush()).map_err(ChildError::Output)
+        let _lock = self.lock();
+        write_line(event)
     }
+
+    /// Also what is not heard is remembered for the next agent.
+    fn say(&self, event: &RunnerEvent) -> Result<(), ChildError> {
+        let mut said = self.lock();
+        match event {
+            RunnerEvent::Loading { .. } | RunnerEvent::Ready(_) => said.state = Some(event.clone()),
+            RunnerEvent::Changed(report) => said.state = Some(RunnerEvent::Ready(report.clone())),
+            RunnerEvent::Activity { .. } => said.activity = Some(event.clone()),
+            RunnerEvent::Heartbeat { .. } | RunnerEvent::Growth { .. } | RunnerEvent::Failed(_) => {}
+        }
+        match write_line(event) {
+            Err(_) if said.may_be_adopted => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Tells another agent how things are.
+    fn repeat(&self) {
+        let said = self.lock();
+        for event in [&said.state, &said.activity].into_iter().flatten() {
+            if let Err(error) = write_line(event) {
+                tracing::warn!(%error, "the new agent does not listen");
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_line(event: &impl Serialize) -> Result<(), ChildError> {
+    let mut line = serde_json::to_vec(event).map_err(|error| ChildError::Output(error.into()))?;
+    line.push(b'\n');
+    let mut out = io::stdout().lock();
+    out.write_all(&line).and_then(|()| out.flush()).map_err(ChildError::Output)
 }
 
 fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
     let (orphaned_sender, orphaned) = watch::channel(false);
-    watch_agent(orphaned_sender).map_err(ChildError::System)?;
+    let (grants, commands) = {
+        let events = events.clone();
+        grants::Agent::new(move |event: &RunnerEvent| events.say(event).is_ok())
+    };
+    let door = Door::open(&config.socket).map_err(ChildError::System)?;
+    events.lock().may_be_adopted = door.is_some();
+    watch_agent(orphaned_sender, commands, door, events.clone()).map_err(ChildError::System)?;
+    let loaded = beat(events.clone()).map_err(ChildError::System)?;
 
+    // The engine does not ask yet.
+    drop(grants);
     let progress = events.clone();
     let engine = Engine::start(config, &move |percent| {
         // Every twentieth part is enough for a status.
         if percent.is_multiple_of(5) {
-            let _ = progress.write(&RunnerEvent::Loading { percent });
+            let _ = progress.say(&RunnerEvent::Loading { percent });
         }
     })?;
+    // Set once, here.
+    let _ = loaded.set(engine.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -146,17 +205,38 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
     result
 }
 
-/// The agent holds the other end of standard input for as long as it lives.
-fn watch_agent(orphaned: watch::Sender<bool>) -> io::Result<()> {
-    thread::Builder::new().name("agent-watch".to_owned()).spawn(move || {
-        let mut buffer = [0; 256];
+/// Says every two seconds how the engine is, from now on; the engine comes later.
+fn beat(events: Events) -> io::Result<Arc<OnceLock<Engine>>> {
+    let loaded: Arc<OnceLock<Engine>> = Arc::default();
+    let engine = Arc::clone(&loaded);
+    thread::Builder::new().name("heartbeat".to_owned()).spawn(move || {
         loop {
-            match io::stdin().lock().read(&mut buffer) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
+            let (step, seconds) = engine.get().map_or((0, 0), |engine| {
+                let stats = engine.stats();
+                (stats.steps, stats.step_age.as_secs())
+            });
+            // An agent that cannot be told is gone, which another thread sees to.
+            let _ = events.say(&RunnerEvent::Heartbeat { step, seconds });
+            thread::sleep(HEARTBEAT);
+        }
+    })?;
+    Ok(loaded)
+}
+
+/// The agent holds the other end of standard input for as long as it lives, and writes commands to it.
+/// One that is gone may be followed by another, which comes in by the door.
+fn watch_agent(
+    orphaned: watch::Sender<bool>,
+    commands: SyncSender<RunnerCommand>,
+    door: Option<Door>,
+    events: Events,
+) -> io::Result<()> {
+    thread::Builder::new().name("agent-watch".to_owned()).spawn(move || {
+        hear(&commands);
+        while door.as_ref().is_some_and(Door::wait) {
+            tracing::info!("another agent has taken over");
+            events.repeat();
+            hear(&commands);
         }
         orphaned.send_replace(true);
         // Also out of a load or a step that takes long: nobody is there to use it.
@@ -165,6 +245,23 @@ fn watch_agent(orphaned: watch::Sender<bool>) -> io::Result<()> {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     })?;
     Ok(())
+}
+
+/// Takes commands until there is nobody to give any.
+fn hear(commands: &SyncSender<RunnerCommand>) {
+    loop {
+        let mut line = String::new();
+        match io::stdin().lock().take(CONFIG_BYTES).read_line(&mut line) {
+            Ok(0) => return,
+            Ok(_) => match serde_json::from_str(&line) {
+                // A full queue means that nobody waits for answers.
+                Ok(command) => drop(commands.try_send(command)),
+                Err(error) => tracing::warn!(%error, "the agent said something that is no command"),
+            },
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
 }
 
 async fn serve_engine(
@@ -184,7 +281,7 @@ async fn serve_engine(
         };
         async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await }
     });
-    events.write(&RunnerEvent::Ready(engine.report()))?;
+    events.say(&RunnerEvent::Ready(engine.report()))?;
     let reporter = tokio::spawn(report(engine.clone(), events.clone()));
 
     let mut orphaned_meanwhile = orphaned.clone();
@@ -241,7 +338,7 @@ async fn report(engine: Engine, events: Events) -> ChildError {
         let crossed = (told.running + told.waiting == 0) != (now.running + now.waiting == 0);
         if now != told && (crossed || tokio::time::Instant::now() >= next) {
             let Activity { running, waiting } = now;
-            if let Err(error) = events.write(&RunnerEvent::Activity { running, waiting }) {
+            if let Err(error) = events.say(&RunnerEvent::Activity { running, waiting }) {
                 return error;
             }
             told = now;
@@ -256,7 +353,7 @@ async fn report(engine: Engine, events: Events) -> ChildError {
                     std::future::pending::<()>().await;
                 }
                 let report = reports.borrow_and_update().clone();
-                if let Err(error) = events.write(&RunnerEvent::Changed(report)) {
+                if let Err(error) = events.say(&RunnerEvent::Changed(report)) {
                     return error;
                 }
             }

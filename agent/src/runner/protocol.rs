@@ -1,7 +1,8 @@
 //! What agent and worker say to each other.
 //!
 //! The agent starts `altiplano-agent runner` and writes one line of JSON, a [`RunnerConfig`], to its standard input,
-//! which stays open: its end means that the agent is gone, and the worker exits. The worker writes one [`RunnerEvent`]
+//! which stays open for [`RunnerCommand`]s, one a line: its end means that the agent is gone, and the worker exits (below
+//! `altiplano-agent init` it first waits for another agent, see `adopt`). The worker writes one [`RunnerEvent`]
 //! a line to its standard output, logs to its standard error, and serves the model's HTTP API on a Unix socket.
 
 use std::path::PathBuf;
@@ -63,8 +64,38 @@ pub enum RunnerEvent {
         /// Requests waiting.
         waiting: u32,
     },
+    /// The engine's heartbeat, every two seconds from the worker's start on. A worker that is silent hangs as a whole;
+    /// one whose step does not end hangs in llama.cpp or in the driver.
+    Heartbeat {
+        /// Steps that the engine has done.
+        step: u64,
+        /// Seconds that the present step has taken; 0 while the engine is idle or loads.
+        seconds: u64,
+    },
+    /// May the context take more memory? Answered by [`RunnerCommand::Growth`]. What is granted is reserved until the
+    /// next report settles it.
+    Growth {
+        /// Number of the question, from 1; 0 gives back what was granted and not taken.
+        id: u64,
+        /// Bytes beyond those of the last report.
+        memory: Vec<MemoryUse>,
+    },
     /// The worker is about to exit with a non-zero code.
     Failed(RunnerFailure),
+}
+
+/// What the agent tells a worker, one JSON object a line on its standard input, after the configuration.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", tag = "command")]
+pub enum RunnerCommand {
+    /// The answer to [`RunnerEvent::Growth`].
+    Growth {
+        /// The question's number.
+        id: u64,
+        /// Why there is no memory, for people; absent: the memory is reserved.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        refused: Option<String>,
+    },
 }
 
 /// What a loaded model is and takes.

@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use super::lines::{Tail, next_line};
 use super::log;
 use super::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerEvent, RunnerFailure};
+use super::supervise::Patience;
 
 /// Most bytes that a child may answer.
 const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
@@ -66,6 +67,7 @@ fn after(last_lines: &str) -> String {
 #[derive(Clone, Debug)]
 pub struct Runner {
     executable: PathBuf,
+    patience: Patience,
 }
 
 impl Runner {
@@ -77,7 +79,18 @@ impl Runner {
     /// Runners are the `altiplano-agent` at this path.
     #[must_use]
     pub fn of(executable: PathBuf) -> Self {
-        Self { executable }
+        Self { executable, patience: Patience::default() }
+    }
+
+    /// With another patience for workers that seem to hang.
+    #[must_use]
+    pub fn with_patience(self, patience: Patience) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// With workers that seem to hang.
+    pub(super) fn patience(&self) -> Patience {
+        self.patience
     }
 
     /// The devices, as llama.cpp sees them.

@@ -2,21 +2,31 @@
 //!
 //! Tier after tier of places (one GPU, all of them, the CPU), and in each: room that is there; room that workers on
 //! their way out will leave; room that the model's own former revision holds; room that idle models hold which may be
-//! unloaded. Never a busy model, a pinned one, one just loaded, or one of higher priority.
+//! unloaded (`victims`). Where only time or patience lacks, requests wait; where nothing helps, the numbers are said.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::{reasons, states};
-use altiplano_crds::model_deployment::{GpuPolicy, UnloadPolicy};
-use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
+use altiplano_crds::model_deployment::GpuPolicy;
+use altiplano_crds::model_node::ModelAssignment;
 
-use super::super::observe::{Model, Phase};
-use super::{Planner, Step, Verdict, is_idle, last_use, seconds};
+use super::super::observe::Model;
+use super::victims::Room;
+use super::{Planner, Step, Verdict};
 use crate::devices::{Devices, Target};
 use crate::ledger::{Ledger, Need, Shortage};
 
 /// A place and what the model would take there.
 type Choice = (Target, Need);
+
+/// How long a request waits for room that others keep using before they get no new requests until it has had its turn.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a context that was refused more memory is taken to want it still.
+const GROWTH_INTEREST: Duration = Duration::from_secs(15);
+
+/// How long a request waits for room before nobody who is planned later may take any of it.
+const CLAIM: Duration = Duration::from_secs(10);
 
 impl<'a> Planner<'a> {
     /// Finds a place for the wanted revision and starts a worker there, or says what it waits for.
@@ -30,21 +40,76 @@ impl<'a> Planner<'a> {
             return gpu_required();
         }
         let mut shortage: Option<Shortage> = None;
+        let mut later: Option<Later> = None;
         for tier in tiers {
             let choices = match self.choices(wanted, model, devices, tier) {
                 Ok(choices) => choices,
                 Err(verdict) => return verdict,
             };
-            if let Some(verdict) = self.take(wanted, model, &choices, shortage.as_ref()) {
-                return verdict;
+            match self.take(wanted, model, &choices, shortage.as_ref()) {
+                Taken::Verdict(verdict) => return verdict,
+                Taken::Later(found) => later = later.or(Some(found)),
+                Taken::Nothing => {}
             }
             let short = choices.first().and_then(|(_, need)| self.held.check(need).err());
             shortage = shortage.or(short);
+        }
+        let shortage = shortage.map(|shortage| self.explained(wanted, shortage));
+        if let Some(later) = later {
+            return self.wait_for_room(model, later, shortage);
         }
         match shortage {
             Some(shortage) => Verdict::because(states::FAILED, reasons::INSUFFICIENT_MEMORY, shortage),
             // Room that is there but spoken for.
             None => Verdict::because(states::PENDING, reasons::LOADING, "waits for a model of higher priority"),
+        }
+    }
+
+    /// Nobody can be unloaded now, but in time: those who use the room have not had it for long enough, or are busy.
+    fn wait_for_room(&mut self, model: &Model, later: Later, shortage: Option<Shortage>) -> Verdict {
+        let Later { need, at, busy } = later;
+        if let Some(at) = at {
+            self.look_again(at);
+        }
+        let message = shortage.map_or_else(|| "waits for room".to_owned(), |shortage| shortage.to_string());
+        let Some(since) = model.waiting_since else {
+            // Loaded by the first request for it: that has a right to a turn.
+            return Verdict {
+                ready_at: at,
+                ..Verdict::because(states::UNLOADED, reasons::INSUFFICIENT_MEMORY, message)
+            };
+        };
+        // Idle by then, they are unloaded like any other. No request of theirs is cut.
+        if self.has_come(since + PATIENCE) {
+            self.yielding.extend(busy);
+        }
+        if self.has_come(since + CLAIM) {
+            let worker = self.next_worker;
+            self.next_worker += 1;
+            self.soon.claim(worker, &model.label(), need);
+        }
+        let verdict = Verdict::because(states::LOADING, reasons::INSUFFICIENT_MEMORY, message);
+        Verdict { ready_at: Some(at.unwrap_or(self.now).max(self.now) + model.load_time()), ..verdict }
+    }
+
+    /// Whether it is that late; if not, the next look is no later.
+    fn has_come(&mut self, at: Instant) -> bool {
+        if self.now < at {
+            self.look_again(at);
+        }
+        self.now >= at
+    }
+
+    /// Unloads idle models for a context that lately wanted to grow and could not; it asks again.
+    pub(super) fn room_to_grow(&mut self, wanted: &ModelAssignment, model: &Model) {
+        let Some((need, asked)) = &model.wants_more else { return };
+        if self.now < *asked + GROWTH_INTEREST
+            && self.soon.check(need).is_err()
+            && let Room::Now(victims) = self.victims(wanted, &self.soon, need)
+        {
+            for victim in &victims {
+                self.unload(victim, model);
+            }
         }
     }
 
@@ -104,15 +169,15 @@ impl<'a> Planner<'a> {
         model: &Model,
         choices: &[Choice],
         before: Option<&Shortage>,
-    ) -> Option<Verdict> {
+    ) -> Taken {
         let fits = |ledger: &Ledger, (_, need): &&Choice| ledger.check(need).is_ok();
         if let Some((target, need)) = choices.iter().find(|choice| fits(&self.held, choice) && fits(&self.soon, choice))
         {
-            return Some(self.load(wanted, model, target, need, before));
+            return Taken::Verdict(self.load(wanted, model, target, need, before));
         }
         if let Some((_, need)) = choices.iter().find(|choice| fits(&self.soon, choice)) {
             self.speak_for(model, need);
-            return Some(waiting("waits for memory that a model on its way out still holds"));
+            return Taken::Verdict(waiting("waits for memory that a model on its way out still holds"));
         }
         let mut without_former = self.soon.clone();
         model.former(&wanted.revision).for_each(|(id, _)| without_former.release(id));
@@ -121,20 +186,28 @@ impl<'a> Planner<'a> {
                 self.drain(wanted, id);
             }
             self.speak_for(model, need);
-            return Some(waiting("waits for memory that the former revision still holds"));
+            return Taken::Verdict(waiting("waits for memory that the former revision still holds"));
         }
+        let mut later = None;
         for (_, need) in choices {
-            let Some(victims) = self.victims(wanted, &without_former, need) else { continue };
-            for (id, _) in model.former(&wanted.revision) {
-                self.drain(wanted, id);
+            match self.victims(wanted, &without_former, need) {
+                Room::Now(victims) => {
+                    for (id, _) in model.former(&wanted.revision) {
+                        self.drain(wanted, id);
+                    }
+                    for victim in &victims {
+                        self.unload(victim, model);
+                    }
+                    self.speak_for(model, need);
+                    return Taken::Verdict(waiting(&format!("waits until {} idle models are unloaded", victims.len())));
+                }
+                Room::Later { at, busy } => {
+                    later = later.or_else(|| Some(Later { need: need.clone(), at, busy }));
+                }
+                Room::Never => {}
             }
-            for victim in &victims {
-                self.unload(victim, model);
-            }
-            self.speak_for(model, need);
-            return Some(waiting(&format!("waits until {} idle models have been unloaded", victims.len())));
         }
-        None
+        later.map_or(Taken::Nothing, Taken::Later)
     }
 
     fn load(
@@ -170,7 +243,8 @@ impl<'a> Planner<'a> {
             need: need.clone(),
             note,
         });
-        Verdict { percent: Some(0), ..Verdict::new(states::LOADING) }
+        let ready_at = Some(self.now + model.load_time());
+        Verdict { percent: Some(0), ready_at, ..Verdict::new(states::LOADING) }
     }
 
     /// Keeps room that will be there from those who are planned later.
@@ -181,58 +255,11 @@ impl<'a> Planner<'a> {
         let _ = self.soon.reserve(worker, &model.label(), need.clone());
     }
 
-    /// Idle models whose room would do, those unused for longest first.
-    fn victims(&mut self, wanted: &ModelAssignment, soon: &Ledger, need: &Need) -> Option<Vec<String>> {
-        let mut idle: Vec<(Instant, &String, &Model)> = Vec::new();
-        let mut next_look = None;
-        for (uid, other) in &self.observed.models {
-            let assignment = &other.assignment;
-            let may_go = *uid != wanted.uid
-                && assignment.mode == AssignmentMode::Serve
-                && assignment.unload.policy != UnloadPolicy::Never
-                && assignment.priority <= wanted.priority
-                && is_idle(other)
-                && !self.unloaded.contains(uid);
-            let ready = other.staying(&assignment.revision).and_then(|(_, worker)| match worker.phase {
-                Phase::Ready { since } => Some(since),
-                Phase::Loading { .. } => None,
-            });
-            let (true, Some(since)) = (may_go, ready) else { continue };
-            let resident_until = since + seconds(assignment.unload.min_resident_seconds);
-            if self.now < resident_until {
-                next_look = Some(next_look.map_or(resident_until, |at: Instant| at.min(resident_until)));
-            } else {
-                idle.push((last_use(other, since), uid, other));
-            }
-        }
-        idle.sort_by_key(|(used, uid, _)| (*used, (*uid).clone()));
-        let mut without = soon.clone();
-        let mut victims = Vec::new();
-        for (_, uid, other) in idle {
-            let frees = |device: &String| {
-                let held = |id| without.holding(id).and_then(|held| held.get(device)).is_some_and(|held| *held > 0);
-                other.workers.keys().any(|id| held(*id))
-            };
-            let helps = need.iter().any(|(device, bytes)| *bytes > without.free(device) && frees(device));
-            if helps {
-                other.workers.keys().for_each(|id| without.release(*id));
-                victims.push(uid.clone());
-            }
-            if without.check(need).is_ok() {
-                return Some(victims);
-            }
-        }
-        if let Some(at) = next_look {
-            self.look_again(at);
-        }
-        None
-    }
-
     fn unload(&mut self, uid: &str, for_whom: &Model) {
         let observed = self.observed;
         let Some(victim) = observed.models.get(uid) else { return };
         let why = format!("{} needs the memory", for_whom.label());
-        self.plan.steps.push(Step::Unload { uid: uid.to_owned(), why });
+        self.plan.steps.push(Step::Unload { uid: uid.to_owned(), why, for_room: true });
         for id in victim.workers.keys() {
             self.drain(&victim.assignment, *id);
         }
@@ -240,6 +267,25 @@ impl<'a> Planner<'a> {
         // Its own turn may have been before this: then its route goes with the next plan, which `begin` calls for.
         self.look_again(self.now);
     }
+}
+
+/// What became of a try to place a model in a tier.
+enum Taken {
+    /// It is decided.
+    Verdict(Verdict),
+    /// There will be room.
+    Later(Later),
+    /// There is no room, and nobody who could make any.
+    Nothing,
+}
+
+/// Room that others will leave.
+struct Later {
+    need: Need,
+    /// When somebody may be unloaded who may not now; `None`: when they have nothing to do.
+    at: Option<Instant>,
+    /// Models that keep using the room.
+    busy: Vec<String>,
 }
 
 fn pending() -> Verdict {

@@ -133,7 +133,12 @@ impl World {
             }
             "progress" => Happened::FetchProgress(self.observed.models[uid].source.clone(), rest(2).parse().unwrap()),
             "loads" => Happened::WorkerSaid(worker_did(), RunnerEvent::Loading { percent: rest(2).parse().unwrap() }),
-            "ready" => Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(RunnerReport::default())),
+            // With the seconds that its load took.
+            "ready" => {
+                let load_milliseconds = rest(2).parse::<u64>().unwrap_or(0) * 1000;
+                let report = RunnerReport { load_milliseconds, ..RunnerReport::default() };
+                Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(report))
+            }
             "measures" => Happened::WorkerSaid(worker_did(), RunnerEvent::Changed(self.measured(uid, worker_did()))),
             "busy" => self.requests(worker_did(), uid, 1),
             "quiet" => self.requests(worker_did(), uid, 0),
@@ -141,6 +146,7 @@ impl World {
                 let activity = Activity { waiting: 1, ..self.observed.models[uid].activity };
                 Happened::Activity(activity)
             }
+            "gives-up" => Happened::Activity(Activity { waiting: 0, ..self.observed.models[uid].activity }),
             "wakes" => Happened::Woken,
             "fails" => {
                 let failure = RunnerFailure { reason: rest(2), message: rest(3) };
@@ -274,7 +280,9 @@ impl World {
                     other => format!("{other:?}"),
                 }
             ),
-            Step::Unload { uid, why } => format!("unload {uid}: {why}"),
+            Step::Unload { uid, why, .. } => format!("unload {uid}: {why}"),
+            Step::Yield { uid } => format!("{uid} yields"),
+            Step::Resume { uid } => format!("{uid} resumes"),
             Step::Wake { uid } => format!("wake {uid}"),
             Step::Drain { uid, worker, deadline } => format!("drain {uid}#{worker} until {} s", seconds(*deadline)),
             Step::Stop { uid, worker, kill_at } => format!("stop {uid}#{worker}, kill at {} s", seconds(*kill_at)),
@@ -337,7 +345,7 @@ fn text(value: &Value, key: &str) -> String {
 }
 
 /// A short form of an assignment, filled up: name is uid.
-fn assignment(short: &Value) -> Value {
+pub(super) fn assignment(short: &Value) -> Value {
     let name = text(short, "name");
     let mut full = json!({
         "uid": name,
@@ -354,7 +362,7 @@ fn assignment(short: &Value) -> Value {
     full
 }
 
-fn stored() -> Arc<StoredModel> {
+pub(super) fn stored() -> Arc<StoredModel> {
     let header = GgufHeader {
         architecture: "llama".to_owned(),
         name: None,
@@ -394,6 +402,11 @@ scenarios!(
     new_revision_instead,
     idle_unload_and_wake,
     room_from_idle_models,
+    by_score,
+    exclusive_in_turn,
+    a_turn_for_who_waits,
+    nobody_waits_any_more,
+    nothing_helps,
     no_room,
     gpu_policies,
     removal_drains,

@@ -1,0 +1,282 @@
+//! Random traffic on a device that does not hold all models, played on the real `plan`, `begin` and `note`: never over
+//! capacity, nobody unloaded who may not be, and everybody served within a time that can be said beforehand.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use altiplano_crds::model_deployment::UnloadPolicy;
+use altiplano_crds::model_node::RawAssignment;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::super::observe::{Activity, Desired, Happened, Observed, Phase, RouteTo};
+use super::tests::{assignment, stored};
+use super::{Limits, Step, plan};
+use crate::devices::Devices;
+use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerEvent, RunnerReport};
+use crate::runner::supervise::{WorkerEnd, WorkerId};
+
+const TICK: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug)]
+struct Given {
+    bytes: u64,
+    min_resident: u64,
+    load: u64,
+    pinned: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Request {
+    model: usize,
+    arrives: u64,
+    takes: u64,
+    waits_since: Option<Instant>,
+    ends: Option<Instant>,
+    done: bool,
+}
+
+struct Sim {
+    given: Vec<Given>,
+    capacity: u64,
+    start: Instant,
+    now: Instant,
+    desired: Desired,
+    observed: Observed,
+    loading: BTreeMap<WorkerId, (String, Instant, u64)>,
+    ending: BTreeMap<WorkerId, (String, Instant)>,
+    requests: Vec<Request>,
+    /// What was done lately.
+    story: std::collections::VecDeque<String>,
+}
+
+impl Sim {
+    fn new(given: Vec<Given>, capacity: u64, requests: Vec<Request>, now: Instant) -> Self {
+        let raw: Vec<RawAssignment> = given
+            .iter()
+            .enumerate()
+            .map(|(index, model)| {
+                let policy = if model.pinned { "Never" } else { "WhenIdle" };
+                let unload = json!({"policy": policy, "idleSeconds": 60, "minResidentSeconds": model.min_resident});
+                let short = json!({"name": format!("m{index}"), "unload": unload, "engine": {"gpu": "Required"}});
+                RawAssignment(assignment(&short))
+            })
+            .collect();
+        let gpu = ProbedDevice {
+            id: "GPU0".to_owned(),
+            kind: "GPU".to_owned(),
+            memory_total_bytes: capacity,
+            ..ProbedDevice::default()
+        };
+        let mut observed = Observed::default();
+        let report = ProbeReport { backends: Vec::new(), devices: vec![gpu] };
+        observed.note("", Happened::Probed(Ok(Devices::new(report, u64::MAX))), now);
+        let desired = Desired::new(Some(1), &raw);
+        Self {
+            given,
+            capacity,
+            start: now,
+            now,
+            desired,
+            observed,
+            loading: BTreeMap::new(),
+            ending: BTreeMap::new(),
+            requests,
+            story: std::collections::VecDeque::new(),
+        }
+    }
+
+    fn tick(&mut self, seconds: u64) {
+        let due: Vec<WorkerId> =
+            self.loading.iter().filter(|(_, (_, at, _))| *at <= self.now).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some((uid, _, load)) = self.loading.remove(&id) else { continue };
+            let report = RunnerReport { load_milliseconds: load * 1000, ..RunnerReport::default() };
+            self.observed.note(&uid, Happened::WorkerSaid(id, RunnerEvent::Ready(report)), self.now);
+        }
+        let due: Vec<WorkerId> = self.ending.iter().filter(|(_, (_, at))| *at <= self.now).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some((uid, _)) = self.ending.remove(&id) else { continue };
+            self.loading.remove(&id);
+            let end = WorkerEnd { how: "exited with code 0".to_owned(), failure: None, last_lines: String::new() };
+            self.observed.note(&uid, Happened::WorkerEnded(id, end), self.now);
+        }
+        for request in &mut self.requests {
+            if request.arrives <= seconds && request.waits_since.is_none() {
+                request.waits_since = Some(self.now);
+            }
+            if request.ends.is_some_and(|ends| ends <= self.now) {
+                request.done = true;
+            }
+        }
+        self.count();
+        self.settle();
+        // Whoever has a route runs from now on.
+        for index in 0..self.given.len() {
+            let uid = format!("m{index}");
+            let routed = matches!(self.observed.models[&uid].route, Some(RouteTo::Worker(_)));
+            let waiting = self.requests.iter_mut().filter(|r| r.model == index && r.waits_since.is_some());
+            for request in waiting.filter(|request| routed && request.ends.is_none()) {
+                request.ends = Some(self.now + Duration::from_secs(request.takes));
+            }
+        }
+        self.count();
+        self.settle();
+    }
+
+    /// Worker and listener count the requests.
+    fn count(&mut self) {
+        for index in 0..self.given.len() {
+            let uid = format!("m{index}");
+            let of = |what: fn(&Request) -> bool| {
+                let mine = self.requests.iter().filter(|r| r.model == index && !r.done && what(r));
+                u32::try_from(mine.count()).unwrap()
+            };
+            let running = of(|r| r.ends.is_some());
+            let waiting = of(|r| r.waits_since.is_some() && r.ends.is_none());
+            let Some(model) = self.observed.models.get(&uid) else { continue };
+            let before = model.activity;
+            let changed = (before.running, before.waiting) != (running, waiting);
+            let last_request = if changed { Some(self.now) } else { before.last_request };
+            let worker = model.workers.keys().next_back().copied();
+            let mut activity: Activity = before;
+            (activity.running, activity.waiting, activity.last_request) = (running, waiting, last_request);
+            self.observed.note(&uid, Happened::Activity(activity), self.now);
+            if let Some(worker) = worker {
+                let event = RunnerEvent::Activity { running, waiting: 0 };
+                self.observed.note(&uid, Happened::WorkerSaid(worker, event), self.now);
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        self.observed.adopt(&self.desired);
+        let limits = Limits { loading: 2, lame_duck: Duration::ZERO, drain: Duration::from_mins(1) };
+        for _ in 0..40 {
+            let decided = plan(&self.desired, &self.observed, limits, self.now);
+            if decided.steps.is_empty() {
+                assert!(self.observed.ledger.held("GPU0") <= self.capacity);
+                return;
+            }
+            for step in decided.steps {
+                self.check(&step);
+                self.story.push_back(format!("{:?} {}", self.now - self.start, brief(&step)));
+                if self.story.len() > 60 {
+                    self.story.pop_front();
+                }
+                self.observed.begin(&step, self.now);
+                self.answer(&step);
+            }
+        }
+        panic!("the plan never settles: {:#?}", self.story);
+    }
+
+    fn check(&self, step: &Step) {
+        let model = &self.observed.models[step.uid()];
+        let busy = model.activity.running > 0 || model.workers.values().any(|worker| worker.requests > 0);
+        match step {
+            Step::Unload { for_room, .. } => {
+                assert!(!busy, "a busy model is unloaded: {step:?}");
+                assert_ne!(model.assignment.unload.policy, UnloadPolicy::Never, "a pinned model is unloaded");
+                let least = Duration::from_secs(u64::try_from(model.assignment.unload.min_resident_seconds).unwrap());
+                let young = |phase| matches!(phase, Phase::Ready { since } if self.now < since + least);
+                assert!(!for_room || !model.workers.values().any(|worker| young(worker.phase)), "{step:?} is young");
+            }
+            Step::Stop { .. } => assert!(!busy, "a busy worker is stopped: {step:?}"),
+            Step::Yield { .. } => assert_ne!(model.assignment.unload.policy, UnloadPolicy::Never),
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, step: &Step) {
+        let uid = step.uid().to_owned();
+        let index: usize = uid[1..].parse().unwrap();
+        let happened = match step {
+            Step::Publish { .. } => Happened::Published(Ok(4000)),
+            Step::Fetch { .. } => Happened::Fetched(self.observed.models[&uid].source.clone(), Ok(stored())),
+            Step::Estimate { revision, on, .. } => {
+                let part = MemoryUse {
+                    device: "GPU0".to_owned(),
+                    weights_bytes: self.given[index].bytes,
+                    ..MemoryUse::default()
+                };
+                let report = EstimateReport { memory: vec![part], ..EstimateReport::default() };
+                Happened::Estimated(revision.clone(), on.clone(), Ok(report))
+            }
+            Step::Load { worker, .. } => {
+                let load = self.given[index].load;
+                self.loading.insert(*worker, (uid, self.now + Duration::from_secs(load), load));
+                return;
+            }
+            Step::Stop { worker, .. } => {
+                self.ending.insert(*worker, (uid, self.now + TICK));
+                return;
+            }
+            _ => return,
+        };
+        self.observed.note(&uid, happened, self.now);
+    }
+}
+
+fn brief(step: &Step) -> String {
+    format!("{step:?}").chars().take(60).collect()
+}
+
+fn models() -> impl Strategy<Value = Vec<Given>> {
+    let one = (1_u64..10, 0_u64..20, 0_u64..6).prop_map(|(bytes, min_resident, load)| Given {
+        bytes,
+        min_resident,
+        load,
+        pinned: false,
+    });
+    prop::collection::vec(one, 2..7)
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    let one = (0_usize..64, 0_u64..200, 1_u64..15).prop_map(|(model, arrives, takes)| Request {
+        model,
+        arrives,
+        takes,
+        waits_since: None,
+        ends: None,
+        done: false,
+    });
+    prop::collection::vec(one, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn everybody_is_served(mut given in models(), spare in 0_u64..12, pin: bool, mut requests in requests()) {
+        let largest = given.iter().map(|model| model.bytes).max().unwrap();
+        let mut capacity = largest + spare;
+        if pin {
+            // It keeps its room for ever, so there must be room beside it.
+            given[0].pinned = true;
+            capacity += given[0].bytes;
+        }
+        let count = given.len();
+        for request in &mut requests {
+            request.model %= count;
+        }
+        // Each of the others may have its turn before, with requests that run to their end, and again.
+        let turn = 20 + 6 + 15 + 15;
+        let patience = Duration::from_secs(turn * 2 * count as u64);
+        let start = Instant::now();
+        let mut sim = Sim::new(given, capacity, requests, start);
+        let end = 200 + patience.as_secs();
+        for second in 0..=end {
+            sim.now = start + Duration::from_secs(second);
+            sim.tick(second);
+            if sim.requests.iter().all(|request| request.done) {
+                break;
+            }
+            for request in sim.requests.iter().filter(|request| request.ends.is_none()) {
+                let Some(since) = request.waits_since else { continue };
+                prop_assert!(sim.now - since <= patience, "{request:?} waits for long: {:#?}", sim.story);
+            }
+        }
+        prop_assert!(sim.requests.iter().all(|request| request.done));
+    }
+}

@@ -1,0 +1,245 @@
+//! The agent as a user runs it, for tests that look at its processes.
+#![allow(dead_code, reason = "each suite uses a part")]
+#![allow(unreachable_pub, reason = "suites are crates that nobody uses")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use altiplano_test_models::toy;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Longest wait for anything; what is usual here is a hundredth of it.
+pub const PATIENCE: Duration = Duration::from_mins(2);
+
+/// A model to serve: name, GGUF file, more of its spec.
+pub type Model<'a> = (&'a str, &'a Path, &'a str);
+
+/// An agent that is killed, with everything below it, when the test ends.
+pub struct Agent {
+    pub child: Child,
+    pub shared: SocketAddr,
+    pub client: reqwest::Client,
+    pub state: PathBuf,
+    log: PathBuf,
+    said: PathBuf,
+    _folder: TempDir,
+}
+
+impl Agent {
+    /// Starts `prefix… altiplano-agent role… FILE options…`, and waits until it answers. A port that was free a moment
+    /// ago is used, so that an agent that is started again has it too.
+    pub async fn start(
+        prefix: &[&str],
+        role: &[&str],
+        models: &[Model<'_>],
+        options: &[&str],
+        env: &[(&str, &str)],
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let yaml: Vec<String> = models
+            .iter()
+            .map(|(name, path, more)| {
+                format!(
+                    "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
+                     spec: {{model: {{source: {{uri: 'file://{}'}}}}{more}}}\n",
+                    path.display()
+                )
+            })
+            .collect();
+        let file = folder.path().join("models.yaml");
+        std::fs::write(&file, yaml.join("---\n")).expect("the file is written");
+        let (state, log, said) = (folder.path().join("state"), folder.path().join("log"), folder.path().join("said"));
+        let shared = {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+            listener.local_addr().expect("an address")
+        };
+        let binary = env!("CARGO_BIN_EXE_altiplano-agent");
+        let words: Vec<&str> = prefix.iter().copied().chain([binary]).chain(role.iter().copied()).collect();
+        let child = Command::new(words[0])
+            .args(&words[1..])
+            .arg(&file)
+            .args(["--listen", &shared.to_string(), "--state-dir"])
+            .arg(&state)
+            .args(options)
+            .env_remove("ALTIPLANO_LISTEN")
+            .env_remove("GGML_VK_VISIBLE_DEVICES")
+            .env("ALTIPLANO_LOG", "info")
+            .envs(env.iter().copied())
+            .stdout(File::create(&said).expect("a file"))
+            .stderr(File::create(&log).expect("a file"))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("the agent starts");
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let agent = Self { child, shared, client, state, log, said, _folder: folder };
+        agent.answers().await;
+        agent
+    }
+
+    /// Waits until it answers at all.
+    pub async fn answers(&self) {
+        self.until("it answers", || async { self.get("/healthz").await.is_some() }).await;
+    }
+
+    pub async fn get(&self, path: &str) -> Option<String> {
+        let url = format!("http://{}{path}", self.shared);
+        let response = self.client.get(url).timeout(Duration::from_secs(5)).send().await.ok()?;
+        if response.status().is_success() { response.text().await.ok() } else { None }
+    }
+
+    /// Waits until it is so.
+    pub async fn until<F: Future<Output = bool>>(&self, what: &str, is_so: impl Fn() -> F) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so().await {
+            assert!(Instant::now() < deadline, "waited for: {what}; {}", self.story());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// What it said on standard output.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.said).unwrap_or_default()
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn story(&self) -> String {
+        format!("it said:\n{}\nand logged:\n{}", self.said(), self.log())
+    }
+
+    /// Waits for a line on standard output.
+    pub async fn says(&self, words: &str) {
+        self.until(words, || async { self.said().contains(words) }).await;
+    }
+
+    /// Sends a chat request as it is.
+    pub async fn post(&self, body: &Value) -> reqwest::Result<reqwest::Response> {
+        let url = format!("http://{}/v1/chat/completions", self.shared);
+        self.client.post(url).json(body).timeout(PATIENCE).send().await
+    }
+
+    /// The answer and its status.
+    pub async fn ask(&self, model: &str, question: &str) -> (u16, Value) {
+        let response = self.post(&chat(model, question)).await;
+        let response = response.unwrap_or_else(|error| panic!("{error:?}; {}", self.story()));
+        (response.status().as_u16(), response.json().await.unwrap_or_else(|error| panic!("{error}; {}", self.story())))
+    }
+
+    /// Asks a question whose answer is known.
+    pub async fn check(&self, model: &str) {
+        let (question, expected) = question();
+        let (status, answer) = self.ask(model, &question).await;
+        assert_eq!(status, 200, "{answer}; {}", self.story());
+        assert_eq!(answer["choices"][0]["message"]["content"], expected, "{answer}");
+    }
+
+    /// One number of its metrics; 0 where it has not counted yet.
+    pub async fn metric(&self, name: &str, labels: &str) -> f64 {
+        let text = self.get("/metrics").await.unwrap_or_else(|| panic!("no metrics; {}", self.story()));
+        let mut lines = text.lines().filter(|line| line.starts_with(name) && line.contains(labels));
+        lines.next().and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub async fn exited(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end; {}", self.story());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A request for a whole answer.
+pub fn chat(model: &str, question: &str) -> Value {
+    json!({"model": model, "temperature": 0, "messages": [{"role": "user", "content": question}]})
+}
+
+/// A question and what the toy model answers.
+pub fn question() -> (String, String) {
+    let question = toy::questions().into_iter().find(|question| question.messages.len() == 1).expect("a question");
+    (question.messages[0].content.clone(), question.answer)
+}
+
+/// All processes below `pid` with their command lines, zombies left out.
+pub fn below(pid: Pid) -> Vec<(Pid, String)> {
+    let mut all: Vec<(i32, i32)> = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        // The name, in parentheses, may hold spaces.
+        let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
+        let mut fields = rest.split(' ');
+        let (state, parent) = (fields.next(), fields.next().and_then(|parent| parent.parse().ok()));
+        if let (Some(state), Some(parent)) = (state, parent)
+            && state != "Z"
+        {
+            all.push((number, parent));
+        }
+    }
+    let mut found = vec![pid.as_raw_nonzero().get()];
+    let mut next = 0;
+    while next < found.len() {
+        let parent = found[next];
+        found.extend(all.iter().filter(|(_, of)| *of == parent).map(|(number, _)| *number));
+        next += 1;
+    }
+    let command = |number: i32| {
+        let bytes = std::fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\0', " ")
+    };
+    found.into_iter().skip(1).filter_map(|number| Some((Pid::from_raw(number)?, command(number)))).collect()
+}
+
+/// The processes below `pid` that serve a model.
+pub fn workers(pid: Pid) -> Vec<Pid> {
+    let is_worker =
+        |command: &str| command.contains(" runner ") && !command.contains("--probe") && !command.contains("--estimate");
+    below(pid).into_iter().filter(|(_, command)| is_worker(command)).map(|(pid, _)| pid).collect()
+}
+
+/// The process below `pid` that is the agent itself.
+pub fn agent_process(pid: Pid) -> Option<Pid> {
+    let is_agent =
+        |command: &str| command.contains(" serve ") && !command.contains(" init ") && !command.contains("unshare");
+    below(pid).into_iter().find(|(_, command)| is_agent(command)).map(|(pid, _)| pid)
+}
+
+pub fn is_alive(pid: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
+        .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')))
+}
+
+pub fn kill(pid: Pid, signal: Signal) {
+    kill_process(pid, signal).expect("the signal is sent");
+}
+
+pub async fn gone(pid: Pid) {
+    let deadline = Instant::now() + PATIENCE;
+    while is_alive(pid) {
+        assert!(Instant::now() < deadline, "process {pid:?} is still there");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
