@@ -66,8 +66,10 @@ fn demanded(source: &str, demands: Demands) -> String {
             };
             *line = line.split(' ').filter(is_talk).collect::<Vec<_>>().join(" ");
         }
-        if demands.one_call && line == "tool-calls ::= (tool-call space)+" {
-            "tool-calls ::= tool-call space".clone_into(line);
+        // Where calls may be left out llama.cpp writes the second, which never ends: each of the calls may be nothing.
+        if line == "tool-calls ::= (tool-call space)+" || line == "tool-calls ::= (tool-call? space)+" {
+            let calls = if demands.one_call { "tool-call space" } else { "(tool-call space)+" };
+            *line = format!("tool-calls ::= {calls}");
         }
     }
     lines.join("\n")
@@ -110,6 +112,19 @@ mod tests {
             tokens: vec![7],
         };
         assert_eq!(triggers, expected);
+    }
+
+    #[test]
+    fn no_call_is_nothing() {
+        let mut format = ChatFormat::default();
+        "root ::= tool-call | tool-calls\ntool-calls ::= (tool-call? space)+".clone_into(&mut format.grammar);
+        for (one_call, expected) in [(false, "(tool-call space)+"), (true, "tool-call space")] {
+            let Some(Grammar::Gbnf { source, .. }) = of(&format, Demands { one_call, ..Demands::default() }, single)
+            else {
+                panic!("no grammar")
+            };
+            assert_eq!(source, format!("root ::= tool-call | tool-calls\ntool-calls ::= {expected}"));
+        }
     }
 
     #[test]

@@ -72,9 +72,7 @@ pub(super) async fn converse(
     let Prepared { prompt, grammar, stops, preserved, answers } = prepared;
     let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
     for request in &mut requests {
-        // Without its grammar a call that the model may make is read as well as it is written.
-        let may_be_free = matches!(&grammar, Some(Grammar::Gbnf { lazy: Some(_), .. }));
-        if grammar.is_some() && !may_be_free {
+        if grammar.is_some() {
             request.grammar.clone_from(&grammar);
         }
         request.stop.extend(stops.iter().cloned());
@@ -129,8 +127,18 @@ impl Answers {
 impl ChatRequest {
     pub(crate) fn read(mut fields: Fields, defaults: &SamplingParams) -> Result<Self, ApiError> {
         let tools = Tools::read(&mut fields)?;
-        let settings = Settings::read(&mut fields)?;
-        let params = Params::read(&fields, defaults)?;
+        let mut settings = Settings::read(&mut fields)?;
+        let mut params = Params::read(&fields, defaults)?;
+        if settings.response_format == ResponseFormat::Text && matches!(params.grammar, Some(Grammar::JsonSchema(_))) {
+            // The same in llama-server's and vLLM's words.
+            if let Some(Grammar::JsonSchema(schema)) = params.grammar.take() {
+                settings.response_format = ResponseFormat::Schema(schema);
+            }
+        }
+        if tools.may_call() && params.grammar.is_some() {
+            let message = "'grammar' cannot be combined with 'tools' that may be called: set 'tool_choice' to none";
+            return Err(ApiError::unsupported("grammar", message));
+        }
         if tools.may_call() && settings.response_format != ResponseFormat::Text {
             let message =
                 "'response_format' cannot be combined with 'tools' that may be called: set 'tool_choice' to none";
