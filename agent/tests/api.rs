@@ -646,3 +646,10 @@ async fn an_answer_has_the_form_that_was_asked_for() {
     let never = said(json!({"logit_bias": [[" plain", false]], "temperature": 0, "n_probs": 2})).await;
     assert!(!never["text"].as_str().unwrap().contains(" plain") && never["logprobs"].is_object(), "{never}");
 }
+
+#[path = "api/native.rs"]
+mod native;
+#[path = "api/ollama.rs"]
+mod ollama;
+#[path = "api/openapi.rs"]
+mod openapi;

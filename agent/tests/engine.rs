@@ -63,6 +63,8 @@ struct Answer {
     text: String,
     tokens: Vec<Token>,
     logprobs: Vec<TokenLogprob>,
+    /// The stop text that came.
+    stop: Option<String>,
     end: Result<(FinishReason, Usage, Timings), EngineError>,
 }
 
@@ -84,17 +86,20 @@ async fn read(mut generation: Generation) -> Answer {
     let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
     loop {
         match next(&mut generation).await {
+            Some(GenerateEvent::Progress(progress)) => panic!("nobody asked for {progress:?}"),
             Some(GenerateEvent::Token { text: piece, token, logprob }) => {
                 assert!(!piece.is_empty() || logprob.is_some(), "an event that says nothing");
                 text.push_str(&piece);
                 tokens.push(token);
                 logprobs.extend(logprob);
             }
-            Some(GenerateEvent::Done { finish_reason, stop: _, usage, timings }) => {
+            Some(GenerateEvent::Done { finish_reason, stop, usage, timings }) => {
                 assert!(next(&mut generation).await.is_none(), "something comes after the end");
-                return Answer { text, tokens, logprobs, end: Ok((finish_reason, usage, timings)) };
+                return Answer { text, tokens, logprobs, stop, end: Ok((finish_reason, usage, timings)) };
             }
-            Some(GenerateEvent::Failed(error)) => return Answer { text, tokens, logprobs, end: Err(error) },
+            Some(GenerateEvent::Failed(error)) => {
+                return Answer { text, tokens, logprobs, stop: None, end: Err(error) };
+            }
             None => panic!("a stream without an end, after {text:?}"),
         }
     }
@@ -374,15 +379,19 @@ async fn generations_end_where_they_should() {
     let (question, answer) = questions(1).remove(0);
     assert!(answer.starts_with("Hello! I am the Altiplano toy model."), "{answer}");
     let cases = [
-        (vec!["the Altiplano"], "Hello! I am ", FinishReason::Stop),
-        (vec!["never", " toy", "Altiplano toy"], "Hello! I am the ", FinishReason::Stop),
-        (vec!["H"], "", FinishReason::Stop),
-        (vec!["Hello! I am a"], answer.as_str(), FinishReason::Stop),
+        (vec!["the Altiplano"], "Hello! I am ", Some("the Altiplano")),
+        (vec!["never", " toy", "Altiplano toy"], "Hello! I am the ", Some("Altiplano toy")),
+        (vec!["H"], "", Some("H")),
+        (vec!["Hello! I am a"], answer.as_str(), None),
     ];
-    for (stops, expected, reason) in cases {
+    for (stops, expected, which) in cases {
         let stop = stops.iter().map(|&stop| stop.to_owned()).collect();
         let found = ask(&engine, GenerateRequest { stop, ..request(&engine, &question) }).await;
-        assert_eq!((found.text.as_str(), found.reason()), (expected, reason), "{stops:?}");
+        assert_eq!(
+            (found.text.as_str(), found.reason(), found.stop.as_deref()),
+            (expected, FinishReason::Stop, which),
+            "{stops:?}"
+        );
     }
 
     let on = GenerateRequest { ignore_eos: true, max_tokens: Some(60), ..request(&engine, &question) };

@@ -126,7 +126,7 @@ impl Node {
     }
 
     fn activity(&self, name: &str) -> (u32, u32) {
-        let Activity { running, waiting, last_request: _ } = self.front.activity(name).unwrap();
+        let Activity { running, waiting, .. } = self.front.activity(name).unwrap();
         (running, waiting)
     }
 }

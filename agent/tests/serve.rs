@@ -336,6 +336,68 @@ async fn a_request_wakes_an_unloaded_model() {
     }
 }
 
+/// Ollama's `keep_alive`: 0 really ends the worker, by a request of its own or after an answer; the next one wakes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_unloads_a_model_by_keep_alive() {
+    let pinned = ", unload: {policy: Never}";
+    let agent = Agent::serve(&[("toy", &toy::path(), ""), ("pinned", &toy::path(), pinned)]).await;
+    agent.ready("toy", 1).await;
+    agent.ready("pinned", 1).await;
+    let (question, answer) = question();
+    let at = |path: &str| format!("http://{}{path}", agent.shared);
+    let post = async |path: &str, body: Value| {
+        let response = agent.client.post(at(path)).json(&body).timeout(PATIENCE).send().await.expect("an answer");
+        (response.status().as_u16(), response.json::<Value>().await.expect("JSON"))
+    };
+    let loaded = async || {
+        let ps: Value = agent.client.get(at("/api/ps")).send().await.expect("an answer").json().await.expect("JSON");
+        let names = ps["models"]
+            .as_array()
+            .expect("models")
+            .iter()
+            .map(|model| model["name"].as_str().unwrap_or_default().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let unloaded = async |nth| {
+        agent.nth_line("toy is unloaded", nth, |line| line.starts_with("default/toy: Unloaded (Idle)")).await;
+        let deadline = Instant::now() + PATIENCE;
+        while children(agent.pid()).len() > 1 {
+            assert!(Instant::now() < deadline, "the worker of an unloaded model stays");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(loaded().await, ["pinned:latest"]);
+    };
+    let tags: Value = agent.client.get(at("/api/tags")).send().await.expect("an answer").json().await.expect("JSON");
+    assert_eq!(tags["models"].as_array().map(Vec::len), Some(2), "{tags}");
+    assert!(tags["models"][1]["size"].as_u64() > Some(0), "{tags}");
+
+    let ask = |more: Value| {
+        let mut body = json!({"model": "toy", "stream": false, "options": {"temperature": 0},
+                              "messages": [{"role": "user", "content": question}]});
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        body
+    };
+    let (status, said) = post("/api/chat", ask(json!({"keep_alive": 0}))).await;
+    assert_eq!((status, said["message"]["content"].as_str()), (200, Some(answer.as_str())));
+    unloaded(1).await;
+    // What was said was for that worker: this one stays until it is told to go.
+    let (status, said) = post("/api/chat", ask(json!({}))).await;
+    assert_eq!((status, said["message"]["content"].as_str()), (200, Some(answer.as_str())));
+    let times = |name: &str| said[name].as_u64().unwrap_or_default();
+    assert!(times("load_duration") > 1_000_000 && times("total_duration") > times("load_duration"), "{said}");
+    assert_eq!(loaded().await, ["pinned:latest", "toy:latest"]);
+    let (status, said) = post("/api/generate", json!({"model": "toy:latest", "keep_alive": "0"})).await;
+    assert_eq!((status, said["done_reason"].as_str()), (200, Some("unload")));
+    unloaded(2).await;
+
+    let (status, said) = post("/api/chat", ask(json!({"model": "pinned", "keep_alive": 0}))).await;
+    assert_eq!((status, said["message"]["content"].as_str()), (200, Some(answer.as_str())));
+    let (status, said) = post("/api/generate", json!({"model": "pinned", "keep_alive": 0})).await;
+    assert!(status == 403 && said["error"].as_str().is_some_and(|error| error.contains("kubectl")), "{said}");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(loaded().await, ["pinned:latest"], "what the ModelDeployment pins, no client unpins");
+}
+
 /// The agent of a node whose API server is away since before it started.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_cut_off_serves_what_it_was_last_told() {

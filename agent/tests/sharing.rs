@@ -96,7 +96,7 @@ async fn read(mut generation: Generation) -> (Said, Usage) {
                 let top = logprob.top.iter().map(|top| (top.token, top.logprob.to_bits())).collect();
                 said.push((token, logprob.logprob.to_bits(), top));
             }
-            GenerateEvent::Token { .. } => {}
+            GenerateEvent::Token { .. } | GenerateEvent::Progress(_) => {}
             GenerateEvent::Done { usage, .. } => return (said, usage),
             GenerateEvent::Failed(error) => panic!("{error} after {} tokens", said.len()),
         }

@@ -101,6 +101,11 @@ async fn anthropic_for_python() -> Result<()> {
 }
 
 #[tokio::test]
+async fn ollama_for_python() -> Result<()> {
+    runs("ollama_chat.py").await
+}
+
+#[tokio::test]
 async fn openai_for_javascript() -> Result<()> {
     runs("js/openai.mjs").await
 }

@@ -7,7 +7,7 @@ use super::form::Form;
 use super::frames::Frames;
 use super::output::{Delta, Output, OutputParser};
 use super::wire::{self, TimingsBody, UsageBody};
-use crate::engine::{GenerateRequest, Timings, Token, TokenLogprob, Usage};
+use crate::engine::{GenerateRequest, PromptProgress, Timings, Token, TokenLogprob, Usage};
 
 /// What is to be generated, prompts and parameters checked, and how it will be said.
 pub(crate) struct Job {
@@ -45,6 +45,17 @@ pub(crate) trait Dialect: Send {
         Ok(())
     }
 
+    /// More of a choice's prompt has been read, where the request asked to be told.
+    fn progress(
+        &mut self,
+        choice: usize,
+        progress: &PromptProgress,
+        frames: &mut Frames,
+    ) -> Result<(), serde_json::Error> {
+        let _ = (choice, progress, frames);
+        Ok(())
+    }
+
     /// A choice said something.
     fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error>;
 
@@ -55,7 +66,7 @@ pub(crate) trait Dialect: Send {
     fn ended(&mut self, tally: &Tally, frames: &mut Frames) -> Result<(), serde_json::Error>;
 
     /// What is sent when nothing else was for a while.
-    fn ping(&self) -> Option<Bytes> {
+    fn ping(&self) -> Bytes {
         self.form().ping()
     }
 
@@ -72,7 +83,6 @@ pub(crate) struct Piece {
     /// Empty when the text is held back, or when there is none.
     pub(crate) deltas: Vec<Delta>,
     /// The token that completed the text; `None` for text that was held back until the end.
-    #[expect(dead_code, reason = "llama-server's own API can return tokens")]
     pub(crate) token: Option<Token>,
     /// Where it was asked for.
     pub(crate) logprob: Option<TokenLogprob>,

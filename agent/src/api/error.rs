@@ -61,6 +61,11 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", Some("invalid_api_key"), message)
     }
 
+    /// 403: this API does not do that here.
+    pub fn not_done_here(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", Some("not_done_here"), message)
+    }
+
     /// 404: no such model here.
     #[must_use]
     pub fn model_not_found(model: &str) -> Self {

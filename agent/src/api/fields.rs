@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 
 /// A JSON object; `null` is the same as absent, as with OpenAI.
+#[derive(Debug, PartialEq)]
 pub(crate) struct Fields(pub(crate) Map<String, Value>);
 
 impl Fields {

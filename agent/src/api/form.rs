@@ -6,7 +6,7 @@
 //! | OpenAI | all others | `{"error": {"message", "type", "param", "code"}}` | event `error` with the same | a comment |
 //! | Responses | `/v1/responses…` | the same | event `error`: `{"type": "error", "code", "message", "param", "sequence_number"}` | a comment |
 //! | Anthropic | `/v1/messages…` | `{"type": "error", "error": {"type", "message"}, "request_id"}` | event `error` with the same | event `ping` |
-//! | Ollama | `/api/…` | `{"error": "message"}` | a line with the same | none |
+//! | Ollama | `/api/…` | `{"error": "message"}` | a line with the same | a space before the next line |
 
 use axum::body::Body;
 use axum::response::Response;
@@ -94,12 +94,13 @@ impl Form {
         })
     }
 
-    /// What keeps proxies from giving up while nothing comes, and clients skip; `None` where there is no such thing.
-    pub(crate) fn ping(self) -> Option<Bytes> {
+    /// What keeps proxies from giving up while nothing comes, and clients skip. For lines
+    /// of JSON it is white space: an empty line would be no JSON, and break clients.
+    pub(crate) fn ping(self) -> Bytes {
         match self {
-            Self::OpenAi | Self::Responses => Some(Bytes::from_static(b": ping\n\n")),
-            Self::Anthropic => Some(Bytes::from_static(b"event: ping\ndata: {\"type\": \"ping\"}\n\n")),
-            Self::Ollama => None,
+            Self::OpenAi | Self::Responses => Bytes::from_static(b": ping\n\n"),
+            Self::Anthropic => Bytes::from_static(b"event: ping\ndata: {\"type\": \"ping\"}\n\n"),
+            Self::Ollama => Bytes::from_static(b" "),
         }
     }
 

@@ -21,7 +21,6 @@ impl Frames {
     }
 
     /// A line of JSON.
-    #[cfg_attr(not(test), expect(dead_code, reason = "Ollama's API streams lines"))]
     pub(crate) fn line(&mut self, value: &impl Serialize) -> Result<(), serde_json::Error> {
         self.json(b"", value, b"\n")
     }

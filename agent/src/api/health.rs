@@ -10,10 +10,13 @@ use super::error::ApiError;
 
 pub(super) async fn health(State(state): State<ApiState>) -> Response {
     let now = state.engine().stats();
-    let stuck = now.step_age > state.options().stuck_after;
-    let (status, word) = if stuck { (StatusCode::SERVICE_UNAVAILABLE, "stuck") } else { (StatusCode::OK, "ok") };
-    let body = serde_json::json!({"status": word, "running": now.running, "waiting": now.waiting});
-    (status, Json(body)).into_response()
+    if now.step_age > state.options().stuck_after {
+        // llama-server's form of an answer that is not "ok".
+        let message = "the engine has been in one step for too long";
+        let body = serde_json::json!({"error": {"code": 503, "message": message, "type": "unavailable_error"}});
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response();
+    }
+    Json(serde_json::json!({"status": "ok", "running": now.running, "waiting": now.waiting})).into_response()
 }
 
 pub(super) async fn metrics(State(state): State<ApiState>) -> Result<Response, ApiError> {

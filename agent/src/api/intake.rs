@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequest, Request};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::body::{check_content_length, check_content_type, collect, parse_object};
 use super::error::ApiError;
 use super::fields::Fields;
-use super::{ApiOptions, ApiState, QUEUE_BUDGET, RequestId};
+use super::{ApiOptions, ApiState, HELD, QUEUE_BUDGET, RequestId};
 
 /// A request that was let in, its body an object that asks for this model.
 pub(crate) struct Intake {
@@ -23,6 +23,8 @@ pub(crate) struct Visit {
     /// For logs and headers.
     pub(crate) request_id: String,
     pub(crate) arrived: Instant,
+    /// How long the agent held it before, most of it while the model was loaded.
+    pub(crate) held: Duration,
     /// When it leaves the queue, should it still be waiting.
     pub(crate) queue_deadline: Instant,
     /// Held until the answer is complete.
@@ -44,13 +46,17 @@ impl FromRequest<ApiState> for Intake {
         state.check_model(&fields)?;
         let request_id = parts.extensions.get().map(|RequestId(id)| id.clone()).unwrap_or_default();
         let queue_deadline = arrived + queue_timeout(state, &parts.headers);
-        let visit = Visit { request_id, arrived, queue_deadline, _admission: admission };
+        let held = milliseconds(&parts.headers, &HELD).unwrap_or_default();
+        let visit = Visit { request_id, arrived, held, queue_deadline, _admission: admission };
         Ok(Self { state: state.clone(), visit, fields: Fields(fields) })
     }
 }
 
 /// The deployment's limit, or what the agent says is left of it.
 fn queue_timeout(state: &ApiState, headers: &HeaderMap) -> Duration {
-    let left = headers.get(QUEUE_BUDGET).and_then(|value| value.to_str().ok()?.parse().ok());
-    left.map_or(state.queue_timeout(), |left| Duration::from_millis(left).min(state.queue_timeout()))
+    milliseconds(headers, &QUEUE_BUDGET).map_or(state.queue_timeout(), |left| left.min(state.queue_timeout()))
+}
+
+fn milliseconds(headers: &HeaderMap, name: &HeaderName) -> Option<Duration> {
+    headers.get(name).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_millis)
 }

@@ -10,6 +10,8 @@
 //! | `POST /v1/messages` | Anthropic's Messages; streaming or not | [`anthropic`] |
 //! | `POST /v1/messages/count_tokens` | tokens of such a request | [`anthropic`] |
 //! | `GET /v1/models`, `/v1/models/{id}` | this model | [`models`] |
+//! | `POST /completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `GET /props`, `/slots` | llama-server's own | [`native`] |
+//! | `POST /api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings` | Ollama's | [`ollama`] |
 //! | `GET /health` | 200 while the engine makes steps | [`health`] |
 //! | `GET /metrics` | this worker's metrics | [`health`] |
 //!
@@ -34,6 +36,8 @@ mod frames;
 mod health;
 mod intake;
 mod models;
+mod native;
+mod ollama;
 mod openai;
 mod output;
 pub mod params;
@@ -44,41 +48,92 @@ mod sampling;
 mod state;
 mod wire;
 
+use std::collections::HashSet;
+use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
+use http::Method;
 
 pub use body::DEFAULT_BODY_LIMIT;
 pub use error::ApiError;
 pub use state::{ApiOptions, ApiState, ApiStateError};
 
 pub(crate) use body::{check_content_length, check_content_type, collect, malformed};
-pub(crate) use embed::PATHS as EMBEDDING_PATHS;
 pub(crate) use error::clip;
 pub(crate) use form::{Form, is_stream};
 pub(crate) use request_id::{REQUEST_ID, request_id};
+
+/// Ollama's tag for the version of a model that there is.
+pub(crate) const LATEST: &str = ":latest";
 
 /// Milliseconds that the request may still wait for a slot, from the agent that held it before. Internal: the agent
 /// drops what a client sends under this name.
 pub(crate) const QUEUE_BUDGET: http::HeaderName = http::HeaderName::from_static("x-altiplano-queue-budget-ms");
 
+/// Milliseconds for which the agent has held the request until a worker was there. Internal, as the one above.
+pub(crate) const HELD: http::HeaderName = http::HeaderName::from_static("x-altiplano-held-ms");
+
+/// The document of the whole HTTP API, agent and worker.
+pub const OPENAPI: &str = include_str!("../../openapi.json");
+
+/// Method and path of everything that a worker answers.
+#[must_use]
+pub fn paths() -> Vec<(Method, &'static str)> {
+    routes().into_iter().map(|(method, path, _)| (method, path)).collect()
+}
+
+/// Every path of a worker: method, path, handler. The agent's listeners pass on what stands here with POST.
+fn routes() -> Vec<(Method, &'static str, MethodRouter<ApiState>)> {
+    let asks = |path, handler| (Method::POST, path, handler);
+    let looks = |path, handler| (Method::GET, path, handler);
+    let mut routes = vec![
+        asks("/v1/chat/completions", post(chat::chat_completions)),
+        asks("/v1/completions", post(completions::text_completions)),
+        asks("/v1/responses", post(responses::responses)),
+        asks("/v1/messages", post(anthropic::messages)),
+        asks("/v1/messages/count_tokens", post(anthropic::count_tokens)),
+        asks("/completion", post(native::completion::completion)),
+        asks("/completions", post(native::completion::completion)),
+        asks("/infill", post(native::infill::infill)),
+        asks("/tokenize", post(native::tokens::tokenize)),
+        asks("/detokenize", post(native::tokens::detokenize)),
+        asks("/apply-template", post(native::tokens::apply_template)),
+        asks("/api/chat", post(ollama::chat)),
+        asks("/api/generate", post(ollama::generate)),
+        asks("/api/embed", post(ollama::embed::embed)),
+        asks("/api/embeddings", post(ollama::embed::embeddings)),
+        looks("/props", get(native::props::props)),
+        looks("/slots", get(native::props::slots)),
+        looks("/v1/models", get(models::list)),
+        looks("/models", get(models::list)),
+        looks("/v1/models/{*id}", get(models::one)),
+        looks("/health", get(health::health)),
+        looks("/v1/health", get(health::health)),
+        looks("/metrics", get(health::metrics)),
+    ];
+    routes.extend(embed::routes().map(|(path, handler)| asks(path, handler)));
+    routes
+}
+
+/// Whether a request to `path` is for a worker, which it wakes.
+pub(crate) fn asks_worker(path: &str) -> bool {
+    static PATHS: LazyLock<HashSet<&'static str>> = LazyLock::new(|| {
+        let asks = routes().into_iter().filter(|(method, ..)| *method == Method::POST);
+        asks.map(|(_, path, _)| path).collect()
+    });
+    PATHS.contains(path)
+}
+
 /// The API as a router.
 pub fn router(state: ApiState) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/completions", post(completions::text_completions))
-        .merge(embed::routes())
-        .route("/v1/responses", post(responses::responses))
-        .route("/v1/messages", post(anthropic::messages))
-        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::one))
-        .route("/health", get(health::health))
-        .route("/metrics", get(health::metrics))
+    routes()
+        .into_iter()
+        .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::middleware::from_fn_with_state(state.clone(), around))

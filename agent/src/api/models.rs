@@ -27,6 +27,7 @@ struct ModelBody {
 #[derive(Serialize)]
 struct MetaBody {
     architecture: String,
+    vocab_type: u32,
     n_vocab: u32,
     n_embd: u32,
     n_ctx: u32,
@@ -48,6 +49,7 @@ fn model_body(state: &ApiState) -> ModelBody {
         capabilities: facts.abilities.iter().map(|ability| ability.word()).collect(),
         meta: MetaBody {
             architecture: facts.architecture.clone(),
+            vocab_type: facts.vocab_type,
             n_vocab: facts.n_vocab,
             n_embd: facts.embedding_width,
             n_ctx: report.context_tokens,

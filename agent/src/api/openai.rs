@@ -6,7 +6,7 @@ use super::form::{DONE, Form};
 use super::frames::Frames;
 use super::output::{Delta, Output};
 use super::wire::{self, Answer, CallBody, ChoiceBody, FINGERPRINT, FunctionBody, Message, Said, Shape, UsageSlot};
-use crate::engine::TokenLogprob;
+use crate::engine::{PromptProgress, TokenLogprob};
 
 /// Answers one request in OpenAI's terms.
 pub(crate) struct OpenAi {
@@ -63,6 +63,7 @@ impl OpenAi {
             choices,
             usage: None,
             timings: None,
+            prompt_progress: None,
         }
     }
 
@@ -131,7 +132,7 @@ fn chat_delta(delta: &Delta) -> Message<'_> {
 }
 
 fn whole_message(output: &Output) -> Message<'_> {
-    let Output { content, reasoning, tool_calls, logprobs: _ } = output;
+    let Output { content, reasoning, tool_calls, tokens: _, logprobs: _ } = output;
     let calls = tool_calls.iter().map(|call| CallBody {
         index: None,
         id: Some(&call.id),
@@ -179,6 +180,22 @@ impl Dialect for OpenAi {
         answer.usage = Some(UsageSlot::Now(usage));
         answer.timings = Some(timings);
         serde_json::to_vec(&answer)
+    }
+
+    fn progress(
+        &mut self,
+        choice: usize,
+        progress: &PromptProgress,
+        frames: &mut Frames,
+    ) -> Result<(), serde_json::Error> {
+        self.begin(choice, frames)?;
+        let said = match self.shape {
+            Shape::Chat => Said::Delta(Message::default()),
+            Shape::Text => Said::Text(""),
+        };
+        let mut chunk = self.chunk(ChoiceBody { index: choice, said, logprobs: None, finish_reason: None });
+        chunk.prompt_progress = Some(wire::progress(progress));
+        frames.data(&chunk)
     }
 
     fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error> {

@@ -1,7 +1,7 @@
 //! What a choice says, in terms that every dialect has: the model's text becomes [`Delta`]s, and deltas an [`Output`].
 
 use super::error::ApiError;
-use crate::engine::TokenLogprob;
+use crate::engine::{Token, TokenLogprob};
 
 /// A piece of what a choice says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +59,8 @@ pub(crate) struct Output {
     pub(crate) reasoning: String,
     /// Calls in the order in which they began.
     pub(crate) tool_calls: Vec<ToolCall>,
+    /// The tokens: all of them where the request wanted every one, else those that completed a piece of text.
+    pub(crate) tokens: Vec<Token>,
     /// Of each token, where they were asked for.
     pub(crate) logprobs: Vec<TokenLogprob>,
 }

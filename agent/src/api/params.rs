@@ -71,6 +71,10 @@ pub(crate) struct Params {
     pub(crate) n: u32,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// Chunks in a stream that say how far the prompt has been read.
+    pub(crate) return_progress: bool,
+    /// `num_ctx`: tokens of context to aim for, whatever the sizing's formula says. Never a limit, never a reload.
+    pub(crate) aim_tokens: Option<u32>,
 }
 
 impl Params {
@@ -90,11 +94,11 @@ impl Params {
             n: u32::try_from(n).unwrap_or(1),
             stream,
             include_usage: include_usage(fields, stream)?,
+            return_progress: fields.boolean("return_progress")?.unwrap_or(false),
+            aim_tokens: fields.integer("num_ctx", 1..=i64::from(i32::MAX))?.and_then(|aim| u32::try_from(aim).ok()),
         })
     }
-}
 
-impl Params {
     /// `n` generations for each prompt. With a seed, each choice has its own, so that they differ and can be repeated.
     pub(crate) fn requests(
         &self,
@@ -111,8 +115,10 @@ impl Params {
             cache_prompt,
             cache_salt,
             n,
-            stream: _,
+            stream,
             include_usage: _,
+            return_progress,
+            aim_tokens,
         } = self;
         let cache = CacheKey { salt: cache_salt.clone(), ..CacheKey::default() };
         let mut requests = Vec::with_capacity(prompts.len() * *n as usize);
@@ -132,6 +138,9 @@ impl Params {
                     deadline: Some(visit.queue_deadline),
                     cache: cache.clone(),
                     cache_prompt: *cache_prompt,
+                    aim_tokens: *aim_tokens,
+                    progress: *return_progress && *stream,
+                    every_token: false,
                 });
             }
         }
@@ -337,6 +346,8 @@ mod tests {
         let long = format!(r#"{{"stop": "{}"}}"#, "x".repeat(513));
         let cases = [
             (r#"{"n": 9}"#, "n", "from 1 to 8"),
+            (r#"{"num_ctx": 0}"#, "num_ctx", "from 1 to"),
+            (r#"{"return_progress": 1}"#, "return_progress", "true or false"),
             (r#"{"n": 0}"#, "n", "from 1 to 8"),
             (r#"{"max_tokens": 0}"#, "max_tokens", "at least 1"),
             (r#"{"max_completion_tokens": -2}"#, "max_completion_tokens", "from -1"),

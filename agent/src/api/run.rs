@@ -16,7 +16,7 @@ use super::error::ApiError;
 use super::frames::Frames;
 use super::intake::Visit;
 use super::output::{Delta, Output, OutputParser};
-use crate::engine::{FinishReason, GenerateEvent};
+use crate::engine::{FinishReason, GenerateEvent, PromptProgress};
 use crate::metrics::{EndReason, RequestMetrics};
 
 /// Submits the job and answers.
@@ -41,6 +41,8 @@ struct Choice {
 
 /// What a run does next.
 enum Progress {
+    /// More of a choice's prompt has been read.
+    Prompt(usize, PromptProgress),
     Piece(Piece),
     /// A choice has ended; the last of its text came as a piece before.
     Ended(usize),
@@ -123,6 +125,7 @@ impl Run {
                 let deltas = choice.parse(|parser| parser.push(&text))?;
                 Ok(Progress::Piece(Piece { choice: index, deltas, token: Some(token), logprob }))
             }
+            GenerateEvent::Progress(progress) => Ok(Progress::Prompt(index, progress)),
             GenerateEvent::Done { finish_reason, stop, usage, timings } => {
                 choice.metrics.done(now, finish_reason, &usage, &timings);
                 let deltas = choice.parse(|parser| parser.finish())?;
@@ -159,14 +162,15 @@ impl Run {
         let mut outputs = vec![Output::default(); self.choices.len()];
         loop {
             match self.next().await? {
-                Progress::Piece(Piece { choice, deltas, token: _, logprob }) => {
+                Progress::Piece(Piece { choice, deltas, token, logprob }) => {
                     let Some(output) = outputs.get_mut(choice) else { continue };
+                    output.tokens.extend(token);
                     for delta in deltas {
                         output.push(delta);
                     }
                     output.logprobs.extend(logprob);
                 }
-                Progress::Ended(_) => {}
+                Progress::Prompt(..) | Progress::Ended(_) => {}
                 Progress::Complete => break,
             }
         }
@@ -263,6 +267,7 @@ impl Stream {
     fn push(&mut self, progress: Progress) {
         let Self { run, dialect, frames, .. } = self;
         let done = match progress {
+            Progress::Prompt(choice, progress) => dialect.progress(choice, &progress, frames),
             Progress::Piece(piece) => dialect.piece(piece, frames),
             Progress::Ended(choice) => dialect.choice_ended(choice, &run.tally, frames),
             Progress::Complete => {
@@ -274,9 +279,7 @@ impl Stream {
     }
 
     fn ping(&mut self) {
-        if let Some(ping) = self.dialect.ping() {
-            self.frames.raw(ping);
-        }
+        self.frames.raw(self.dialect.ping());
     }
 
     fn check(&mut self, done: Result<(), serde_json::Error>) {

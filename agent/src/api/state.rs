@@ -7,6 +7,7 @@ use altiplano_crds::model_deployment::{SamplingSpec, TrafficSpec};
 use serde_json::{Map, Value};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::LATEST;
 use super::body::DEFAULT_BODY_LIMIT;
 use super::error::ApiError;
 use super::fields::{self, Fields};
@@ -59,6 +60,7 @@ struct Inner {
     engine: Engine,
     served_name: String,
     names: [String; 2],
+    file_name: String,
     created: u64,
     defaults: SamplingParams,
     templates: Option<Result<ChatTemplates, ChatError>>,
@@ -93,6 +95,7 @@ impl ApiState {
             engine,
             served_name: config.served_name.clone(),
             names: [config.name.clone(), format!("{}/{}", config.namespace, config.name)],
+            file_name: config.model_path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             created: super::unix_seconds(),
             defaults,
             metrics: Arc::new(WorkerMetrics::new(&config.namespace, &config.name)?),
@@ -152,7 +155,13 @@ impl ApiState {
 
     /// Whether a client means this model by `asked`.
     pub(crate) fn answers_to(&self, asked: &str) -> bool {
-        asked == self.0.served_name || self.0.names.iter().any(|name| name == asked)
+        let has = |asked: &str| asked == self.0.served_name || self.0.names.iter().any(|name| name == asked);
+        has(asked) || asked.strip_suffix(LATEST).is_some_and(has)
+    }
+
+    /// Name of the model's file, without its folder.
+    pub(crate) fn file_name(&self) -> &str {
+        &self.0.file_name
     }
 
     /// Seconds after which a slot may be free: what a request takes here on average.

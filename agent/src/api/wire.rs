@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::dialect::Finish;
-use crate::engine::{Timings, TokenLogprob, Usage};
+use crate::engine::{PromptProgress, Timings, TokenLogprob, Usage};
 
 /// Which of the two APIs speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,24 @@ pub(crate) struct Answer<'a> {
     pub(crate) usage: Option<UsageSlot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) timings: Option<TimingsBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_progress: Option<ProgressBody>,
+}
+
+/// llama-server's `prompt_progress`: tokens of the prompt, those that were cached, those that are done with the cached
+/// ones counted, and milliseconds since the reading began.
+#[derive(Serialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ProgressBody {
+    total: u32,
+    cache: u32,
+    processed: u32,
+    time_ms: u64,
+}
+
+pub(crate) fn progress(progress: &PromptProgress) -> ProgressBody {
+    let PromptProgress { total, cached, processed, elapsed } = *progress;
+    let time_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+    ProgressBody { total, cache: cached, processed, time_ms }
 }
 
 /// What serves, for clients that compare answers over time.

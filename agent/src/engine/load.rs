@@ -340,6 +340,8 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
         eos: model.eos(),
         eos_text: text(model.eos()),
         adds_bos: model.adds_bos(),
+        fim: model.fim(),
+        vocab_type: model.vocab_type(),
         chat_template: config.chat_template.clone().or_else(|| model.chat_template()),
         sampling: SamplingParams::of_file(|key| model.metadata(key)),
         parameter_count: model.parameter_count(),

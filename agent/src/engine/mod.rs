@@ -43,8 +43,8 @@ use tokio::sync::{mpsc, watch};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
 pub use request::{
-    CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, SubmitError, Timings, Token,
-    TokenLogprob, TopLogprob, Usage,
+    CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, PromptProgress, SubmitError,
+    Timings, Token, TokenLogprob, TopLogprob, Usage,
 };
 pub use sampling::{
     DryParams, Grammar, MAX_BIAS_TEXT_BYTES, MAX_LOGIT_BIAS, MAX_SAMPLERS, MAX_SEQUENCE_BREAKER_BYTES,
@@ -119,6 +119,10 @@ pub struct ModelFacts {
     pub eos_text: String,
     /// Whether a prompt begins with `bos`.
     pub adds_bos: bool,
+    /// Tokens for infilling; `None`: the model was not trained for it.
+    pub fim: Option<FimTokens>,
+    /// llama.cpp's number of the vocabulary's kind, such as 2 for BPE.
+    pub vocab_type: u32,
     /// Jinja source in the file, unless the configuration replaces it.
     pub chat_template: Option<String>,
     /// Sampling parameters for requests that name none: the file's over llama.cpp's.
@@ -135,6 +139,21 @@ impl ModelFacts {
     pub fn can(&self, ability: Ability) -> bool {
         self.abilities.contains(&ability)
     }
+}
+
+/// Tokens that say where a gap in a text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FimTokens {
+    /// Before the text that stands before the gap.
+    pub prefix: Token,
+    /// Before the text that stands after it.
+    pub suffix: Token,
+    /// Before what fills it.
+    pub middle: Token,
+    /// Before the name of a repository.
+    pub repository: Option<Token>,
+    /// Before the name of a file.
+    pub separator: Option<Token>,
 }
 
 /// What the engine is doing and has done.
@@ -362,6 +381,15 @@ impl Engine {
             }
         }
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The bytes that a token stands for, control tokens as they are written; they may be a part of a character. `None`
+    /// for a token that the vocabulary does not have.
+    #[must_use]
+    pub fn piece(&self, token: Token) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.inner.model.append_piece(token, true, &mut bytes).ok()?;
+        Some(bytes)
     }
 
     /// Puts a request into the queue of a model that generates. One that is [`GenerateRequest::is_dear`] takes milliseconds,

@@ -17,6 +17,7 @@ pub type Token = i32;
 
 /// One prompt and how to go on from it.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing that the client may ask for")]
 pub struct GenerateRequest {
     /// Identity of the request, for logs.
     pub id: String,
@@ -43,6 +44,13 @@ pub struct GenerateRequest {
     pub cache: CacheKey,
     /// Whether KV cells are reused at all; what was computed stays for others of the same key either way.
     pub cache_prompt: bool,
+    /// Tokens of context to aim for instead of what the sizing's formula says (`num_ctx`). Never a limit, and never more
+    /// than a request may use.
+    pub aim_tokens: Option<u32>,
+    /// Sends [`GenerateEvent::Progress`] while the prompt is read.
+    pub progress: bool,
+    /// Sends an event for every token but the last end-of-generation token, also for those without text.
+    pub every_token: bool,
 }
 
 impl Default for GenerateRequest {
@@ -60,6 +68,9 @@ impl Default for GenerateRequest {
             deadline: None,
             cache: CacheKey::default(),
             cache_prompt: true,
+            aim_tokens: None,
+            progress: false,
+            every_token: false,
         }
     }
 }
@@ -92,9 +103,11 @@ pub const MAX_TOP_LOGPROBS: u32 = 20;
 /// One piece of an answer.
 #[derive(Clone, Debug)]
 pub enum GenerateEvent {
+    /// A piece of the prompt has been read; a reader that is behind misses some.
+    Progress(PromptProgress),
     /// A token, or text that was held back until it was known not to be the beginning of a stop text.
     Token {
-        /// Complete UTF-8; empty only when `logprob` is there.
+        /// Complete UTF-8; empty only when `logprob` is there or every token was asked for.
         text: String,
         /// The token that completed the text.
         token: Token,
@@ -114,6 +127,19 @@ pub enum GenerateEvent {
     },
     /// The request cannot be served any further; nothing comes after it.
     Failed(EngineError),
+}
+
+/// How far a prompt has been read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptProgress {
+    /// Tokens of the prompt.
+    pub total: u32,
+    /// Of these, the ones whose KV cells were there already.
+    pub cached: u32,
+    /// Of these, the ones that are done, `cached` counted.
+    pub processed: u32,
+    /// Since the request got its slot.
+    pub elapsed: Duration,
 }
 
 /// Log-probability of a token, under the model's own distribution (before the sampling parameters).
@@ -247,7 +273,7 @@ impl Stream for Generation {
             // Only a panic of the engine's thread leaves a stream without its last event.
             GenerateEvent::Failed(EngineError::Internal("the engine has ended".to_owned()))
         });
-        self.finished = !matches!(event, GenerateEvent::Token { .. });
+        self.finished = matches!(event, GenerateEvent::Done { .. } | GenerateEvent::Failed(_));
         Poll::Ready(Some(event))
     }
 }

@@ -11,7 +11,8 @@ use super::mailbox::Waiting;
 use super::pool::SeqId;
 use super::prefix::{Follow, Serial};
 use super::request::{
-    CacheKey, FinishReason, GenerateEvent, GenerateRequest, Timings, Token, TokenLogprob, TopLogprob, Usage,
+    CacheKey, FinishReason, GenerateEvent, GenerateRequest, PromptProgress, Timings, Token, TokenLogprob, TopLogprob,
+    Usage,
 };
 use super::sizing::CELLS_STEP;
 use super::step::Saved;
@@ -21,6 +22,7 @@ use super::stop::TextAssembler;
 pub(super) const CHANNEL: usize = 64;
 
 /// A request that has a slot.
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing that the client may ask for")]
 pub(super) struct Sequence {
     /// Identity, for logs.
     pub(super) id: String,
@@ -55,6 +57,10 @@ pub(super) struct Sequence {
     cached: usize,
     ignore_eos: bool,
     preserved: Vec<Token>,
+    /// The reader wants to know how far the prompt is.
+    progress: bool,
+    /// The reader wants tokens without text too.
+    every_token: bool,
     text: TextAssembler,
     events: Sender<GenerateEvent>,
     /// For the last text and the last event, so that a full channel cannot lose them.
@@ -90,6 +96,9 @@ impl Sequence {
             deadline,
             cache,
             cache_prompt,
+            aim_tokens: _,
+            progress,
+            every_token,
         } = request;
         chooser.read_prompt(&prompt)?;
         let limit = (max_tokens as usize).min(prompt.len().saturating_add(wanted.map_or(usize::MAX, |n| n as usize)));
@@ -113,6 +122,8 @@ impl Sequence {
             cached: 0,
             ignore_eos,
             preserved,
+            progress,
+            every_token,
             text: TextAssembler::new(stop),
             last: [reserve()?, reserve()?],
             events,
@@ -139,6 +150,24 @@ impl Sequence {
     pub(super) fn unplace(&mut self) -> Option<SeqId> {
         self.resident = 0;
         self.cells.take()
+    }
+
+    /// So many more tokens are in the cache.
+    pub(super) fn advance(&mut self, count: u32) {
+        self.resident += count as usize;
+        if self.progress && self.first_token.is_none() {
+            let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+            let progress = PromptProgress {
+                total: count(self.prompt),
+                cached: count(self.cached),
+                processed: count(self.resident.min(self.prompt)),
+                elapsed: self.started.elapsed(),
+            };
+            // A reader that is behind misses this one, not a token: one place stays free for that.
+            if self.events.capacity() > 1 {
+                let _ = self.events.try_send(GenerateEvent::Progress(progress));
+            }
+        }
     }
 
     /// Tokens to compute.
@@ -222,7 +251,7 @@ impl Sequence {
         let logprob = logprobs.map(|row| described(model, token, row)).transpose()?;
         model.append_piece(token, self.preserved.contains(&token), self.text.buffer())?;
         let passed = self.text.advance();
-        if !passed.text.is_empty() || logprob.is_some() {
+        if !passed.text.is_empty() || logprob.is_some() || self.every_token {
             // The channel has room, because a sequence whose channel is full takes no part in a step; a reader that
             // has gone is seen before the next one.
             let _ = self.events.try_send(GenerateEvent::Token { text: passed.text, token, logprob });

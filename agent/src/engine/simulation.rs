@@ -213,7 +213,7 @@ proptest! {
             arrives: Duration::from_millis(arrives),
             tokens: prompt,
             limit: prompt + generate,
-            need: limits.need(prompt, Some(generate)),
+            need: limits.need(prompt, Some(generate), None),
             resident: 0,
             cells: None,
         }).collect();

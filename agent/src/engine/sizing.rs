@@ -46,11 +46,12 @@ impl Limits {
         Self { initial, cap, min_tokens, max_tokens }
     }
 
-    /// Tokens to aim for with a request of `prompt` tokens that may generate `generate` more.
-    pub(super) fn need(&self, prompt: u32, generate: Option<u32>) -> u32 {
-        let doubled = 1024 * prompt.saturating_mul(2).div_ceil(1024);
+    /// Tokens to aim for with a request of `prompt` tokens that may generate `generate` more. `aim` is the client's own
+    /// wish (`num_ctx`), which stands for all but the request itself.
+    pub(super) fn need(&self, prompt: u32, generate: Option<u32>, aim: Option<u32>) -> u32 {
         let asked = prompt.saturating_add(generate.unwrap_or(0).min(1024));
-        self.min_tokens.max(doubled).max(asked).min(self.max_tokens)
+        let doubled = 1024 * prompt.saturating_mul(2).div_ceil(1024);
+        aim.unwrap_or(self.min_tokens.max(doubled)).max(asked).min(self.max_tokens)
     }
 }
 
@@ -372,10 +373,26 @@ mod tests {
         ];
         for (min, max, prompt, generate, expected) in cases {
             assert_eq!(
-                limits(min, max).need(prompt, generate),
+                limits(min, max).need(prompt, generate, None),
                 expected,
                 "need({prompt}, {generate:?}) in {min}..{max}"
             );
+        }
+    }
+
+    #[test]
+    fn a_clients_aim_stands_for_the_formula() {
+        let cases = [
+            // prompt, generate, aim, need
+            (10, None, 512, 512),
+            (10, None, 16_384, 8192),
+            (700, Some(100), 512, 800),
+            (700, Some(90_000), 512, 1724),
+            (10, None, 0, 10),
+        ];
+        for (prompt, generate, aim, expected) in cases {
+            let need = limits(4096, 8192).need(prompt, generate, Some(aim));
+            assert_eq!(need, expected, "need({prompt}, {generate:?}, {aim})");
         }
     }
 

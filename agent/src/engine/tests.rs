@@ -18,6 +18,7 @@ async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) 
         let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
         match event.expect("an event within a minute").expect("an end") {
             GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
+            GenerateEvent::Progress(_) => {}
             GenerateEvent::Done { usage, .. } => return (text, Ok(usage.completion_tokens)),
             GenerateEvent::Failed(error) => return (text, Err(error)),
         }

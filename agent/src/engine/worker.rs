@@ -228,7 +228,7 @@ impl Worker {
             self.pace.observe(tokens, sequences, started.elapsed());
             for chunk in &self.step {
                 let sequence = &mut self.running[chunk.lane];
-                sequence.resident += chunk.count as usize;
+                sequence.advance(chunk.count);
                 if let Some(id) = sequence.cells.filter(|_| sequence.is_at_border()) {
                     self.executor.snapshot(id, &sequence.key, &sequence.tokens[..sequence.resident]);
                 }

@@ -14,13 +14,15 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::buffer::Buffered;
+use super::keep_alive::KeepAlive;
+use super::ollama;
 use super::proxy::{self, Ask};
 use super::scrape;
 use super::shared::Shared;
 use super::table::{self, InFlight, Lookup, Model, Route};
 use crate::api::{
-    ApiError, EMBEDDING_PATHS, Form, check_content_length, check_content_type, clip, collect, is_stream, malformed,
-    request_id,
+    ApiError, Form, OPENAPI, asks_worker, check_content_length, check_content_type, clip, collect, is_stream,
+    malformed, request_id,
 };
 
 /// Which listener a request came in by.
@@ -41,9 +43,32 @@ pub(super) struct Visit {
     pub(super) abort: CancellationToken,
 }
 
-/// Paths that ask a worker, all by POST.
-const GENERATION: [&str; 5] =
-    ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"];
+/// Every path that the listeners answer themselves: method, path, whether a model's own port has it.
+pub const PATHS: [(Method, &str, bool); 23] = [
+    (Method::GET, "/healthz", true),
+    (Method::GET, "/readyz", false),
+    (Method::GET, "/metrics", false),
+    (Method::GET, "/health", true),
+    (Method::GET, "/v1/health", true),
+    (Method::GET, "/openapi.json", true),
+    (Method::GET, "/v1/models", true),
+    (Method::GET, "/models", true),
+    (Method::GET, "/v1/models/{id}", true),
+    (Method::GET, "/props", true),
+    (Method::GET, "/slots", true),
+    (Method::GET, "/", true),
+    (Method::GET, "/api/version", true),
+    (Method::GET, "/api/tags", true),
+    (Method::GET, "/api/ps", true),
+    (Method::POST, "/api/show", true),
+    (Method::POST, "/api/pull", true),
+    (Method::POST, "/api/push", true),
+    (Method::POST, "/api/create", true),
+    (Method::POST, "/api/copy", true),
+    (Method::DELETE, "/api/delete", true),
+    (Method::POST, "/api/blobs/{digest}", true),
+    (Method::HEAD, "/api/blobs/{digest}", true),
+];
 
 /// Answers a request, whatever it is.
 pub(super) async fn handle(shared: Arc<Shared>, visit: Visit, request: Request<Incoming>) -> Response {
@@ -84,28 +109,67 @@ async fn route(
         return Err(ApiError::unauthorized());
     }
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    if GENERATION.contains(&path.as_str()) || EMBEDDING_PATHS.contains(&path.as_str()) {
+    if asks_worker(&path) {
         if method != Method::POST {
             return Ok(not_allowed(&method, &path, "POST"));
         }
         return generate(shared, visit, request, id, counted).await;
     }
-    let is_models = path == "/v1/models" || path.starts_with("/v1/models/");
-    let is_health = path == "/health" && matches!(visit.door, Door::Model(_));
-    if !(is_models || is_health) {
+    if path.starts_with("/api/") {
+        return ollama::answer(shared, &visit.door, request).await;
+    }
+    let is_known = matches!(path.as_str(), "/" | "/openapi.json" | "/v1/models" | "/models" | "/props" | "/slots");
+    if !(is_known || path.starts_with("/v1/models/")) {
         return Err(ApiError::unknown_path(&method, &path));
     }
     if method != Method::GET && method != Method::HEAD {
         return Ok(not_allowed(&method, &path, "GET, HEAD"));
     }
-    match (&visit.door, path.strip_prefix("/v1/models/")) {
-        (Door::Model(model), None) if !is_models => Ok(model_health(model)),
-        (door, None) => Ok(Json(json!({"object": "list", "data": list(shared, door)})).into_response()),
-        (Door::Model(model), Some(asked)) if table::is_for(&model.published(), Some(asked)) => {
-            Ok(Json(describe(shared, model)).into_response())
+    match path.as_str() {
+        // Ollama's clients look whether somebody is there.
+        "/" => Ok("Altiplano is running\n".into_response()),
+        "/openapi.json" => Ok(([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()),
+        "/props" | "/slots" => {
+            let query = request.uri().query().unwrap_or_default();
+            let asked = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "model");
+            let model = meant(shared, &visit.door, asked.as_ref().map(|(_, model)| model.as_ref()))?;
+            look(shared, &model, &path, query).await
         }
-        (Door::Model(_), Some(asked)) => Err(ApiError::model_not_found(asked)),
-        (Door::Shared, Some(asked)) => Ok(Json(describe(shared, &resolve(shared, asked)?)).into_response()),
+        _ => match path.strip_prefix("/v1/models/") {
+            None => Ok(Json(json!({"object": "list", "data": list(shared, &visit.door).await})).into_response()),
+            Some(asked) => Ok(Json(describe(shared, &meant(shared, &visit.door, Some(asked))?).await).into_response()),
+        },
+    }
+}
+
+/// The model that a request at `door` is about.
+pub(super) fn meant(shared: &Shared, door: &Door, asked: Option<&str>) -> Result<Arc<Model>, ApiError> {
+    match (door, asked) {
+        (Door::Model(model), asked) if table::is_for(&model.published(), asked) => Ok(Arc::clone(model)),
+        (Door::Model(_), asked) => Err(ApiError::model_not_found(asked.unwrap_or_default())),
+        (Door::Shared, Some(asked)) => resolve(shared, asked),
+        (Door::Shared, None) => Err(ApiError::missing("model")),
+    }
+}
+
+/// What a worker says of itself. Asking does not wake it, nor keep it awake.
+async fn look(shared: &Shared, model: &Model, path: &str, query: &str) -> Result<Response, ApiError> {
+    let told = model.told().borrow().clone();
+    let asked = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
+    if let Some(json) = scrape::get(shared, told, &asked).await {
+        return Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response());
+    }
+    let published = model.published();
+    match model.route() {
+        // As a llama-server that sleeps.
+        Route::Unloaded if path == "/props" => {
+            Ok(Json(json!({"model_alias": published.served_name, "is_sleeping": true})).into_response())
+        }
+        Route::Ready { .. } => Err(ApiError::unavailable("no_slot", "the worker did not answer, or has no slot", 1)),
+        route => {
+            let message = format!("the model is not loaded: {}", state_word(&route));
+            Err(ApiError::unavailable("model_not_loaded", message, 5))
+        }
     }
 }
 
@@ -125,6 +189,11 @@ async fn probes(shared: &Arc<Shared>, door: &Door, request: &Request<Incoming>) 
     }
     match (request.uri().path(), door) {
         ("/healthz", _) => Some("ok\n".into_response()),
+        ("/health" | "/v1/health", Door::Model(model)) => Some(model_health(&model.route())),
+        ("/health" | "/v1/health", Door::Shared) => {
+            let readiness = shared.readiness.borrow().clone();
+            Some(health(readiness.err().as_deref(), None))
+        }
         ("/readyz", Door::Shared) => Some(match &*shared.readiness.borrow() {
             Ok(()) => "ok\n".into_response(),
             Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
@@ -136,7 +205,7 @@ async fn probes(shared: &Arc<Shared>, door: &Door, request: &Request<Incoming>) 
     }
 }
 
-fn not_allowed(method: &Method, path: &str, allow: &'static str) -> Response {
+pub(super) fn not_allowed(method: &Method, path: &str, allow: &'static str) -> Response {
     let mut response = ApiError::wrong_method(method, path).into_response();
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
     response
@@ -149,6 +218,8 @@ struct Envelope {
     model: Option<Value>,
     #[serde(default)]
     stream: Option<Value>,
+    #[serde(default)]
+    keep_alive: Option<Value>,
 }
 
 async fn generate(
@@ -166,18 +237,21 @@ async fn generate(
     let mut buffered = Buffered::new(&shared.budget, &shared.metrics);
     let grow = |bytes| buffered.grow(bytes);
     let body = collect(Body::new(body), limits.body_limit, limits.body_timeout, grow).await?;
-    let Envelope { model, stream } = serde_json::from_slice(&body).map_err(|error| malformed(&error))?;
+    let Envelope { model, stream, keep_alive } = serde_json::from_slice(&body).map_err(|error| malformed(&error))?;
     let asked = match model {
         None => None,
         Some(Value::String(model)) => Some(model),
         Some(_) => return Err(ApiError::invalid("model", "'model' must be a string")),
     };
-    let model = match (&visit.door, asked.as_deref()) {
-        (Door::Model(model), asked) if table::is_for(&model.published(), asked) => Arc::clone(model),
-        (Door::Model(_), asked) => return Err(ApiError::model_not_found(asked.unwrap_or_default())),
-        (Door::Shared, Some(asked)) => resolve(shared, asked)?,
-        (Door::Shared, None) => return Err(ApiError::missing("model")),
-    };
+    let model = meant(shared, &visit.door, asked.as_deref())?;
+    let form = Form::of(parts.uri.path());
+    // A field of Ollama's alone.
+    let keep_alive = if form == Form::Ollama { KeepAlive::read(keep_alive.as_ref())? } else { None };
+    if keep_alive.is_some_and(KeepAlive::is_unload)
+        && let Some(answer) = ollama::unload(&model, parts.uri.path(), asked.as_deref(), &body)
+    {
+        return answer;
+    }
     *counted = Some(Arc::clone(&model));
     let deadline = arrived + model.published().request_timeout() + limits.worker_silence;
     let ask = Ask {
@@ -186,12 +260,17 @@ async fn generate(
         headers: proxy::outgoing(&parts.headers, id),
         body,
         buffered,
-        form: Form::of(parts.uri.path()),
-        stream: stream == Some(Value::Bool(true)),
+        form,
+        stream: if ollama::streams(parts.uri.path()) {
+            stream != Some(Value::Bool(false))
+        } else {
+            stream == Some(Value::Bool(true))
+        },
         request_id: id.to_owned(),
         arrived,
     };
-    let (in_flight, _) = InFlight::begin(model);
+    let (mut in_flight, _) = InFlight::begin(model);
+    in_flight.keep(keep_alive);
     let response = proxy::answer(Arc::clone(shared), in_flight, ask).await?;
     Ok(if is_stream(response.headers()) { guard_stall(response, deadline, visit.abort.clone()) } else { response })
 }
@@ -228,27 +307,62 @@ fn resolve(shared: &Shared, asked: &str) -> Result<Arc<Model>, ApiError> {
     })
 }
 
-fn list(shared: &Shared, door: &Door) -> Vec<Value> {
+/// The models that a door leads to.
+pub(super) fn models(shared: &Shared, door: &Door) -> Vec<Arc<Model>> {
     match door {
-        Door::Model(model) => vec![describe(shared, model)],
-        Door::Shared => shared.read(super::table::Table::sorted).iter().map(|model| describe(shared, model)).collect(),
+        Door::Model(model) => vec![Arc::clone(model)],
+        Door::Shared => shared.read(super::table::Table::sorted),
     }
 }
 
-/// A model as `/v1/models` lists it. Its id leads to it on the shared port: the served name where only it has it.
-fn describe(shared: &Shared, model: &Arc<Model>) -> Value {
+async fn list(shared: &Shared, door: &Door) -> Vec<Value> {
+    /// Workers asked at the same time.
+    const AT_ONCE: usize = 16;
+    let models = models(shared, door);
+    let described = futures::stream::iter(models).map(|model| async move { describe(shared, &model).await });
+    described.buffered(AT_ONCE).collect().await
+}
+
+/// The name that leads to the model on the shared port: its served name where only it has it.
+pub(super) fn id_of(shared: &Shared, model: &Arc<Model>) -> String {
     let published = model.published();
     let resolved = shared.read(|table| table.resolve(&published.served_name));
     let is_unique = resolved.is_ok_and(|found| Arc::ptr_eq(&found, model));
-    let id = if is_unique { published.served_name.clone() } else { published.full_name() };
-    json!({
-        "id": id,
+    if is_unique { published.served_name.clone() } else { published.full_name() }
+}
+
+/// A model as `/v1/models` lists it, with what its worker says, or its file where there is no worker.
+async fn describe(shared: &Shared, model: &Arc<Model>) -> Value {
+    let published = model.published();
+    let told = model.told().borrow().clone();
+    let said = scrape::get(shared, told, "/v1/models").await;
+    let said: Option<Value> = said.and_then(|said| serde_json::from_slice(&said).ok());
+    let worker = said.as_ref().and_then(|said| said.pointer("/data/0"));
+    let meta = worker.and_then(|worker| worker.get("meta")).cloned().or_else(|| {
+        let card = model.card();
+        let file = card.file.as_ref()?;
+        Some(json!({
+            "architecture": file.header.architecture,
+            "n_ctx_train": file.header.trained_context_tokens,
+            "n_params": file.header.parameter_count,
+            "size": file.size_bytes,
+        }))
+    });
+    let mut described = json!({
+        "id": id_of(shared, model),
         "object": "model",
         "created": shared.started,
         "owned_by": "altiplano",
         "root": published.full_name(),
         "state": state_word(&model.route()),
-    })
+        "meta": meta,
+    });
+    for name in ["max_model_len", "capabilities"] {
+        if let Some(said) = worker.and_then(|worker| worker.get(name)) {
+            described[name] = said.clone();
+        }
+    }
+    described
 }
 
 fn state_word(route: &Route) -> &'static str {
@@ -261,12 +375,25 @@ fn state_word(route: &Route) -> &'static str {
     }
 }
 
-/// 200 when a request would be accepted: also while the model is unloaded, which a request ends.
-fn model_health(model: &Model) -> Response {
-    let route = model.route();
-    let status = match &route {
-        Route::Ready { .. } | Route::Unloaded => StatusCode::OK,
-        Route::Loading | Route::Draining | Route::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+/// "ok" when a request would be accepted: also while the model is unloaded, which a request ends.
+fn model_health(route: &Route) -> Response {
+    let why_not = match route {
+        Route::Ready { .. } | Route::Unloaded => None,
+        // llama-server's words.
+        Route::Loading => Some("Loading model"),
+        Route::Draining => Some("the model is leaving this node"),
+        Route::Unavailable { message, .. } => Some(message.as_str()),
     };
-    (status, Json(json!({"status": state_word(&route)}))).into_response()
+    health(why_not, Some(state_word(route)))
+}
+
+/// llama-server's form, with the state beside it.
+fn health(why_not: Option<&str>, state: Option<&str>) -> Response {
+    match why_not {
+        None => Json(json!({"status": "ok", "state": state})).into_response(),
+        Some(message) => {
+            let error = json!({"code": 503, "message": message, "type": "unavailable_error"});
+            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": error, "state": state}))).into_response()
+        }
+    }
 }

@@ -5,13 +5,19 @@
 //! and time, and its wish is told to the owner of the front ([`Front::wakes`]). A client that goes away takes its
 //! request with it over every hop. Nothing here decides about models: [`Front::route`] is told.
 //!
+//! What a worker says of itself (`GET /props`, `/slots`) is passed on while it is loaded; asking does not wake it. The
+//! part of Ollama's API that is about the node (`/api/tags`, `/api/ps`, `/api/show`, …) is answered here.
+//!
 //! The shared port also answers `/healthz` (the process runs), `/readyz` (see [`Front::set_ready`]), `/metrics` (agent
 //! and workers) without a token, and `/v1/models` for all models.
 
 mod buffer;
+mod card;
 mod expected;
 mod handlers;
+mod keep_alive;
 mod listener;
+mod ollama;
 mod ports;
 mod proxy;
 mod relay;
@@ -30,7 +36,10 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
+pub use card::{FileCard, ModelCard};
 pub use expected::Expected;
+pub use handlers::PATHS;
+pub use keep_alive::KeepAlive;
 pub use shared::FrontLimits;
 pub use table::{Activity, PublishedModel, Route};
 
@@ -161,6 +170,13 @@ impl Front {
     pub fn expect(&self, uid: &str, expected: Expected) {
         if let Some(model) = self.model(uid) {
             model.expect(expected);
+        }
+    }
+
+    /// Says what is known of the model, for those who ask about it without asking it.
+    pub fn describe(&self, uid: &str, card: ModelCard) {
+        if let Some(model) = self.model(uid) {
+            model.describe(card);
         }
     }
 

@@ -17,7 +17,7 @@ use super::relay;
 use super::shared::Shared;
 use super::suspects::Suspect;
 use super::table::{InFlight, Route, Told};
-use crate::api::{ApiError, Form, QUEUE_BUDGET, REQUEST_ID, is_stream};
+use crate::api::{ApiError, Form, HELD, QUEUE_BUDGET, REQUEST_ID, is_stream};
 
 /// How much later than the worker the agent gives a request up: the worker's own answer is the better one.
 const REQUEST_GRACE: Duration = Duration::from_secs(5);
@@ -76,6 +76,7 @@ async fn forward(shared: Arc<Shared>, mut in_flight: InFlight, ask: Ask) -> Resu
         let mut headers = ask.headers.clone();
         let left = queue_deadline.saturating_duration_since(Instant::now()).as_millis();
         headers.insert(QUEUE_BUDGET, HeaderValue::from(u64::try_from(left).unwrap_or(u64::MAX)));
+        headers.insert(HELD, HeaderValue::from(u64::try_from(ask.arrived.elapsed().as_millis()).unwrap_or(u64::MAX)));
         let sent = shared.upstream.send(&socket, turn, ask.method.clone(), &ask.path, headers, ask.body.clone());
         match tokio::time::timeout_at(deadline.into(), sent).await {
             Err(_) => return Err(ApiError::request_timeout(published.request_timeout().as_secs())),
@@ -198,7 +199,7 @@ fn deferred(
     futures::stream::unfold(Deferred::Ping(forwarding), move |mut state| async move {
         loop {
             let (frame, next) = match state {
-                Deferred::Ping(forwarding) => (form.ping(), Deferred::Waiting(forwarding)),
+                Deferred::Ping(forwarding) => (Some(form.ping()), Deferred::Waiting(forwarding)),
                 Deferred::Waiting(mut forwarding) => match tokio::time::timeout(ping, &mut forwarding).await {
                     Err(_) => (None, Deferred::Ping(forwarding)),
                     Ok(Err(error)) => (Some(form.error_frame(&error, 0)), Deferred::Ended),
@@ -260,7 +261,8 @@ pub(super) fn outgoing(headers: &HeaderMap, request_id: &str) -> HeaderMap {
     let mut headers = headers.clone();
     strip_hop_by_hop(&mut headers);
     // The body goes on whole: its length is set anew, and there is nothing to expect.
-    for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::AUTHORIZATION, API_KEY, QUEUE_BUDGET] {
+    let secrets = [header::AUTHORIZATION, API_KEY];
+    for name in [header::HOST, header::CONTENT_LENGTH, header::EXPECT, QUEUE_BUDGET, HELD].into_iter().chain(secrets) {
         headers.remove(name);
     }
     if let Ok(value) = HeaderValue::from_str(request_id) {
@@ -286,6 +288,7 @@ mod tests {
             ("authorization", "Bearer secret"),
             ("x-api-key", "secret"),
             ("x-altiplano-queue-budget-ms", "999999"),
+            ("x-altiplano-held-ms", "999999"),
             ("content-type", "application/json"),
             ("x-request-id", "theirs"),
             ("user-agent", "curl"),

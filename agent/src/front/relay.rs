@@ -57,7 +57,9 @@ fn whole_frames<E>(
         loop {
             match tokio::time::timeout(silence, pieces.next()).await {
                 Ok(Some(Ok(piece))) => {
-                    if held.is_empty() && piece.ends_with(end) {
+                    // White space alone is a sign of life.
+                    let is_whole = piece.ends_with(end) || piece.iter().all(u8::is_ascii_whitespace);
+                    if held.is_empty() && is_whole {
                         let passed = passed + events(&piece);
                         return Some((piece, Some((pieces, held, passed))));
                     }
@@ -125,6 +127,11 @@ mod tests {
         assert_eq!(events(&[Ok("data: 1\n\ndata: [DO"), Ok("NE]")]).await, ["data: 1\n\n", "data: [DONE]"]);
         let lines = relayed(Form::Ollama, &[Ok("{\"a\": 1}\n{\"b\""), Ok(": 2}\n")]).await;
         assert_eq!(lines, ["{\"a\": 1}\n", "{\"b\": 2}\n"]);
+        assert_eq!(
+            relayed(Form::Ollama, &[Ok(" "), Ok("{}\n")]).await,
+            [" ", "{}\n"],
+            "a sign of life is not held back"
+        );
     }
 
     #[tokio::test]

@@ -10,7 +10,10 @@ use altiplano_crds::model_deployment::TrafficSpec;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::card::ModelCard;
 use super::expected::Expected;
+use super::keep_alive::KeepAlive;
+use crate::api::LATEST;
 
 /// A model that the agent answers for.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,6 +101,8 @@ pub struct Activity {
     pub waiting: u32,
     /// When the last request began or ended; `None`: there was none yet.
     pub last_request: Option<Instant>,
+    /// What the last client that said so wants, since the model was last unloaded.
+    pub keep_alive: Option<KeepAlive>,
 }
 
 /// A model and its state, shared by its listener, the shared port and the requests under way.
@@ -109,6 +114,8 @@ pub(super) struct Model {
     waiting: AtomicU32,
     last_request: Mutex<Option<Instant>>,
     expected: Mutex<Expected>,
+    keep_alive: Mutex<Option<KeepAlive>>,
+    card: RwLock<Arc<ModelCard>>,
     /// Whether the owner of the front was told that a request waits, since the route last changed.
     woken: AtomicBool,
     activity: watch::Sender<u64>,
@@ -135,6 +142,8 @@ impl Model {
             waiting: AtomicU32::new(0),
             last_request: Mutex::new(None),
             expected: Mutex::default(),
+            keep_alive: Mutex::new(None),
+            card: RwLock::default(),
             woken: AtomicBool::new(false),
             activity,
             stop,
@@ -153,6 +162,9 @@ impl Model {
     /// Every call counts as a change, the same socket too: its worker is another one.
     pub(super) fn set_route(&self, route: Route) {
         self.woken.store(false, Ordering::Release);
+        if route == Route::Unloaded {
+            *self.keep_alive.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
         self.route.send_modify(|told| *told = Told { turn: told.turn.wrapping_add(1), route });
     }
 
@@ -169,6 +181,27 @@ impl Model {
             running: self.running.load(Ordering::Acquire),
             waiting: self.waiting.load(Ordering::Acquire),
             last_request: *self.last_request.lock().unwrap_or_else(PoisonError::into_inner),
+            keep_alive: *self.keep_alive.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// What is known of it beside its names.
+    pub(super) fn card(&self) -> Arc<ModelCard> {
+        Arc::clone(&self.card.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn describe(&self, card: ModelCard) {
+        let mut known = self.card.write().unwrap_or_else(PoisonError::into_inner);
+        if **known != card {
+            *known = Arc::new(card);
+        }
+    }
+
+    /// A client said how long the model is to stay; `None` says nothing.
+    pub(super) fn keep(&self, keep_alive: Option<KeepAlive>) {
+        if keep_alive.is_some() {
+            *self.keep_alive.lock().unwrap_or_else(PoisonError::into_inner) = keep_alive;
+            self.activity.send_modify(|version| *version = version.wrapping_add(1));
         }
     }
 
@@ -201,6 +234,7 @@ impl Model {
 pub(super) struct InFlight {
     model: Arc<Model>,
     is_running: bool,
+    keep_alive: Option<KeepAlive>,
 }
 
 impl InFlight {
@@ -208,7 +242,14 @@ impl InFlight {
     pub(super) fn begin(model: Arc<Model>) -> (Self, u32) {
         let before = model.waiting.fetch_add(1, Ordering::AcqRel);
         model.touch();
-        (Self { model, is_running: false }, before)
+        (Self { model, is_running: false, keep_alive: None }, before)
+    }
+
+    /// How long the model is to stay loaded after this request. Said again at its end: the model may have been unloaded
+    /// and loaded in between.
+    pub(super) fn keep(&mut self, keep_alive: Option<KeepAlive>) {
+        self.keep_alive = keep_alive;
+        self.model.keep(keep_alive);
     }
 
     pub(super) fn model(&self) -> &Arc<Model> {
@@ -244,6 +285,7 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         let counter = if self.is_running { &self.model.running } else { &self.model.waiting };
         counter.fetch_sub(1, Ordering::AcqRel);
+        self.model.keep(self.keep_alive);
         self.model.touch();
     }
 }
@@ -263,8 +305,16 @@ pub(super) enum Lookup {
 }
 
 impl Table {
-    /// The model that `asked` means on the shared port: `namespace/name`, or a served name or name that only one has.
+    /// The model that `asked` means on the shared port: `namespace/name`, or a served name or name that only one has;
+    /// each also with Ollama's tag for "the one there is".
     pub(super) fn resolve(&self, asked: &str) -> Result<Arc<Model>, Lookup> {
+        match (self.resolve_exactly(asked), asked.strip_suffix(LATEST)) {
+            (Err(Lookup::NotFound), Some(bare)) => self.resolve_exactly(bare),
+            (found, _) => found,
+        }
+    }
+
+    fn resolve_exactly(&self, asked: &str) -> Result<Arc<Model>, Lookup> {
         let full = self.models.values().find(|model| model.published().full_name() == asked);
         if let Some(model) = full {
             return Ok(Arc::clone(model));
@@ -298,7 +348,7 @@ impl Table {
 
 /// Whether a request on the model's own port may say `asked`.
 pub(super) fn is_for(model: &PublishedModel, asked: Option<&str>) -> bool {
-    asked.is_none_or(|asked| model.answers_to(asked))
+    asked.is_none_or(|asked| model.answers_to(asked) || asked.strip_suffix(LATEST).is_some_and(|a| model.answers_to(a)))
 }
 
 #[cfg(test)]
@@ -340,6 +390,11 @@ mod tests {
             ("toy", two("a/toy", "b/toy")),
             ("llama", two("a/toy", "b/llama")),
             ("other", Ok("4")),
+            ("other:latest", Ok("4")),
+            ("a/toy:latest", Ok("1")),
+            ("toy:latest", two("a/toy", "b/toy")),
+            ("other:7b", Err(Lookup::NotFound)),
+            ("other:latest:latest", Err(Lookup::NotFound)),
             // The served name of one goes before the name of another.
             ("qwen", Ok("2")),
             ("c/toy", Err(Lookup::NotFound)),
@@ -354,10 +409,10 @@ mod tests {
     #[test]
     fn a_models_own_port_takes_all_its_names() {
         let toy = published("1", "ml", "toy", "Toy Chat");
-        for good in [None, Some("toy"), Some("ml/toy"), Some("Toy Chat")] {
+        for good in [None, Some("toy"), Some("ml/toy"), Some("Toy Chat"), Some("toy:latest"), Some("ml/toy:latest")] {
             assert!(is_for(&toy, good), "{good:?}");
         }
-        for bad in ["", "TOY", "other/toy", "ml/toy/x", "gpt-4"] {
+        for bad in ["", "TOY", "other/toy", "ml/toy/x", "gpt-4", ":latest", "toy:7b"] {
             assert!(!is_for(&toy, Some(bad)), "{bad}");
         }
     }
@@ -379,6 +434,23 @@ mod tests {
         drop((first, second));
         assert_eq!(counts(), (0, 0));
         assert!(model.activity().last_request.is_some());
+    }
+
+    #[test]
+    fn what_a_client_keeps_goes_with_the_worker() {
+        let model = model(published("1", "ml", "toy", "toy"));
+        let (mut first, _) = InFlight::begin(model.clone());
+        first.keep(Some(KeepAlive::Forever));
+        let (mut second, _) = InFlight::begin(model.clone());
+        second.keep(None);
+        assert_eq!(model.activity().keep_alive, Some(KeepAlive::Forever), "who says nothing changes nothing");
+        model.set_route(Route::Unloaded);
+        assert_eq!(model.activity().keep_alive, None);
+        // It was still on its way: its wish is for the worker that it wakes.
+        drop(first);
+        assert_eq!(model.activity().keep_alive, Some(KeepAlive::Forever));
+        drop(second);
+        assert_eq!(model.activity().keep_alive, Some(KeepAlive::Forever));
     }
 
     #[test]

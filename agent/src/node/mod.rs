@@ -5,6 +5,7 @@
 //! files (`crate::serve`), and the status goes out through another.
 
 pub mod apply;
+mod card;
 pub mod cluster;
 mod measure;
 pub mod observe;
@@ -166,6 +167,7 @@ impl Node {
         for (uid, model) in &self.observed.models {
             let ready_at = decided.verdicts.get(uid).and_then(|verdict| verdict.ready_at);
             self.means.front.expect(uid, Expected { load: model.load_time(), ready_at });
+            self.means.front.describe(uid, card::card(model));
         }
         let now = status(&self.identity, desired, &self.observed, &decided);
         self.status.send_if_modified(|last| {
@@ -183,7 +185,8 @@ impl Node {
         let uids: Vec<String> = self.observed.models.keys().cloned().collect();
         for uid in uids {
             let Some(seen) = self.means.front.activity(&uid) else { continue };
-            let activity = Activity { running: seen.running, waiting: seen.waiting, last_request: seen.last_request };
+            let crate::front::Activity { running, waiting, last_request, keep_alive } = seen;
+            let activity = Activity { running, waiting, last_request, keep_alive };
             self.observed.note(&uid, Happened::Activity(activity), now);
         }
     }

@@ -13,6 +13,7 @@ use altiplano_crds::model_node::{ModelAssignment, RawAssignment, UnsupportedAssi
 
 use super::plan::Step;
 use crate::devices::Devices;
+use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
 use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent, RunnerReport};
@@ -260,6 +261,8 @@ pub struct Activity {
     pub waiting: u32,
     /// When the last one came or ended.
     pub last_request: Option<Instant>,
+    /// How long the model is to stay loaded after them, where a client of the present worker said so.
+    pub keep_alive: Option<KeepAlive>,
 }
 
 /// Something that happened.

@@ -11,6 +11,7 @@ use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
 
 use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase, RouteTo, Worker};
 use crate::devices::Target;
+use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::supervise::WorkerId;
 
@@ -328,7 +329,7 @@ impl Planner<'_> {
             self.drain(wanted, former);
         }
         self.room_to_grow(wanted, model);
-        if let Some(idle) = idle_limit(wanted)
+        if let Some(idle) = idle_limit(wanted, model)
             && is_idle(model)
         {
             let due = last_use(model, since) + idle;
@@ -524,8 +525,19 @@ fn listener_cares(told: &ModelAssignment, wanted: &ModelAssignment) -> bool {
     of(told) != of(wanted)
 }
 
-/// Time without requests after which a model leaves memory.
-fn idle_limit(wanted: &ModelAssignment) -> Option<Duration> {
+/// Time without requests after which a model leaves memory: what a client said last, else its policy's. What the policy
+/// pins, no client unpins.
+fn idle_limit(wanted: &ModelAssignment, model: &Model) -> Option<Duration> {
+    let by_policy = policy_idle_limit(wanted)?;
+    match model.activity.keep_alive {
+        None => Some(by_policy),
+        Some(KeepAlive::For(time)) => Some(time),
+        Some(KeepAlive::Forever) => None,
+    }
+}
+
+/// Time without requests after which the policy unloads a model.
+pub(super) fn policy_idle_limit(wanted: &ModelAssignment) -> Option<Duration> {
     match wanted.unload.policy {
         UnloadPolicy::Never => None,
         UnloadPolicy::WhenIdle => Some(seconds(wanted.unload.idle_seconds)),

@@ -88,6 +88,7 @@ impl Generate {
             chat_template,
             pooling: self.pooling.or(base.pooling),
             endless: !self.may_end && base.endless,
+            infill: base.infill,
             seed: self.seed.unwrap_or(base.seed),
         })
     }

@@ -117,6 +117,8 @@ pub struct Spec {
     /// Keep the model from ending by itself: end-of-text and other tokens that are no printable text get logit 0, far
     /// below the winner, so generation runs to its limit and its text is ASCII.
     pub endless: bool,
+    /// Names three tokens as those for infilling, as a model trained for it does.
+    pub infill: bool,
     /// Seed of the weights.
     pub seed: u64,
 }
@@ -140,6 +142,7 @@ impl Default for Spec {
             chat_template: Some(CHATML.to_owned()),
             pooling: None,
             endless: true,
+            infill: false,
             seed: 1,
         }
     }
@@ -327,6 +330,12 @@ impl Spec {
             h.u32(&format!("{arch}.attention.sliding_window"), self.sliding_window);
         }
         vocabulary.describe(&mut h);
+        if self.infill {
+            // Ordinary tokens: their ids are all that matters.
+            for (token, key) in (300..).zip(["fim_pre", "fim_suf", "fim_mid"]) {
+                h.u32(&format!("tokenizer.ggml.{key}_token_id"), token);
+            }
+        }
         if let Some(template) = &self.chat_template {
             h.string("tokenizer.chat_template", template);
         }

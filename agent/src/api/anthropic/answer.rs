@@ -127,7 +127,7 @@ fn total(tally: &Tally) -> Value {
 }
 
 fn blocks(output: &Output) -> Vec<Value> {
-    let Output { content, reasoning, tool_calls, logprobs: _ } = output;
+    let Output { content, reasoning, tool_calls, tokens: _, logprobs: _ } = output;
     let mut blocks = Vec::new();
     if !reasoning.is_empty() {
         blocks.push(json!({"type": "thinking", "thinking": reasoning, "signature": ""}));

@@ -155,6 +155,13 @@ impl ChatRequest {
         Ok(request)
     }
 
+    /// The prompt as text.
+    pub(crate) fn text(&self, state: &ApiState) -> Result<String, ApiError> {
+        let templates = state.templates()?;
+        let parallel = self.tools.parallel.unwrap_or(templates.capabilities().supports_parallel_tool_calls);
+        Ok(self.render(templates, parallel)?.0.prompt)
+    }
+
     /// Renders and tokenises; takes as long as the conversation is.
     pub(crate) fn prepare(&self, state: &ApiState) -> Result<Prepared, ApiError> {
         let templates = state.templates()?;

@@ -19,7 +19,6 @@ mod rerank;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Router;
 use axum::response::Response;
 use axum::routing::{MethodRouter, post};
 use serde::Serialize;
@@ -39,11 +38,11 @@ pub(crate) use dimensions::shorten;
 pub const MAX_NUMBERS: usize = 8 << 20;
 
 /// Paths of embeddings and reranking, all by POST.
-pub(crate) const PATHS: [&str; 7] =
+const PATHS: [&str; 7] =
     ["/v1/embeddings", "/embeddings", "/embedding", "/v1/rerank", "/v1/reranking", "/rerank", "/reranking"];
 
-/// The routes of this folder.
-pub(super) fn routes() -> Router<ApiState> {
+/// The routes of this folder, all by POST.
+pub(super) fn routes() -> impl Iterator<Item = (&'static str, MethodRouter<ApiState>)> {
     let route = |path: &str| -> MethodRouter<ApiState> {
         match path {
             "/v1/embeddings" => post(embeddings),
@@ -51,7 +50,7 @@ pub(super) fn routes() -> Router<ApiState> {
             _ => post(rerank::answer),
         }
     };
-    PATHS.into_iter().fold(Router::new(), |router, path| router.route(path, route(path)))
+    PATHS.into_iter().map(move |path| (path, route(path)))
 }
 
 async fn embeddings(intake: Intake) -> Result<Response, ApiError> {

@@ -235,7 +235,7 @@ impl Item {
 
 /// The items of a whole answer; the last one is `status`.
 fn items(output: &Output, status: &str) -> Vec<Value> {
-    let Output { content, reasoning, tool_calls, logprobs } = output;
+    let Output { content, reasoning, tool_calls, tokens: _, logprobs } = output;
     let mut items = Vec::new();
     if !reasoning.is_empty() {
         items.push(Item::of(Kind::Reasoning, reasoning));

@@ -14,6 +14,7 @@ use llguidance::toktrie::TokEnv;
 
 use super::backend::backend;
 use super::{log, shim};
+use crate::engine::FimTokens;
 use crate::engine::request::Token;
 
 /// How a model is loaded.
@@ -219,6 +220,25 @@ impl Model {
     /// Whether a prompt begins with [`Self::bos`].
     pub(in crate::engine) fn adds_bos(&self) -> bool {
         self.inner.vocab().should_add_bos()
+    }
+
+    /// Tokens for infilling, where the vocabulary has the three without which there is none.
+    pub(in crate::engine) fn fim(&self) -> Option<FimTokens> {
+        let vocab = self.inner.vocab();
+        let known = |token: LlamaToken| Some(token.0).filter(|&token| self.has(token));
+        Some(FimTokens {
+            prefix: known(vocab.fim_pre())?,
+            suffix: known(vocab.fim_suf())?,
+            middle: known(vocab.fim_mid())?,
+            repository: known(vocab.fim_rep()),
+            separator: known(vocab.fim_sep()),
+        })
+    }
+
+    /// llama.cpp's number of the vocabulary's kind.
+    pub(in crate::engine) fn vocab_type(&self) -> u32 {
+        // SAFETY: the vocabulary lives with the model. (The safe crate panics on kinds that it does not know.)
+        unsafe { llama_cpp_sys_2::llama_vocab_type(self.vocab()) }
     }
 
     /// Whether the token ends a generation.

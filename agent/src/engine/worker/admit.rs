@@ -18,7 +18,7 @@ impl Worker {
                 let Some(waiting) = self.mailbox.take(now, late) else { return Ok(()) };
                 let limits = &self.plan.limits;
                 let prompt = u32::try_from(waiting.request.prompt.len()).unwrap_or(u32::MAX);
-                let need = limits.need(prompt, waiting.request.max_tokens);
+                let need = limits.need(prompt, waiting.request.max_tokens, waiting.request.aim_tokens);
                 self.next_serial += 1;
                 match Sequence::new(waiting, self.next_serial, limits.max_tokens, need, now) {
                     Ok(sequence) => sequence,

@@ -14,6 +14,7 @@ use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, Trou
 use super::super::status::{Identity, status};
 use super::{Limits, Plan, Step, plan};
 use crate::devices::Devices;
+use crate::front::KeepAlive;
 use crate::ledger::bytes;
 use crate::runner::protocol::{
     EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerEvent, RunnerFailure, RunnerReport,
@@ -147,6 +148,13 @@ impl World {
                 Happened::Activity(activity)
             }
             "gives-up" => Happened::Activity(Activity { waiting: 0, ..self.observed.models[uid].activity }),
+            // What Ollama's clients say: seconds, -1 for ever.
+            "keeps" => {
+                let seconds: i64 = rest(2).parse().unwrap();
+                let time = u64::try_from(seconds).map(Duration::from_secs);
+                let keep_alive = Some(time.map_or(KeepAlive::Forever, KeepAlive::For));
+                Happened::Activity(Activity { keep_alive, ..self.observed.models[uid].activity })
+            }
             "wakes" => Happened::Woken,
             "fails" => {
                 let failure = RunnerFailure { reason: rest(2), message: rest(3) };
@@ -199,7 +207,8 @@ impl World {
     fn requests(&mut self, worker: WorkerId, uid: &str, running: u32) -> Happened {
         let event = RunnerEvent::Activity { running, waiting: 0 };
         self.observed.note(uid, Happened::WorkerSaid(worker, event), self.now);
-        Happened::Activity(Activity { running, waiting: 0, last_request: Some(self.now) })
+        let keep_alive = self.observed.models[uid].activity.keep_alive;
+        Happened::Activity(Activity { running, waiting: 0, last_request: Some(self.now), keep_alive })
     }
 
     fn settle(&mut self) -> Plan {
@@ -234,6 +243,10 @@ impl World {
             Step::Fetch { .. } => Happened::Fetched(self.observed.models[uid].source.clone(), Ok(stored())),
             Step::Estimate { revision, on, .. } => {
                 Happened::Estimated(revision.clone(), on.clone(), self.dry_run(uid, on))
+            }
+            // As the listener does.
+            Step::Route { to: RouteTo::Unloaded, .. } => {
+                Happened::Activity(Activity { keep_alive: None, ..self.observed.models[uid].activity })
             }
             Step::Remove { .. } => Happened::Withdrawn,
             _ => return,
@@ -401,6 +414,7 @@ scenarios!(
     new_revision_beside,
     new_revision_instead,
     idle_unload_and_wake,
+    keep_alive,
     room_from_idle_models,
     by_score,
     exclusive_in_turn,

@@ -1,0 +1,206 @@
+//! What `/completion` says: llama-server's object, once or piece by piece.
+
+use serde_json::{Map, Value, json};
+
+use super::completion::settings;
+use crate::api::dialect::{Dialect, Finish, Piece, Tally};
+use crate::api::error::ApiError;
+use crate::api::form::Form;
+use crate::api::frames::Frames;
+use crate::api::output::{Delta, Output};
+use crate::api::params::Params;
+use crate::api::state::ApiState;
+use crate::api::wire;
+use crate::engine::{GenerateRequest, PromptProgress, Token, TokenLogprob};
+
+/// Answers one request in llama-server's own terms.
+pub(super) struct Native {
+    model: String,
+    settings: Map<String, Value>,
+    /// Prompts as text, by prompt.
+    prompts: Vec<String>,
+    per_prompt: usize,
+    return_tokens: bool,
+    n_probs: Option<u32>,
+    /// By choice.
+    said: Vec<Said>,
+}
+
+#[derive(Clone, Default)]
+struct Said {
+    tokens: Vec<Token>,
+    has_new_line: bool,
+}
+
+impl Native {
+    pub(super) fn new(
+        state: &ApiState,
+        params: &Params,
+        requests: &[GenerateRequest],
+        per_prompt: usize,
+        return_tokens: bool,
+        n_probs: Option<u32>,
+    ) -> Self {
+        let text = |tokens: &[Token]| {
+            let bytes: Vec<u8> =
+                tokens.iter().flat_map(|&token| state.engine().piece(token).unwrap_or_default()).collect();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let mut settings = settings(params);
+        settings.insert("n_ctx".to_owned(), state.engine().report().max_tokens.into());
+        settings.insert("n_probs".to_owned(), n_probs.unwrap_or(0).into());
+        Self {
+            model: state.served_name().to_owned(),
+            settings,
+            prompts: requests.iter().step_by(per_prompt.max(1)).map(|request| text(&request.prompt)).collect(),
+            per_prompt: per_prompt.max(1),
+            return_tokens,
+            n_probs,
+            said: vec![Said::default(); requests.len()],
+        }
+    }
+
+    fn said(&mut self, choice: usize) -> Option<&mut Said> {
+        self.said.get_mut(choice)
+    }
+
+    /// The last object of a choice, which in a stream has no content.
+    fn end(&self, choice: usize, content: &str, tally: &Tally) -> Value {
+        let said = self.said.get(choice).cloned().unwrap_or_default();
+        let (usage, timings) = tally.of(choice).map_or_else(Default::default, |end| (end.usage, end.timings));
+        let (_, timings) = wire::totals(&[(usage, timings)], 1);
+        let stop = tally.of(choice).and_then(|end| end.stop.as_deref());
+        let stop_type = match (tally.finish(choice), stop) {
+            (Some(Finish::Length), _) => "limit",
+            (Some(_), Some(_)) => "word",
+            (Some(_), None) => "eos",
+            (None, _) => "none",
+        };
+        json!({
+            "index": choice,
+            "content": content,
+            "tokens": if self.return_tokens { said.tokens } else { Vec::new() },
+            "id_slot": -1,
+            "stop": true,
+            "model": self.model,
+            "tokens_predicted": usage.completion_tokens,
+            "tokens_evaluated": usage.prompt_tokens,
+            "generation_settings": self.settings,
+            "prompt": self.prompts.get(choice / self.per_prompt).map_or("", String::as_str),
+            "has_new_line": said.has_new_line || content.contains('\n'),
+            "truncated": false,
+            "stop_type": stop_type,
+            "stopping_word": stop.unwrap_or_default(),
+            "tokens_cached": usage.cached_tokens,
+            "timings": timings,
+        })
+    }
+
+    fn probabilities(logprobs: &[TokenLogprob], tokens: &[Token]) -> Value {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let one = |at: usize, logprob: &TokenLogprob| {
+            let top = logprob.top.iter().map(|top| {
+                json!({"id": top.token, "token": text(&top.bytes), "bytes": top.bytes, "logprob": finite(top.logprob)})
+            });
+            json!({
+                "id": tokens.get(at),
+                "token": text(&logprob.bytes),
+                "bytes": logprob.bytes,
+                "logprob": finite(logprob.logprob),
+                "top_logprobs": top.collect::<Vec<_>>(),
+            })
+        };
+        logprobs.iter().enumerate().map(|(at, logprob)| one(at, logprob)).collect()
+    }
+}
+
+/// JSON has no infinity.
+fn finite(logprob: f32) -> f32 {
+    logprob.max(-9999.0)
+}
+
+fn text_of(deltas: &[Delta]) -> String {
+    deltas
+        .iter()
+        .filter_map(|delta| if let Delta::Content(text) = delta { Some(text.as_str()) } else { None })
+        .collect()
+}
+
+impl Dialect for Native {
+    fn form(&self) -> Form {
+        Form::OpenAi
+    }
+
+    fn prompt_param(&self) -> &'static str {
+        "prompt"
+    }
+
+    fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
+        let mut answers = Vec::with_capacity(choices.len());
+        for (choice, output) in choices.iter().enumerate() {
+            if let Some(said) = self.said(choice) {
+                said.tokens.clone_from(&output.tokens);
+            }
+            let mut answer = self.end(choice, &output.content, tally);
+            if self.n_probs.is_some() {
+                answer["completion_probabilities"] = Self::probabilities(&output.logprobs, &output.tokens);
+            }
+            answers.push(answer);
+        }
+        match answers.as_slice() {
+            [one] => serde_json::to_vec(one),
+            several => serde_json::to_vec(several),
+        }
+    }
+
+    fn progress(
+        &mut self,
+        choice: usize,
+        progress: &PromptProgress,
+        frames: &mut Frames,
+    ) -> Result<(), serde_json::Error> {
+        frames.data(&json!({
+            "index": choice,
+            "content": "",
+            "tokens": [],
+            "stop": false,
+            "id_slot": -1,
+            "tokens_predicted": 0,
+            "tokens_evaluated": progress.total,
+            "prompt_progress": wire::progress(progress),
+        }))
+    }
+
+    fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error> {
+        let Piece { choice, deltas, token, logprob } = piece;
+        let content = text_of(&deltas);
+        let Some(said) = self.said(choice) else { return Ok(()) };
+        said.has_new_line |= content.contains('\n');
+        said.tokens.extend(token);
+        let mut frame = json!({
+            "index": choice,
+            "content": content,
+            "tokens": token.into_iter().collect::<Vec<_>>(),
+            "stop": false,
+            "id_slot": -1,
+            "tokens_predicted": said.tokens.len(),
+        });
+        if let (Some(logprob), Some(token)) = (logprob, token) {
+            frame["completion_probabilities"] = Self::probabilities(&[logprob], &[token]);
+        }
+        frames.data(&frame)
+    }
+
+    fn choice_ended(&mut self, choice: usize, tally: &Tally, frames: &mut Frames) -> Result<(), serde_json::Error> {
+        frames.data(&self.end(choice, "", tally))
+    }
+
+    /// The last object says that it is the last; there is no `[DONE]`.
+    fn ended(&mut self, _: &Tally, _: &mut Frames) -> Result<(), serde_json::Error> {
+        Ok(())
+    }
+
+    fn failed(&mut self, error: &ApiError, frames: &mut Frames) {
+        frames.raw(self.form().error_frame(error, 0));
+    }
+}

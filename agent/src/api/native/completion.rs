@@ -1,0 +1,272 @@
+//! `POST /completion`: llama-server's options in, its answer out.
+//!
+//! `n_predict`, `n_cmpl`, `n_probs` and `return_tokens` are read here; `n_predict: 0` reads the
+//! prompt and generates nothing. All other options are those of [`params`](crate::api::params), which has llama.cpp's
+//! names. Refused: `post_sampling_probs`, `t_max_predict_ms`, `n_indent`, `multimodal_data`. Ignored: `id_slot`,
+//! `response_fields`, `timings_per_token`.
+
+use axum::response::Response;
+use serde_json::{Map, Value};
+
+use super::answer::Native;
+use super::tokens::{stranger, text_tokens, token};
+use crate::api::dialect::{ChoiceJob, Job};
+use crate::api::error::{ApiError, clip};
+use crate::api::fields::{Fields, wrong_type};
+use crate::api::intake::{Intake, Visit};
+use crate::api::output::PlainText;
+use crate::api::params::{MAX_CHOICES, Params};
+use crate::api::run;
+use crate::api::state::ApiState;
+use crate::engine::{MAX_TOP_LOGPROBS, Mirostat, SamplingParams, Token, WHOLE_CONTEXT};
+
+/// Prompts that one request may have.
+const MAX_PROMPTS: usize = 16;
+
+/// Pieces that one prompt may have.
+const MAX_PIECES: usize = 1 << 20;
+
+/// The handler.
+pub(in crate::api) async fn completion(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit, mut fields } = intake;
+    let prompts = prompts(fields.take("prompt").ok_or_else(|| ApiError::missing("prompt"))?)?;
+    let options = Options::read(fields, state.defaults())?;
+    let prepare = move |state: &ApiState| prompts.iter().map(|prompt| resolve(state, prompt)).collect();
+    let prompts: Vec<Vec<Token>> = state.prepare(prepare).await?;
+    answer(&state, visit, options, prompts).await
+}
+
+/// What `/completion` and `/infill` have in common.
+#[derive(Debug)]
+pub(super) struct Options {
+    pub(super) params: Params,
+    logprobs: Option<u32>,
+    return_tokens: bool,
+}
+
+impl Options {
+    pub(super) fn read(mut fields: Fields, defaults: &SamplingParams) -> Result<Self, ApiError> {
+        for (name, most) in [("t_max_predict_ms", 0), ("n_indent", 0)] {
+            if fields.integer(name, i64::MIN..=i64::MAX)?.is_some_and(|number| number > most) {
+                return Err(ApiError::unsupported(name, format!("'{name}' is not supported by this server")));
+            }
+        }
+        if fields.boolean("post_sampling_probs")? == Some(true) {
+            let message = "'post_sampling_probs' is not supported by this server: probabilities are the model's own";
+            return Err(ApiError::unsupported("post_sampling_probs", message));
+        }
+        let n_predict = fields.integer("n_predict", -1..=i64::from(i32::MAX))?;
+        let n = fields.integer("n_cmpl", 1..=i64::from(MAX_CHOICES))?;
+        let logprobs = fields.integer("n_probs", 0..=i64::from(MAX_TOP_LOGPROBS))?;
+        let logprobs = logprobs.and_then(|top| u32::try_from(top).ok()).filter(|top| *top > 0);
+        let return_tokens = fields.boolean("return_tokens")?.unwrap_or(false);
+        if let Some(n) = n {
+            fields.0.insert("n".to_owned(), n.into());
+        }
+        let mut params = Params::read(&fields, defaults)?;
+        if let Some(n_predict) = n_predict {
+            params.max_tokens = u32::try_from(n_predict).ok();
+        }
+        Ok(Self { params, logprobs, return_tokens })
+    }
+}
+
+/// Generates for each of the prompts.
+pub(super) async fn answer(
+    state: &ApiState,
+    visit: Visit,
+    options: Options,
+    prompts: Vec<Vec<Token>>,
+) -> Result<Response, ApiError> {
+    let Options { params, logprobs, return_tokens } = options;
+    let stream = params.stream;
+    let mut requests = params.requests(logprobs, prompts, &visit);
+    for request in &mut requests {
+        request.every_token = return_tokens || stream;
+    }
+    let per_prompt = params.n as usize;
+    let dialect = Native::new(state, &params, &requests, per_prompt, return_tokens, logprobs);
+    let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
+    run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream }).await
+}
+
+/// A piece of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+enum Part {
+    Text(String),
+    Token(Token),
+}
+
+/// A string, an array of tokens and strings, an object with `prompt_string`, or an array of these.
+fn prompts(value: Value) -> Result<Vec<Vec<Part>>, ApiError> {
+    let prompts = match value {
+        Value::Array(items) if items.iter().any(Value::is_number) => vec![mixed(&items)?],
+        Value::Array(items) => items.into_iter().map(one).collect::<Result<Vec<_>, _>>()?,
+        other => vec![one(other)?],
+    };
+    if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+        let message = format!("'prompt' must have 1 to {MAX_PROMPTS} prompts, not {}", prompts.len());
+        return Err(ApiError::invalid("prompt", message));
+    }
+    Ok(prompts)
+}
+
+fn one(value: Value) -> Result<Vec<Part>, ApiError> {
+    match value {
+        Value::String(text) => Ok(vec![Part::Text(text)]),
+        Value::Array(items) => mixed(&items),
+        Value::Object(mut object) => {
+            if object.get("multimodal_data").is_some_and(|data| data.as_array().is_none_or(|data| !data.is_empty())) {
+                let message = "'multimodal_data' is not supported here: send media to /v1/chat/completions";
+                return Err(ApiError::unsupported("prompt.multimodal_data", message));
+            }
+            match object.remove("prompt_string") {
+                Some(Value::String(text)) => Ok(vec![Part::Text(text)]),
+                _ => Err(ApiError::invalid("prompt.prompt_string", "'prompt.prompt_string' must be a string")),
+            }
+        }
+        other => Err(wrong_type("prompt", "a string, an array of token ids and strings, or several of these", &other)),
+    }
+}
+
+fn mixed(items: &[Value]) -> Result<Vec<Part>, ApiError> {
+    if items.len() > MAX_PIECES {
+        return Err(ApiError::invalid("prompt", format!("'prompt' may have {MAX_PIECES} pieces")));
+    }
+    let part = |item: &Value| match item {
+        Value::String(text) => Some(Part::Text(text.clone())),
+        number => token(number).map(Part::Token),
+    };
+    let wrong = |item: &Value| {
+        let message = format!("'prompt' has {} where a token id or a string is expected", clip(&item.to_string()));
+        ApiError::invalid("prompt", message)
+    };
+    items.iter().map(|item| part(item).ok_or_else(|| wrong(item))).collect()
+}
+
+/// The model's own first token comes first where a text does.
+fn resolve(state: &ApiState, prompt: &[Part]) -> Result<Vec<Token>, ApiError> {
+    let mut tokens = Vec::new();
+    for (at, part) in prompt.iter().enumerate() {
+        match part {
+            Part::Text(text) => tokens.extend(text_tokens(state, text, at == 0, true)?),
+            Part::Token(token) if state.engine().piece(*token).is_some() => tokens.push(*token),
+            Part::Token(token) => return Err(stranger(state, "prompt", *token)),
+        }
+    }
+    Ok(tokens)
+}
+
+/// The options as llama-server reports them.
+pub(super) fn settings(params: &Params) -> Map<String, Value> {
+    let sampling = &params.sampling;
+    let n_predict = params.max_tokens.map_or(-1, i64::from);
+    let number = |number: f32| Value::from(f64::from(number));
+    // llama.cpp's word for all of the context.
+    let window = |tokens: u32| Value::from(if tokens == WHOLE_CONTEXT { -1 } else { i64::from(tokens) });
+    let mirostat = match sampling.mirostat {
+        Mirostat::Off => 0,
+        Mirostat::V1 => 1,
+        Mirostat::V2 => 2,
+    };
+    let entries = [
+        // llama.cpp's LLAMA_DEFAULT_SEED: another one each time.
+        ("seed", sampling.seed.unwrap_or(u32::MAX).into()),
+        ("temperature", number(sampling.temperature)),
+        ("dynatemp_range", number(sampling.dynatemp_range)),
+        ("dynatemp_exponent", number(sampling.dynatemp_exponent)),
+        ("top_k", sampling.top_k.into()),
+        ("top_p", number(sampling.top_p)),
+        ("min_p", number(sampling.min_p)),
+        ("top_n_sigma", number(sampling.top_n_sigma)),
+        ("xtc_probability", number(sampling.xtc_probability)),
+        ("xtc_threshold", number(sampling.xtc_threshold)),
+        ("typical_p", number(sampling.typical_p)),
+        ("repeat_last_n", window(sampling.repeat_last_n)),
+        ("repeat_penalty", number(sampling.repeat_penalty)),
+        ("presence_penalty", number(sampling.presence_penalty)),
+        ("frequency_penalty", number(sampling.frequency_penalty)),
+        ("dry_multiplier", number(sampling.dry.multiplier)),
+        ("dry_base", number(sampling.dry.base)),
+        ("dry_allowed_length", sampling.dry.allowed_length.into()),
+        ("dry_penalty_last_n", window(sampling.dry.penalty_last_n)),
+        ("dry_sequence_breakers", sampling.dry.sequence_breakers.clone().into()),
+        ("mirostat", mirostat.into()),
+        ("mirostat_tau", number(sampling.mirostat_tau)),
+        ("mirostat_eta", number(sampling.mirostat_eta)),
+        ("stop", params.stop.clone().into()),
+        ("n_predict", n_predict.into()),
+        ("max_tokens", n_predict.into()),
+        ("n_keep", 0.into()),
+        ("ignore_eos", params.ignore_eos.into()),
+        ("stream", params.stream.into()),
+        ("min_keep", sampling.min_keep.into()),
+    ];
+    entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::body::parse_object;
+
+    fn fields(json: &str) -> Fields {
+        Fields(parse_object(json.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn prompts_in_every_form() {
+        let text = |text: &str| Part::Text(text.to_owned());
+        for (json, expected) in [
+            (r#""hi""#, vec![vec![text("hi")]]),
+            ("[1, 2]", vec![vec![Part::Token(1), Part::Token(2)]]),
+            (r#"[1, "a", 2]"#, vec![vec![Part::Token(1), text("a"), Part::Token(2)]]),
+            (r#"["a", "b"]"#, vec![vec![text("a")], vec![text("b")]]),
+            (
+                r#"[[1, "a"], "b", {"prompt_string": "c", "multimodal_data": []}]"#,
+                vec![vec![Part::Token(1), text("a")], vec![text("b")], vec![text("c")]],
+            ),
+        ] {
+            assert_eq!(prompts(serde_json::from_str(json).unwrap()).unwrap(), expected, "{json}");
+        }
+        let seventeen = format!("{:?}", vec!["x"; 17]);
+        for bad in [
+            "5",
+            "[]",
+            "null",
+            "[[{}]]",
+            "[1, null]",
+            "[99999999999]",
+            r#"{"multimodal_data": ["x"]}"#,
+            "{}",
+            seventeen.as_str(),
+        ] {
+            let error = prompts(serde_json::from_str(bad).unwrap()).unwrap_err();
+            assert!(
+                error.status == 400 && error.param.as_deref().is_some_and(|param| param.starts_with("prompt")),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn options_have_llama_servers_names() {
+        let read = |json: &str| Options::read(fields(json), &SamplingParams::default());
+        let options =
+            read(r#"{"n_predict": 7, "n_cmpl": 2, "n_probs": 3, "return_tokens": true, "id_slot": 4}"#).unwrap();
+        let Options { params, logprobs, return_tokens } = options;
+        assert_eq!((params.max_tokens, params.n, logprobs, return_tokens), (Some(7), 2, Some(3), true));
+        assert_eq!(settings(&params)["n_predict"], 7);
+        assert_eq!(read(r#"{"n_predict": -1}"#).unwrap().params.max_tokens, None);
+        assert_eq!(read(r#"{"n_predict": 0}"#).unwrap().params.max_tokens, Some(0));
+        for (json, param) in [
+            (r#"{"n_predict": -2}"#, "n_predict"),
+            (r#"{"n_cmpl": 9}"#, "n_cmpl"),
+            (r#"{"n_probs": 21}"#, "n_probs"),
+            (r#"{"post_sampling_probs": true}"#, "post_sampling_probs"),
+            (r#"{"t_max_predict_ms": 100}"#, "t_max_predict_ms"),
+        ] {
+            assert_eq!(read(json).unwrap_err().param.as_deref(), Some(param), "{json}");
+        }
+    }
+}
