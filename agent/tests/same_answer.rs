@@ -111,6 +111,7 @@ async fn read(mut generation: Generation) -> Answer {
                 text.push_str(&piece);
                 logprobs.extend(logprob);
             }
+            Some(GenerateEvent::Progress(_)) => {}
             Some(GenerateEvent::Done { usage, .. }) => return Answer { text, logprobs, usage },
             Some(GenerateEvent::Failed(error)) => panic!("{error} after {text:?}"),
             None => panic!("a stream without an end, after {text:?}"),
