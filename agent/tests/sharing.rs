@@ -2,7 +2,7 @@
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use altiplano_agent::engine::{
@@ -229,26 +229,42 @@ async fn salts_keep_prompts_apart() {
     stop(&engine);
 }
 
+/// What a client gets after another one's secret and beside a second one, and the sizes that the context had meanwhile.
+async fn beside_a_secret(path: &Path, context: &ContextSpec, secret: u32) -> ([(Said, Usage); 2], Vec<(u32, u64)>) {
+    let engine = start(path.to_path_buf(), context.clone());
+    let size = || (engine.stats().cells_total, engine.stats().resizes);
+    ask(&engine, request(&tokens(200, secret), 20)).await;
+    let mut sizes = vec![size()];
+    let after = ask(&engine, request(&tokens(150, 9), 20)).await;
+    sizes.push(size());
+    // Its reader is slow, so that it stands still with 64 tokens said, at the same place each time.
+    let before = engine.stats().generated_tokens;
+    let parked = engine.submit(request(&tokens(180, secret + 2), 300)).expect("the request is taken");
+    until(&engine, "parked", |stats| stats.generated_tokens >= before + 64).await;
+    sizes.push(size());
+    let beside = ask(&engine, request(&tokens(170, 11), 20)).await;
+    sizes.push(size());
+    drop(parked);
+    stop(&engine);
+    ([after, beside], sizes)
+}
+
 /// Whatever a client's secret is, it changes not a bit of what another gets: not after it, and not beside it.
 #[tokio::test]
 async fn a_secret_changes_nothing_for_others() {
     for architecture in [Architecture::Llama, Architecture::Gemma3, Architecture::Mamba] {
         let (_folder, path) = generated(architecture);
         for context in [dynamic(2048, 2048, 2), fixed(1024, 2)] {
-            let mut seen = Vec::new();
-            for secret in [5, 6] {
-                let engine = start(path.clone(), context.clone());
-                ask(&engine, request(&tokens(200, secret), 20)).await;
-                let after = ask(&engine, request(&tokens(150, 9), 20)).await;
-                // Its reader is slow, so that it stands still with 64 tokens said, at the same place each time.
-                let parked = engine.submit(request(&tokens(180, secret + 2), 300)).expect("the request is taken");
-                let before = engine.stats().generated_tokens;
-                until(&engine, "parked", |stats| stats.generated_tokens >= before + 64).await;
-                let beside = ask(&engine, request(&tokens(170, 11), 20)).await;
-                seen.push((after, beside));
-                drop(parked);
-                stop(&engine);
+            // Growth is by the clock: where it came at another step, the runs cannot be compared, and are done again.
+            let mut runs = Vec::new();
+            for _ in 0..6 {
+                runs = vec![beside_a_secret(&path, &context, 5).await, beside_a_secret(&path, &context, 6).await];
+                if runs[0].1 == runs[1].1 {
+                    break;
+                }
             }
+            assert_eq!(runs[0].1, runs[1].1, "never the same sizes");
+            let seen = [&runs[0].0, &runs[1].0];
             assert!(seen[0] == seen[1], "{architecture:?} {context:?}");
         }
     }
@@ -305,15 +321,23 @@ async fn states_that_cannot_be_cut_are_copied_on_the_way() {
         assert!(cached[2] >= 500, "{architecture:?} {cached:?}");
         // Of a window the cells at the place may be there still.
         assert!(architecture == Architecture::Gemma3 || cached[0] < 500, "{cached:?}");
-        // Four that arrive together read the shared part once.
-        let before = engine.stats();
-        let together = |seed| salted(request(&parted(seed), 4), "together");
-        let all: Vec<_> = (30..32).map(|seed| engine.submit(together(seed)).expect("the request is taken")).collect();
-        for (said, _) in join_all(all.into_iter().map(read)).await {
-            assert_eq!(said.len(), 4);
+        // Two that arrive together read the shared part once: unless the second comes when the first is past it already,
+        // which is tried again.
+        let mut read_anew = Vec::new();
+        for round in 0..5 {
+            let before = computed(&engine.stats());
+            let together = |seed| salted(request(&parted(seed), 4), &format!("together {round}"));
+            let both: Vec<_> =
+                (30..32).map(|seed| engine.submit(together(seed)).expect("the request is taken")).collect();
+            for (said, _) in join_all(both.into_iter().map(read)).await {
+                assert_eq!(said.len(), 4);
+            }
+            read_anew.push(computed(&engine.stats()) - before);
+            if read_anew[round] <= 500 + 2 * 101 {
+                break;
+            }
         }
-        let after = engine.stats();
-        assert!(computed(&after) - computed(&before) <= 500 + 2 * 101, "{architecture:?} {before:?} {after:?}");
+        assert!(read_anew.iter().any(|&tokens| tokens <= 500 + 2 * 101), "{architecture:?} {read_anew:?}");
         stop(&engine);
     }
 }

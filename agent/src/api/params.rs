@@ -2,7 +2,7 @@
 //!
 //! | field | values | |
 //! |---|---|---|
-//! | `max_completion_tokens`, `max_tokens`, `n_predict` | ≥ 1; -1: no limit | clamped to what the context leaves |
+//! | `max_completion_tokens`, `max_tokens`, `n_predict` | ≥ 1 (`n_predict`: ≥ 0); -1: no limit | clamped to what the context leaves |
 //! | `n` | 1 to 8 | choices; with a seed each has its own, so they can be repeated |
 //! | `stop` | a text, or 16 of 1 to 512 bytes | found across tokens, never shown |
 //! | `ignore_eos` | | goes on after the model's end; with a grammar only the grammar ends |
@@ -156,7 +156,8 @@ fn max_tokens(fields: &Fields) -> Result<Option<u32>, ApiError> {
         if tokens == -1 {
             return Ok(None);
         }
-        if tokens == 0 {
+        // To llama-server, 0 is "only read the prompt".
+        if tokens == 0 && name != "n_predict" {
             return Err(ApiError::invalid(name, format!("'{name}' must be at least 1, or -1 for no limit, not 0")));
         }
         return Ok(u32::try_from(tokens).ok());
