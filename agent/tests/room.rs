@@ -3,35 +3,18 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_agent::runner::spawn::Runner;
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
 use altiplano_test_models::toy;
 use support::{Agent, Model, PATIENCE, chat, question, workers};
 
 /// Bytes that the toy model takes on the CPU, by the dry run.
 async fn need() -> u64 {
-    let config = RunnerConfig {
-        uid: "u".to_owned(),
-        revision: "r".to_owned(),
-        namespace: "n".to_owned(),
-        name: "m".to_owned(),
-        served_name: "m".to_owned(),
-        model_path: toy::path(),
-        chat_template: None,
-        socket: PathBuf::new(),
-        context: ContextSpec::default(),
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: Some(0),
-        threads: 1,
-    };
+    let config = RunnerConfig { model_path: toy::path(), threads: 1, ..RunnerConfig::default() };
     let runner = Runner::of(env!("CARGO_BIN_EXE_altiplano-agent").into());
     let estimate = runner.estimate(&config, PATIENCE).await.expect("an estimate");
     estimate.memory.iter().map(MemoryUse::total).sum()
@@ -58,14 +41,20 @@ async fn twelve_models_share_room_for_four() {
     agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
 
     let (seed, until) = (Arc::new(AtomicU64::new(42)), Instant::now() + Duration::from_secs(soak));
-    let clients = (0..6).map(|_| {
+    let clients = (0..6).map(|number| {
         let (agent, seed, names) = (Arc::clone(&agent), Arc::clone(&seed), names.clone());
         tokio::spawn(async move {
             let mut served = vec![0_u32; names.len()];
             let (mut honest, mut longest) = (0, Duration::ZERO);
             let (question, expected) = question();
-            while Instant::now() < until {
-                let model = random(&seed) % names.len();
+            // Two each, so that all twelve are asked for, then anyone.
+            let mut first = [2 * number, 2 * number + 1].into_iter();
+            loop {
+                let model = match first.next() {
+                    Some(model) => model,
+                    None if Instant::now() < until => random(&seed) % names.len(),
+                    None => break,
+                };
                 let asked = Instant::now();
                 let response = agent.post(&chat(&names[model], &question)).await.expect("an answer");
                 let (status, retry) = (response.status().as_u16(), response.headers().contains_key("retry-after"));

@@ -9,7 +9,7 @@ use altiplano_agent::engine::{
     CacheKey, Engine, EngineStats, GenerateEvent, GenerateRequest, Generation, SamplingParams, Token, Usage,
 };
 use altiplano_agent::runner::protocol::RunnerConfig;
-use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, EngineSpec, TrafficSpec};
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 use altiplano_test_models::{Architecture, Spec, toy};
 use futures::StreamExt;
 use futures::future::join_all;
@@ -19,22 +19,7 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_mins(2);
 
 fn start(model_path: PathBuf, context: ContextSpec) -> Engine {
-    let config = RunnerConfig {
-        uid: "uid".to_owned(),
-        revision: "1".to_owned(),
-        namespace: "default".to_owned(),
-        name: "test".to_owned(),
-        served_name: "test".to_owned(),
-        model_path,
-        chat_template: None,
-        socket: PathBuf::new(),
-        context,
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: None,
-        threads: 2,
-    };
+    let config = RunnerConfig { model_path, context, threads: 2, ..RunnerConfig::default() };
     Engine::start(&config, &|_| {}).expect("the engine starts")
 }
 
