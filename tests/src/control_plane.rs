@@ -326,6 +326,8 @@ fn controller_manager(kubeconfig: &Path, pki: &Pki, port: u16) -> Result<Command
         .arg(file("root-ca-file", &pki.ca))
         .args(["--bind-address=127.0.0.1", "--leader-elect=false", "--use-service-account-credentials=true"])
         .arg(format!("--secure-port={port}"))
+        // Else it ends when the API server is not there yet at its start.
+        .arg("--authentication-skip-lookup=true")
         // No kubelet reports here: these would call every node lost, taint it and evict its pods.
         .arg("--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-node-ipam-controller");
     Ok(manager)

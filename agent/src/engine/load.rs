@@ -115,6 +115,7 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
         return embed::estimate(config, &model, pooling, gpu);
     }
     let (plan, params) = plan(config, &model, gpu);
+    check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
     Ok(EstimateReport {
         memory: context.memory(),
@@ -287,21 +288,28 @@ pub(super) fn context_failed(message: String) -> EngineError {
 /// A context of fixed size is there in full or not at all. On a CPU an allocation that is too large does not fail, the
 /// kernel ends the process when the memory is touched: so a dry run says before what it takes.
 fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
-    let refuse = |device: &str, needed: u64| match ffi::available_bytes(device) {
+    check_books(plan, params)?;
+    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
+    let model = load_model(config, devices, true, &|_| {})?;
+    for device in new_context(&model, params)?.memory() {
+        check_room(plan, &device.device, device.context_bytes + device.compute_bytes + device.other_bytes)?;
+    }
+    Ok(())
+}
+
+/// Even a dry run keeps books of the cells, in host memory.
+fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
+    check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES))
+}
+
+fn check_room(plan: &Plan, device: &str, needed: u64) -> Result<(), EngineError> {
+    match ffi::available_bytes(device) {
         Some(available) if needed > available / 10 * 9 => Err(EngineError::InsufficientMemory(format!(
             "{} tokens for each of {} requests need {needed} bytes on {device}, where {available} are free",
             plan.limits.max_tokens, plan.parallel
         ))),
         _ => Ok(()),
-    };
-    // The dry run itself keeps books of the cells.
-    refuse("CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES))?;
-    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
-    let model = load_model(config, devices, true, &|_| {})?;
-    for device in new_context(&model, params)?.memory() {
-        refuse(&device.device, device.context_bytes + device.compute_bytes + device.other_bytes)?;
     }
-    Ok(())
 }
 
 /// A GPU takes memory when it computes for the first time, so it computes a whole micro-batch; a CPU does not, and two
