@@ -91,6 +91,7 @@ impl Node {
             namespace: config.namespace.clone(),
             name: config.name.clone(),
             served_name: config.served_name.clone(),
+            adapters: config.adapters.iter().map(|adapter| adapter.name.clone()).collect(),
             traffic: config.traffic.clone(),
         };
         let port = front.publish(published).await.unwrap();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use altiplano_agent::api::{ApiOptions, ApiState, router};
 use altiplano_agent::engine::Engine;
 use altiplano_agent::runner::protocol::RunnerConfig;
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
+use altiplano_crds::model_deployment::ContextSpec;
 use altiplano_test_models::toy;
 use axum::Router;
 use axum::body::Body;
@@ -28,20 +28,14 @@ const MISTRAL: &str = include_str!("templates/mistral.jinja");
 async fn api(chat_template: Option<&str>) -> Router {
     let context = ContextSpec { min_tokens: Some(4096), max_tokens: Some(4096), parallel: 2, ..ContextSpec::default() };
     let config = RunnerConfig {
-        uid: "uid".into(),
-        revision: "1".into(),
         namespace: "ml".into(),
         name: "toy".into(),
         served_name: "toy".into(),
         model_path: toy::path(),
         chat_template: chat_template.map(str::to_owned),
-        socket: "/nowhere".into(),
         context,
-        engine: EngineSpec::default(),
-        traffic: TrafficSpec::default(),
-        devices: Vec::new(),
-        gpu_layers: None,
         threads: 2,
+        ..RunnerConfig::default()
     };
     let engine = {
         let config = config.clone();

@@ -138,6 +138,7 @@ fn published(name: &str, traffic: TrafficSpec) -> PublishedModel {
         namespace: own("ml"),
         name: own(name),
         served_name: format!("{name}-served"),
+        adapters: Vec::new(),
         traffic,
     }
 }

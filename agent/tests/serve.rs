@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_agent::runner::spawn::{Runner, SpawnError};
-use altiplano_test_models::{BadFile, Spec, toy};
+use altiplano_test_models::{BadFile, Lora, Spec, toy};
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -33,7 +33,6 @@ struct Agent {
 impl Agent {
     /// Starts with models (name, GGUF file, more of the spec).
     async fn serve(models: &[(&str, &Path, &str)]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
         let yaml: Vec<String> = models
             .iter()
             .map(|(name, path, more)| {
@@ -44,6 +43,12 @@ impl Agent {
                 )
             })
             .collect();
+        Self::serve_yaml(&yaml).await
+    }
+
+    /// Starts with these `ModelDeployment`s.
+    async fn serve_yaml(yaml: &[String]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("models.yaml");
         std::fs::write(&file, yaml.join("---\n")).expect("the file is written");
         let state = folder.path().join("state");
@@ -247,6 +252,35 @@ async fn good_models_serve_while_bad_ones_say_what_is_wrong() {
 
     agent.signal(Signal::TERM);
     assert!(agent.exited().await.success(), "a graceful end is a success");
+}
+
+/// Fetched with the model, loaded with it, asked for by name on the shared port.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_served_with_its_adapters() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("odd.gguf");
+    Lora { strength: 3.0, ..Lora::of_toy() }.write(&path).expect("an adapter");
+    let model = format!(
+        "{{source: {{uri: 'file://{}'}}, adapters: [{{name: odd, source: {{uri: 'file://{}'}}}}, \
+         {{name: nothing, scalePercent: 0, source: {{uri: 'file://{}'}}}}]}}",
+        toy::path().display(),
+        path.display(),
+        path.display()
+    );
+    let agent = Agent::serve_yaml(&[format!(
+        "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: toy}}\nspec: {{model: {model}}}\n"
+    )])
+    .await;
+    agent.ready("toy", 1).await;
+    let (question, answer) = question();
+    assert_eq!(agent.ask("toy", &question).await, answer);
+    assert_eq!(agent.ask("toy:nothing", &question).await, answer);
+    assert_ne!(agent.ask("default/toy:odd", &question).await, answer);
+    assert_eq!(agent.ask("toy", &question).await, answer);
+    let models = agent.client.get(format!("http://{}/v1/models", agent.shared)).send().await.expect("an answer");
+    let models: Value = models.json().await.expect("JSON");
+    let ids: Vec<_> = models["data"].as_array().expect("models").iter().map(|model| model["id"].as_str()).collect();
+    assert_eq!(ids, [Some("toy"), Some("toy:odd"), Some("toy:nothing")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

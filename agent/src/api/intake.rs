@@ -27,6 +27,8 @@ pub(crate) struct Visit {
     pub(crate) held: Duration,
     /// When it leaves the queue, should it still be waiting.
     pub(crate) queue_deadline: Instant,
+    /// Number of the LoRA adapter that it asks for.
+    pub(crate) adapter: Option<usize>,
     /// Held until the answer is complete.
     _admission: OwnedSemaphorePermit,
 }
@@ -43,11 +45,11 @@ impl FromRequest<ApiState> for Intake {
         check_content_length(&parts.headers, body_limit)?;
         let bytes = collect(body, body_limit, body_timeout, |_| Ok(())).await?;
         let fields = parse_object(&bytes)?;
-        state.check_model(&fields)?;
+        let adapter = state.check_model(&fields)?;
         let request_id = parts.extensions.get().map(|RequestId(id)| id.clone()).unwrap_or_default();
         let queue_deadline = arrived + queue_timeout(state, &parts.headers);
         let held = milliseconds(&parts.headers, &HELD).unwrap_or_default();
-        let visit = Visit { request_id, arrived, held, queue_deadline, _admission: admission };
+        let visit = Visit { request_id, arrived, held, queue_deadline, adapter, _admission: admission };
         Ok(Self { state: state.clone(), visit, fields: Fields(fields) })
     }
 }

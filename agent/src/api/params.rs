@@ -141,6 +141,7 @@ impl Params {
                     aim_tokens: *aim_tokens,
                     progress: *return_progress && *stream,
                     every_token: false,
+                    adapter: visit.adapter,
                 });
             }
         }

@@ -189,12 +189,18 @@ impl ApiState {
         }
     }
 
-    /// Refuses a body that asks for another model.
-    pub(crate) fn check_model(&self, fields: &Map<String, Value>) -> Result<(), ApiError> {
+    /// The number of the adapter that `asked` names behind a name of this model and a colon.
+    pub(crate) fn adapter(&self, asked: &str) -> Option<usize> {
+        let (_, adapter) = asked.rsplit_once(':').filter(|(model, _)| self.answers_to(model))?;
+        self.engine().model().adapters.iter().position(|name| name == adapter)
+    }
+
+    /// Refuses a body that asks for another model; returns the adapter that it asks for.
+    pub(crate) fn check_model(&self, fields: &Map<String, Value>) -> Result<Option<usize>, ApiError> {
         match fields.get("model") {
-            None | Some(Value::Null) => Ok(()),
-            Some(Value::String(model)) if self.answers_to(model) => Ok(()),
-            Some(Value::String(model)) => Err(ApiError::model_not_found(model)),
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(model)) if self.answers_to(model) => Ok(None),
+            Some(Value::String(model)) => self.adapter(model).map(Some).ok_or_else(|| ApiError::model_not_found(model)),
             Some(other) => Err(fields::wrong_type("model", "a string", other)),
         }
     }

@@ -8,10 +8,18 @@ use super::sampling::{
 };
 
 /// Refuses what could never run.
-pub(super) fn check(model: &Model, max_tokens: u32, request: &GenerateRequest) -> Result<(), SubmitError> {
+pub(super) fn check(
+    model: &Model,
+    max_tokens: u32,
+    adapters: usize,
+    request: &GenerateRequest,
+) -> Result<(), SubmitError> {
     let n_vocab = model.n_vocab();
     if request.prompt.is_empty() {
         return Err(SubmitError::EmptyPrompt);
+    }
+    if request.adapter.is_some_and(|adapter| adapter >= adapters) {
+        return Err(SubmitError::InvalidParameter("the model has no such adapter"));
     }
     let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
     if prompt_tokens >= max_tokens {

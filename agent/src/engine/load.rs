@@ -9,12 +9,16 @@ use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
-use super::ffi::{self, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Model, ModelParams};
+use super::ffi::{
+    self, Adapter, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Model, ModelParams,
+};
 use super::host;
 use super::sampling::SamplingParams;
 use super::sizing::Limits;
 use super::{Ability, ModelFacts};
-use crate::runner::protocol::{EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport};
+use crate::runner::protocol::{
+    AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport,
+};
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
@@ -36,6 +40,7 @@ pub(super) struct Loaded {
     pub(super) model: Model,
     pub(super) context: Context,
     pub(super) params: ContextParams,
+    pub(super) adapters: Vec<(Adapter, f32)>,
     pub(super) plan: Plan,
     pub(super) facts: ModelFacts,
     pub(super) report: RunnerReport,
@@ -83,6 +88,9 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     if config.context.sizing == ContextSizing::Fixed {
         check_fixed(config, &plan, &params)?;
     }
+    // Before the context, which is planned with the adapters that are there.
+    let adapters = load_adapters(config, &model)?;
+    let model = model.with_adapter_bytes(adapter_bytes(config));
     let mut context = new_context(&model, &params)?;
     let can_cut = warm_up(&model, &mut context, gpu)?;
     if plan.capability.cut != Cut::Nowhere {
@@ -99,8 +107,9 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
         notes: notes(config, &model, &plan),
     };
     let facts = facts(config, &model, plan.limits.max_tokens);
-    let facts = ModelFacts { abilities: vec![Ability::Completion], ..facts };
-    Ok(Loaded { model, context, params, plan, facts, report })
+    let names = config.adapters.iter().map(|adapter| adapter.name.clone());
+    let facts = ModelFacts { abilities: vec![Ability::Completion], adapters: names.collect(), ..facts };
+    Ok(Loaded { model, context, params, adapters, plan, facts, report })
 }
 
 /// llama.cpp's dry run: what [`load`] would take, without reading weights.
@@ -115,6 +124,7 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
         return embed::estimate(config, &model, pooling, gpu);
     }
     let (plan, params) = plan(config, &model, gpu);
+    let model = model.with_adapter_bytes(adapter_bytes(config));
     check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
     Ok(EstimateReport {
@@ -266,6 +276,22 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     (plan, params)
 }
 
+fn load_adapters(config: &RunnerConfig, model: &Model) -> Result<Vec<(Adapter, f32)>, EngineError> {
+    let load = |file: &AdapterFile| {
+        let adapter = Adapter::load(model, &file.path)
+            .map_err(|message| EngineError::LoadFailed { path: file.path.display().to_string(), message })?;
+        let percent = u16::try_from(file.scale_percent).unwrap_or(u16::MAX);
+        Ok((adapter, f32::from(percent) / 100.0))
+    };
+    config.adapters.iter().map(load).collect()
+}
+
+/// A file holds little beside the weights.
+fn adapter_bytes(config: &RunnerConfig) -> u64 {
+    let length = |file: &AdapterFile| std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
+    config.adapters.iter().map(length).sum()
+}
+
 /// Layers on a GPU and in all, the output layer counted.
 pub(super) fn layers(config: &RunnerConfig, model: &Model, gpu: bool) -> (u32, u32) {
     let total = model.n_layer() + 1;
@@ -343,6 +369,7 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
         max_tokens,
         embedding_width: model.embedding_width(),
         abilities: Vec::new(),
+        adapters: Vec::new(),
         bos: model.bos(),
         bos_text: text(model.bos()),
         eos: model.eos(),

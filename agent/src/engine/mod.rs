@@ -4,6 +4,7 @@
 //! to do next is decided by pure modules (`schedule`, `sizing`, `pool`, `prefix`), done by `step`. `ffi` holds the only
 //! unsafe code of the project.
 
+mod adapters;
 mod capability;
 pub mod chat;
 mod check;
@@ -109,6 +110,8 @@ pub struct ModelFacts {
     pub embedding_width: u32,
     /// What the model can be asked for.
     pub abilities: Vec<Ability>,
+    /// Names of its LoRA adapters.
+    pub adapters: Vec<String>,
     /// Token that begins a text.
     pub bos: Option<Token>,
     /// `bos` as text, for chat templates; empty when there is none.
@@ -394,13 +397,17 @@ impl Engine {
 
     /// Puts a request into the queue of a model that generates. One that is [`GenerateRequest::is_dear`] takes milliseconds,
     /// up to a second, before it is there, so this belongs on a thread that may block.
-    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+    pub fn submit(&self, mut request: GenerateRequest) -> Result<Generation, SubmitError> {
         let Queue::Generate(mailbox) = &self.inner.queue else {
             let can_rank = self.inner.facts.can(Ability::Rerank);
             return Err(SubmitError::Unsupported(if can_rank { embed::RANKS_ONLY } else { embed::EMBEDS_ONLY }));
         };
         let Inner { model, facts, grammars, .. } = &*self.inner;
-        check::check(model, facts.max_tokens, &request)?;
+        check::check(model, facts.max_tokens, facts.adapters.len(), &request)?;
+        if let Some(name) = request.adapter.and_then(|adapter| facts.adapters.get(adapter)) {
+            // Its strength is the deployment's, the same for all requests of this engine.
+            request.cache.adapters = vec![(name.clone(), 0)];
+        }
         let compile = |grammar: &Grammar| {
             let compiled = grammars.compile(model, grammar, !request.ignore_eos);
             compiled.map_err(|reason| SubmitError::InvalidGrammar { field: grammar.field(), reason })

@@ -40,7 +40,9 @@ pub struct GenerateRequest {
     pub logprobs: Option<u32>,
     /// When the request leaves the queue, should it still be waiting.
     pub deadline: Option<Instant>,
-    /// Whose KV cells the prompt may begin with.
+    /// Number of the adapter in [`ModelFacts::adapters`](super::ModelFacts::adapters); `None`: the model itself.
+    pub adapter: Option<usize>,
+    /// Whose KV cells the prompt may begin with; the adapter is put in by the engine.
     pub cache: CacheKey,
     /// Whether KV cells are reused at all; what was computed stays for others of the same key either way.
     pub cache_prompt: bool,
@@ -66,6 +68,7 @@ impl Default for GenerateRequest {
             ignore_eos: false,
             logprobs: None,
             deadline: None,
+            adapter: None,
             cache: CacheKey::default(),
             cache_prompt: true,
             aim_tokens: None,

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::{OwnedPermit, Sender};
 
+use super::adapters::AdapterId;
 use super::chooser::Chooser;
 use super::error::EngineError;
 use super::ffi::{LogprobRow, Model};
@@ -47,6 +48,8 @@ pub(super) struct Sequence {
     /// Tokens whose keys and values are in the cache.
     pub(super) resident: usize,
     pub(super) chooser: Chooser,
+    /// With which it runs.
+    pub(super) adapter: AdapterId,
     /// Alternatives per token that the reader wants.
     pub(super) logprobs: Option<u32>,
     /// Tokens to aim for, prompt and answer.
@@ -99,6 +102,7 @@ impl Sequence {
             aim_tokens: _,
             progress,
             every_token,
+            adapter,
         } = request;
         chooser.read_prompt(&prompt)?;
         let limit = (max_tokens as usize).min(prompt.len().saturating_add(wanted.map_or(usize::MAX, |n| n as usize)));
@@ -115,6 +119,7 @@ impl Sequence {
             begun: false,
             resident: 0,
             chooser,
+            adapter,
             logprobs,
             need,
             prompt: prompt.len(),

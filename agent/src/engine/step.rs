@@ -2,9 +2,10 @@
 
 mod resize;
 
+use super::adapters::AdapterId;
 use super::capability::{Capability, Cut};
 use super::chooser::{ChooseError, Chooser};
-use super::ffi::{Batch, Context, ContextParams, DecodeError, LogprobRow, Model, available_bytes};
+use super::ffi::{Adapter, Batch, Context, ContextParams, DecodeError, LogprobRow, Model, available_bytes};
 use super::host::{self, HostCache};
 use super::load::{Plan, total_context_bytes};
 use super::pool::{Pool, SeqId};
@@ -28,6 +29,9 @@ pub(super) struct Executor {
     /// What the state moves through; kept for the next change of size.
     staging: Vec<u8>,
     making: Option<resize::Making>,
+    adapters: Vec<(Adapter, f32)>,
+    /// That the next steps are made with.
+    adapter: AdapterId,
 }
 
 /// The state of a sequence that lost its cells.
@@ -38,7 +42,13 @@ pub(super) struct Saved {
 }
 
 impl Executor {
-    pub(super) fn new(model: Model, context: Context, params: ContextParams, plan: &Plan) -> Self {
+    pub(super) fn new(
+        model: Model,
+        context: Context,
+        params: ContextParams,
+        adapters: Vec<(Adapter, f32)>,
+        plan: &Plan,
+    ) -> Self {
         Self {
             pool: Pool::new(params.sequences, params.unified),
             host: HostCache::new(plan.host_cache),
@@ -51,6 +61,8 @@ impl Executor {
             kept: plan.kept,
             staging: Vec::new(),
             making: None,
+            adapters,
+            adapter: None,
         }
     }
 
@@ -193,6 +205,11 @@ impl Executor {
         while self.pool.used().saturating_add(cells) > self.cells() && self.drop_kept(except) {}
     }
 
+    /// Has the next steps made with an adapter, or with none.
+    pub(super) fn adapt(&mut self, adapter: AdapterId) {
+        self.adapter = adapter;
+    }
+
     /// Computes tokens: for each entry the sequence, its tokens, the position of the first one, and whether the last
     /// one's logits are needed. `rows` gets the row of those logits for each entry.
     pub(super) fn decode<'a>(
@@ -211,6 +228,9 @@ impl Executor {
             rows.push(row.ok_or_else(|| DecodeError::Invalid("the step is larger than the batch".to_owned()))?);
         }
         let context = self.context.as_mut().ok_or_else(|| DecodeError::Failed("no context".to_owned()))?;
+        // Each time, because a context that was just made has none; llama.cpp sees when nothing changes.
+        let adapter = self.adapter.and_then(|number| self.adapters.get(number));
+        context.adapt(adapter.map(|(adapter, scale)| (adapter, *scale)));
         context.decode(&mut self.batch)?;
         for (id, tokens, _, _) in work {
             self.pool.append(id, u32::try_from(tokens.len()).unwrap_or(u32::MAX));

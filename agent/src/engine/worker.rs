@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::adapters::Turns;
 use super::chooser::ChooseError;
 use super::error::EngineError;
 use super::ffi::{DecodeError, Model};
@@ -38,6 +39,7 @@ pub(super) struct Worker {
     /// Without cells, because there is no room: preempted, or next to begin. They go before everybody in the queue.
     preempted: Vec<Sequence>,
     pace: Pace,
+    turns: Turns,
     next_serial: Serial,
     /// Cells when the size was last looked at.
     cells: u32,
@@ -58,10 +60,10 @@ impl Worker {
         shared: Arc<Shared>,
         report: watch::Sender<RunnerReport>,
     ) -> Self {
-        let Loaded { model, context, params, plan, facts: _, report: _ } = loaded;
+        let Loaded { model, context, params, adapters, plan, facts: _, report: _ } = loaded;
         let cells = context.cells();
         Self {
-            executor: Executor::new(model.clone(), context, params, &plan),
+            executor: Executor::new(model.clone(), context, params, adapters, &plan),
             model,
             plan,
             mailbox,
@@ -70,6 +72,7 @@ impl Worker {
             running: Vec::new(),
             preempted: Vec::new(),
             pace: Pace::default(),
+            turns: Turns::default(),
             next_serial: 0,
             cells,
             needs: Needs::default(),
@@ -177,11 +180,15 @@ impl Worker {
 
     fn schedule(&mut self) {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        // A step holds sequences of one adapter.
+        let ready = self.running.iter().filter(|sequence| sequence.is_ready());
+        let turn = self.turns.next(ready.map(|sequence| sequence.adapter), Instant::now());
+        self.executor.adapt(turn);
         self.lanes.clear();
         self.lanes.extend(self.running.iter().map(|sequence| Lane {
             todo: count(sequence.todo()),
             piece: count(sequence.piece()),
-            parked: !sequence.is_ready(),
+            parked: !sequence.is_ready() || sequence.adapter != turn,
         }));
         let batch = self.executor.batch_tokens();
         let limits = schedule::Limits { batch, outputs: self.plan.parallel, mixed: self.pace.mixed(batch) };

@@ -319,8 +319,22 @@ async fn list(shared: &Shared, door: &Door) -> Vec<Value> {
     /// Workers asked at the same time.
     const AT_ONCE: usize = 16;
     let models = models(shared, door);
-    let described = futures::stream::iter(models).map(|model| async move { describe(shared, &model).await });
-    described.buffered(AT_ONCE).collect().await
+    let described = futures::stream::iter(models).map(|model| async move { with_adapters(shared, &model).await });
+    described.buffered(AT_ONCE).concat().await
+}
+
+/// A model and its adapters as `/v1/models` lists them.
+async fn with_adapters(shared: &Shared, model: &Arc<Model>) -> Vec<Value> {
+    let whole = describe(shared, model).await;
+    let id = whole["id"].as_str().unwrap_or_default().to_owned();
+    let adapter = |name: &String| {
+        let mut entry = whole.clone();
+        entry["id"] = format!("{id}:{name}").into();
+        entry["parent"] = id.as_str().into();
+        entry
+    };
+    let adapters: Vec<_> = model.published().adapters.iter().map(adapter).collect();
+    std::iter::once(whole).chain(adapters).collect()
 }
 
 /// The name that leads to the model on the shared port: its served name where only it has it.

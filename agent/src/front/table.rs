@@ -26,6 +26,8 @@ pub struct PublishedModel {
     pub name: String,
     /// Name that clients ask for.
     pub served_name: String,
+    /// Its LoRA adapters, each asked for behind one of the model's names and a colon.
+    pub adapters: Vec<String>,
     /// Queue and time limits.
     pub traffic: TrafficSpec,
 }
@@ -37,8 +39,18 @@ impl PublishedModel {
         format!("{}/{}", self.namespace, self.name)
     }
 
-    /// Whether `asked` means this model, on its own port.
+    /// Whether `asked` means this model or one of its adapters, on its own port.
     fn answers_to(&self, asked: &str) -> bool {
+        self.is_called(asked) || self.of_adapter(asked).is_some_and(|model| self.is_called(model))
+    }
+
+    /// What stands before one of its adapters and a colon.
+    fn of_adapter<'a>(&self, asked: &'a str) -> Option<&'a str> {
+        let (model, adapter) = asked.rsplit_once(':')?;
+        self.adapters.iter().any(|name| name == adapter).then_some(model)
+    }
+
+    fn is_called(&self, asked: &str) -> bool {
         asked == self.served_name
             || asked == self.name
             || asked.split_once('/').is_some_and(|(namespace, name)| namespace == self.namespace && name == self.name)
@@ -306,12 +318,14 @@ pub(super) enum Lookup {
 
 impl Table {
     /// The model that `asked` means on the shared port: `namespace/name`, or a served name or name that only one has;
-    /// each also with Ollama's tag for "the one there is".
+    /// each also with Ollama's tag for "the one there is", or the name of one of its adapters, behind a colon.
     pub(super) fn resolve(&self, asked: &str) -> Result<Arc<Model>, Lookup> {
-        match (self.resolve_exactly(asked), asked.strip_suffix(LATEST)) {
-            (Err(Lookup::NotFound), Some(bare)) => self.resolve_exactly(bare),
-            (found, _) => found,
-        }
+        let of_model = self.resolve_exactly(asked);
+        let Err(Lookup::NotFound) = of_model else { return of_model };
+        let (name, _) = asked.rsplit_once(':').ok_or(Lookup::NotFound)?;
+        let model = self.resolve_exactly(name)?;
+        let known = asked.ends_with(LATEST) || model.published().of_adapter(asked).is_some();
+        if known { Ok(model) } else { Err(Lookup::NotFound) }
     }
 
     fn resolve_exactly(&self, asked: &str) -> Result<Arc<Model>, Lookup> {
@@ -363,6 +377,7 @@ mod tests {
             namespace: own(namespace),
             name: own(name),
             served_name: own(served_name),
+            adapters: vec![own("terse")],
             traffic,
         }
     }
@@ -397,6 +412,10 @@ mod tests {
             ("other:latest:latest", Err(Lookup::NotFound)),
             // The served name of one goes before the name of another.
             ("qwen", Ok("2")),
+            ("b/toy:terse", Ok("2")),
+            ("qwen:terse", Ok("2")),
+            ("toy:terse", two("a/toy", "b/toy")),
+            ("qwen:loud", Err(Lookup::NotFound)),
             ("c/toy", Err(Lookup::NotFound)),
             ("", Err(Lookup::NotFound)),
         ];
@@ -409,10 +428,19 @@ mod tests {
     #[test]
     fn a_models_own_port_takes_all_its_names() {
         let toy = published("1", "ml", "toy", "Toy Chat");
-        for good in [None, Some("toy"), Some("ml/toy"), Some("Toy Chat"), Some("toy:latest"), Some("ml/toy:latest")] {
+        for good in [
+            None,
+            Some("toy"),
+            Some("ml/toy"),
+            Some("Toy Chat"),
+            Some("toy:latest"),
+            Some("ml/toy:latest"),
+            Some("Toy Chat:terse"),
+            Some("ml/toy:terse"),
+        ] {
             assert!(is_for(&toy, good), "{good:?}");
         }
-        for bad in ["", "TOY", "other/toy", "ml/toy/x", "gpt-4", ":latest", "toy:7b"] {
+        for bad in ["", "TOY", "other/toy", "ml/toy/x", "gpt-4", ":latest", "toy:7b", "toy:", "toy:loud", ":terse"] {
             assert!(!is_for(&toy, Some(bad)), "{bad}");
         }
     }

@@ -6,18 +6,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
-use altiplano_crds::model_deployment::{EngineSpec, ModelSource};
+use altiplano_crds::model_deployment::{AdapterSpec, EngineSpec, ModelSource};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::observe::{FileState, Happened, Model, Observed, RouteTo, Trouble};
+use super::observe::{FileState, Happened, Model, Observed, RouteTo, Sources, StoredFiles, Trouble};
 use super::plan::Step;
 use crate::devices::Devices;
 use crate::front::{Front, PublishedModel, Route};
 use crate::metrics::AgentMetrics;
 use crate::runner::adopt::{self, Record};
-use crate::runner::protocol::{EstimateReport, RunnerCommand, RunnerConfig};
+use crate::runner::protocol::{AdapterFile, EstimateReport, RunnerCommand, RunnerConfig};
 use crate::runner::spawn::{Runner, SpawnError};
 use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
 use crate::store::{Progress, Source, Store, StoreError, StoredModel};
@@ -250,6 +250,7 @@ impl Executor {
                 namespace: assignment.namespace.clone(),
                 name: assignment.name.clone(),
                 served_name: assignment.served_name.clone(),
+                adapters: assignment.model.adapters.iter().map(|adapter| adapter.name.clone()).collect(),
                 traffic: assignment.traffic.clone(),
             };
             let port = front.publish(model).await;
@@ -258,7 +259,7 @@ impl Executor {
         });
     }
 
-    fn fetch(&mut self, uid: String, source: ModelSource) {
+    fn fetch(&mut self, uid: String, source: Sources) {
         let cancel = CancellationToken::new();
         if let Some(former) = self.fetches.insert(uid.clone(), cancel.clone()) {
             former.cancel();
@@ -268,11 +269,9 @@ impl Executor {
         self.tasks.spawn(async move {
             // The semaphore is never closed.
             let _permit = downloads.acquire_owned().await;
-            let wanted =
-                Source { uri: source.uri.clone(), revision: source.revision.clone(), sha256: source.sha256.clone() };
             let (progress, seen) = watch::channel(Progress::default());
             let result = tokio::select! {
-                result = store.ensure(&wanted, &progress, &cancel) => result,
+                result = ensure(&store, &source, &progress, &cancel) => result,
                 () = tell_progress(seen, &reports, &uid, &source) => Err(StoreError::Cancelled),
             };
             let result = result
@@ -299,7 +298,7 @@ impl Executor {
             return None;
         };
         let wanted = &model.assignment;
-        let StoredModel { path, .. } = stored.as_ref();
+        let StoredFiles { model: StoredModel { path, .. }, adapters } = stored.as_ref();
         let layers = if devices.is_empty() { Some(0) } else { wanted.engine.gpu_layers };
         Some(RunnerConfig {
             uid: wanted.uid.clone(),
@@ -308,6 +307,7 @@ impl Executor {
             name: wanted.name.clone(),
             served_name: wanted.served_name.clone(),
             model_path: path.clone(),
+            adapters: adapters.clone(),
             chat_template: wanted.model.chat_template.clone(),
             socket: self.socket(worker),
             context: wanted.context.clone(),
@@ -338,12 +338,34 @@ fn threads(engine: &EngineSpec, default: u32) -> u32 {
     engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
 }
 
+/// Sees to the model's own file, whose progress is told, and then to its adapters, which are small.
+async fn ensure(
+    store: &Store,
+    sources: &Sources,
+    progress: &watch::Sender<Progress>,
+    cancel: &CancellationToken,
+) -> Result<StoredFiles, StoreError> {
+    let wanted = |ModelSource { uri, revision, files: _, sha256 }: &ModelSource| Source {
+        uri: uri.clone(),
+        revision: revision.clone(),
+        sha256: sha256.clone(),
+    };
+    let model = store.ensure(&wanted(&sources.model), progress, cancel).await?;
+    let mut adapters = Vec::with_capacity(sources.adapters.len());
+    for AdapterSpec { name, source, scale_percent } in &sources.adapters {
+        let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await?;
+        let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
+        adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
+    }
+    Ok(StoredFiles { model, adapters })
+}
+
 /// Passes on whole steps of progress; never ends.
 async fn tell_progress(
     mut seen: watch::Receiver<Progress>,
     reports: &mpsc::Sender<Report>,
     uid: &str,
-    source: &ModelSource,
+    source: &Sources,
 ) {
     let mut last = None;
     while seen.changed().await.is_ok() {
@@ -385,8 +407,9 @@ async fn estimate(
 async fn cache_key(config: &RunnerConfig) -> Option<String> {
     let metadata = tokio::fs::metadata(&config.model_path).await.ok()?;
     let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-    let RunnerConfig { model_path, context, engine, devices, gpu_layers, threads, .. } = config;
-    let parts = (model_path, metadata.len(), modified.to_string(), context, engine, devices, gpu_layers, threads);
+    let RunnerConfig { model_path, adapters, context, engine, devices, gpu_layers, threads, .. } = config;
+    let file = (model_path, metadata.len(), modified.to_string());
+    let parts = (file, adapters, context, engine, devices, gpu_layers, threads);
     serde_json::to_string(&parts).ok()
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::reasons;
-use altiplano_crds::model_deployment::ModelSource;
+use altiplano_crds::model_deployment::{AdapterSpec, ModelSource, ModelSpec};
 use altiplano_crds::model_node::{ModelAssignment, RawAssignment, UnsupportedAssignment};
 
 use super::plan::Step;
@@ -16,7 +16,7 @@ use crate::devices::Devices;
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
-use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent, RunnerReport};
+use crate::runner::protocol::{AdapterFile, EstimateReport, MemoryUse, RunnerEvent, RunnerReport};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 use crate::store::StoredModel;
 
@@ -104,9 +104,9 @@ pub struct Model {
     pub published: Option<Arc<ModelAssignment>>,
     /// Where its requests go, as the listener was told last.
     pub route: Option<RouteTo>,
-    /// The source of its file.
-    pub source: ModelSource,
-    /// Its file.
+    /// The sources of its files.
+    pub source: Sources,
+    /// Its files.
     pub file: FileState,
     /// The dry runs of the wanted revision.
     pub estimates: Vec<Estimate>,
@@ -167,7 +167,40 @@ pub enum RouteTo {
     },
 }
 
-/// A model's file.
+/// Where a model's files come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// The model's own file.
+    pub model: ModelSource,
+    /// Its LoRA adapters.
+    pub adapters: Vec<AdapterSpec>,
+}
+
+impl Sources {
+    fn of(model: &ModelSpec) -> Self {
+        Self { model: model.source.clone(), adapters: model.adapters.clone() }
+    }
+}
+
+/// A model's files, each of them there and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredFiles {
+    /// Its own.
+    pub model: StoredModel,
+    /// Its adapters, in the order of the spec.
+    pub adapters: Vec<AdapterFile>,
+}
+
+impl std::ops::Deref for StoredFiles {
+    type Target = StoredModel;
+
+    /// What is asked of the files is nearly always asked of the model's own.
+    fn deref(&self) -> &StoredModel {
+        &self.model
+    }
+}
+
+/// A model's files.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FileState {
     /// Nobody has looked.
@@ -178,7 +211,7 @@ pub enum FileState {
         percent: Option<u8>,
     },
     /// There and checked.
-    Present(Arc<StoredModel>),
+    Present(Arc<StoredFiles>),
 }
 
 /// A dry run.
@@ -277,9 +310,9 @@ pub enum Happened {
     /// A model's port is closed.
     Withdrawn,
     /// A file came nearer.
-    FetchProgress(ModelSource, u8),
+    FetchProgress(Sources, u8),
     /// A file is there, or not.
-    Fetched(ModelSource, Result<Arc<StoredModel>, Trouble>),
+    Fetched(Sources, Result<Arc<StoredFiles>, Trouble>),
     /// A dry run of a revision on some devices ended.
     Estimated(String, Vec<String>, Result<EstimateReport, Trouble>),
     /// A worker said something.
@@ -445,7 +478,7 @@ impl Worker {
 impl Model {
     fn new(assignment: Arc<ModelAssignment>) -> Self {
         Self {
-            source: assignment.model.source.clone(),
+            source: Sources::of(&assignment.model),
             assignment,
             listener: Listener::Closed,
             published: None,
@@ -519,8 +552,9 @@ impl Model {
             self.failure = None;
             (self.failures, self.crashes) = (0, 0);
         }
-        if self.source != wanted.model.source {
-            self.source = wanted.model.source.clone();
+        let source = Sources::of(&wanted.model);
+        if self.source != source {
+            self.source = source;
             self.file = FileState::Unknown;
         }
         if self.assignment != *wanted {

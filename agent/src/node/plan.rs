@@ -509,10 +509,10 @@ fn unsupported(model: &ModelSpec) -> Option<String> {
         "model.projector"
     } else if draft.is_some() {
         "model.draft"
-    } else if !adapters.is_empty() {
-        "model.adapters"
     } else if !source.files.is_empty() {
         "model.source.files"
+    } else if adapters.iter().any(|adapter| !adapter.source.files.is_empty()) {
+        "model.adapters[].source.files"
     } else {
         return None;
     };
@@ -521,7 +521,10 @@ fn unsupported(model: &ModelSpec) -> Option<String> {
 
 /// Whether the listener must be told of the difference.
 fn listener_cares(told: &ModelAssignment, wanted: &ModelAssignment) -> bool {
-    let of = |a: &ModelAssignment| (a.namespace.clone(), a.name.clone(), a.served_name.clone(), a.traffic.clone());
+    let adapters =
+        |a: &ModelAssignment| a.model.adapters.iter().map(|adapter| adapter.name.clone()).collect::<Vec<_>>();
+    let names = |a: &ModelAssignment| (a.namespace.clone(), a.name.clone(), a.served_name.clone(), adapters(a));
+    let of = |a: &ModelAssignment| (names(a), a.traffic.clone());
     of(told) != of(wanted)
 }
 

@@ -26,6 +26,8 @@ pub struct RunnerConfig {
     pub served_name: String,
     /// The GGUF file (of a split model: the first part).
     pub model_path: PathBuf,
+    /// LoRA adapters, loaded with the model.
+    pub adapters: Vec<AdapterFile>,
     /// Jinja template that replaces the file's own.
     pub chat_template: Option<String>,
     /// Unix socket to serve HTTP on; created with mode 0600.
@@ -42,6 +44,18 @@ pub struct RunnerConfig {
     pub gpu_layers: Option<u32>,
     /// CPU threads.
     pub threads: u32,
+}
+
+/// A LoRA adapter's file.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AdapterFile {
+    /// Name that a request puts behind the model's and a colon.
+    pub name: String,
+    /// The GGUF file.
+    pub path: PathBuf,
+    /// Strength in percent; 100 is as trained.
+    pub scale_percent: u32,
 }
 
 /// What a worker reports, one JSON object a line on standard output.

@@ -2,6 +2,7 @@
 //!
 //! * [`Spec`] describes a model with random weights; [`Spec::write`] writes it, also at realistic sizes, in constant
 //!   memory. Equal specs give equal bytes.
+//! * [`Lora`] writes an adapter with random weights.
 //! * [`BadFile`] writes the files that must be refused: not a GGUF, truncated, corrupt, of an unknown architecture.
 //! * [`toy`] is a trained chat model of two megabytes whose greedy answers are known.
 //!
@@ -9,6 +10,7 @@
 
 mod bad;
 mod gguf;
+mod lora;
 mod mamba;
 mod spec;
 pub mod toy;
@@ -16,6 +18,7 @@ mod vocab;
 mod weights;
 
 pub use bad::BadFile;
+pub use lora::Lora;
 pub use spec::{Architecture, CHATML, Pooling, Quantization, Spec, Tokenizer};
 
 /// Why a file was not written.

@@ -482,7 +482,7 @@ impl Tensor {
 }
 
 impl Architecture {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",

@@ -32,6 +32,9 @@ pub(in crate::engine) fn load(
     pooling: Pooling,
     gpu: bool,
 ) -> Result<Loaded, EngineError> {
+    if !config.adapters.is_empty() {
+        return Err(EngineError::UnsupportedModel("adapters are for models that generate text".to_owned()));
+    }
     let (sizes, params) = plan(config, &model, pooling, gpu);
     let parallel = u32::try_from(config.context.parallel).unwrap_or(1).clamp(1, 128);
     let mut context = new_context(&model, &params, pooling)?;

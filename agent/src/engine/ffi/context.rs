@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use altiplano_crds::model_deployment::{CacheType, FlashAttention, RopeScaling, RopeSpec};
 use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
 
-use super::{Batch, Model, Sampler, log, shim};
+use super::{Adapter, Batch, Model, Sampler, log, shim};
 use crate::engine::request::{MAX_TOP_LOGPROBS, Token};
 use crate::runner::protocol::MemoryUse;
 
@@ -110,6 +110,19 @@ impl Context {
     pub(in crate::engine) fn micro_batch(&self) -> u32 {
         // SAFETY: the context is alive.
         unsafe { sys::llama_n_ubatch(self.raw.as_ptr()) }
+    }
+
+    /// Has the next batches computed with an adapter of the context's model at some strength, or with none. A change
+    /// makes llama.cpp plan its memory anew.
+    pub(in crate::engine) fn adapt(&mut self, adapter: Option<(&Adapter, f32)>) {
+        let (mut raw, mut scale) = match adapter {
+            Some((adapter, scale)) => (adapter.raw().as_ptr(), scale),
+            None => (std::ptr::null_mut(), 0.0),
+        };
+        let count = usize::from(adapter.is_some());
+        // SAFETY: context and adapter are alive, the adapter as long as the model, and both arrays have `count` entries
+        // or more.
+        unsafe { sys::llama_set_adapters_lora(self.raw.as_ptr(), &raw mut raw, count, &raw mut scale) };
     }
 
     /// Computes a batch and waits for it.
@@ -313,6 +326,10 @@ impl Context {
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { breakdown(self.raw) };
+        // llama.cpp's breakdown knows no adapters; they lie where the weights do.
+        if let Some(device) = uses.iter_mut().max_by_key(|device| device.weights_bytes) {
+            device.weights_bytes += self.model.adapter_bytes();
+        }
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.sequences);
         uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
         uses

@@ -6,6 +6,7 @@
 //! safe to call with any argument: what llama.cpp would answer with an abort is checked before.
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+mod adapter;
 mod backend;
 mod batch;
 mod chat;
@@ -16,6 +17,7 @@ mod model;
 mod sampler;
 mod shim;
 
+pub(super) use adapter::Adapter;
 pub(super) use backend::{Device, available_bytes, devices};
 pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};

@@ -37,6 +37,8 @@ pub(in crate::engine) struct ModelParams<'path> {
 pub(in crate::engine) struct Model {
     inner: Arc<LlamaModel>,
     dry_run: bool,
+    /// Bytes of adapters beside the weights.
+    adapter_bytes: u64,
 }
 
 impl Model {
@@ -66,7 +68,7 @@ impl Model {
         }
         let (loaded, errors) = log::with_errors(|| LlamaModel::load_from_file(backend, path, &model_params));
         match loaded {
-            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run }),
+            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run, adapter_bytes: 0 }),
             Err(_) if !errors.is_empty() => Err(errors),
             Err(error) => Err(error.to_string()),
         }
@@ -78,6 +80,15 @@ impl Model {
         // SAFETY: `LlamaModel` is `repr(transparent)` over a transparent wrapper of a `NonNull<llama_model>`; the
         // crate is pinned to the version in which that was read, and a test compares what both sides see.
         unsafe { *std::ptr::from_ref::<LlamaModel>(&self.inner).cast::<*mut llama_model>() }
+    }
+
+    /// The same model, with so many bytes of adapters beside its weights.
+    pub(in crate::engine) fn with_adapter_bytes(self, adapter_bytes: u64) -> Self {
+        Self { adapter_bytes, ..self }
+    }
+
+    pub(super) fn adapter_bytes(&self) -> u64 {
+        self.adapter_bytes
     }
 
     pub(super) fn vocab(&self) -> *const llama_vocab {

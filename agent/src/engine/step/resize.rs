@@ -211,7 +211,7 @@ mod tests {
             let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
             let load::Loaded { model, context, params, plan, .. } =
                 load::load(&config, model, gpu).expect("the context is made");
-            let mut executor = Executor::new(model, context, params, &plan);
+            let mut executor = Executor::new(model, context, params, Vec::new(), &plan);
             let mut begin = |first: Token| {
                 let (id, resident) = executor.begin(Reuse::Nothing).expect("an id");
                 assert_eq!(resident, 0);

@@ -10,7 +10,7 @@ use altiplano_crds::model_node::RawAssignment;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, Trouble};
+use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, StoredFiles, Trouble};
 use super::super::status::{Identity, status};
 use super::{Limits, Plan, Step, plan};
 use crate::devices::Devices;
@@ -375,7 +375,7 @@ pub(super) fn assignment(short: &Value) -> Value {
     full
 }
 
-pub(super) fn stored() -> Arc<StoredModel> {
+pub(super) fn stored() -> Arc<StoredFiles> {
     let header = GgufHeader {
         architecture: "llama".to_owned(),
         name: None,
@@ -388,7 +388,8 @@ pub(super) fn stored() -> Arc<StoredModel> {
         split_count: 1,
         needed_bytes: 1,
     };
-    Arc::new(StoredModel { path: "/models/m.gguf".into(), size_bytes: 1, sha256: None, header })
+    let model = StoredModel { path: "/models/m.gguf".into(), size_bytes: 1, sha256: None, header };
+    Arc::new(StoredFiles { model, adapters: Vec::new() })
 }
 
 macro_rules! scenarios {
