@@ -1,5 +1,5 @@
 //! The official SDKs against one `altiplano-agent serve` with the toy model, whose greedy answers are known: each
-//! endpoint, streaming and not, errors by their classes. The scripts are in `tests/clients`; each ends with `ok` or with
+//! endpoint, streaming and not, tools, structured output, errors by their classes. The scripts are in `tests/clients`; each ends with `ok` or with
 //! what it saw instead.
 
 use std::path::{Path, PathBuf};
@@ -9,10 +9,15 @@ use std::time::Duration;
 use altiplano_test_models::toy;
 use altiplano_tests::{Proc, node_modules, program, python, repository, sandbox, wait_for};
 use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 /// Longest wait for the agent and for a script; what is usual is a tenth of it.
 const PATIENCE: Duration = Duration::from_mins(2);
+
+/// The toy model, and the same with a template that has tools.
+const TOY: &str = "toy";
+const TOOLS: &str = "tools";
 
 const QUESTION: &str = "What can you do?";
 const ANSWER: &str =
@@ -34,18 +39,27 @@ async fn served() -> Result<&'static Served> {
 async fn serve() -> Result<Served> {
     let folder = sandbox::subdir("clients")?;
     let models = folder.join("models.yaml");
-    let yaml = format!(
-        "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: toy}}\n\
-         spec: {{model: {{source: {{uri: 'file://{}'}}}}, unload: {{policy: Never}}}}\n",
-        toy::path().display()
-    );
-    std::fs::write(&models, yaml)?;
+    let template = std::fs::read_to_string(repository().join("agent/tests/templates/hermes.jinja"))?;
+    let deployment = |name: &str, mut model: Value| {
+        model["source"] = json!({"uri": format!("file://{}", toy::path().display())});
+        json!({
+            "apiVersion": "altiplano.dev/v1alpha1",
+            "kind": "ModelDeployment",
+            "metadata": {"name": name},
+            "spec": {"model": model, "unload": {"policy": "Never"}},
+        })
+    };
+    // The toy model's own template has no place for tools.
+    let (plain, tools) = (deployment(TOY, json!({})), deployment(TOOLS, json!({"chatTemplate": template})));
+    // JSON is YAML.
+    std::fs::write(&models, format!("{plain}\n---\n{tools}\n"))?;
     let mut command = Command::new(program("altiplano-agent")?);
     command.arg("serve").arg(&models).args(["--listen", "127.0.0.1:0", "--state-dir"]).arg(folder.join("state"));
     let proc = Proc::start("clients-agent", command)?;
-    let url = wait_for("the toy model is ready", PATIENCE, || async {
+    let url = wait_for("both models are ready", PATIENCE, || async {
         let log = proc.log();
-        ensure!(log.contains("default/toy: Ready as"), "{log}");
+        let ready = |name| log.contains(&format!("default/{name}: Ready as"));
+        ensure!(ready(TOY) && ready(TOOLS), "{log}");
         let line = log.lines().find_map(|line| line.strip_prefix("listening on ")).context("no address")?;
         Ok(line.trim_end_matches("/v1").to_owned())
     })
@@ -54,12 +68,13 @@ async fn serve() -> Result<Served> {
 }
 
 /// Runs a script of `tests/clients` with the interpreter that its name asks for.
-async fn runs(script: &str) -> Result<()> {
+async fn runs(script: &str, arguments: &[&str]) -> Result<()> {
     let Served { proc, url } = served().await?;
     let (program, script) = interpreter(&repository().join("tests/clients").join(script))?;
     let output = tokio::process::Command::new(&program)
         .arg(&script)
-        .args([url, "toy", QUESTION, ANSWER])
+        .arg(url)
+        .args(arguments)
         // The SDKs look for proxies and endpoints in the environment.
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
@@ -89,28 +104,37 @@ fn interpreter(script: &Path) -> Result<(PathBuf, PathBuf)> {
     Ok(("node".into(), copy))
 }
 
+const CHAT: [&str; 3] = [TOY, QUESTION, ANSWER];
+
 #[tokio::test]
 async fn openai_for_python() -> Result<()> {
-    runs("openai_chat.py").await?;
-    runs("openai_responses.py").await
+    runs("openai_chat.py", &CHAT).await?;
+    runs("openai_responses.py", &CHAT).await?;
+    runs("openai_tools.py", &[TOOLS]).await
 }
 
 #[tokio::test]
 async fn anthropic_for_python() -> Result<()> {
-    runs("anthropic_messages.py").await
+    runs("anthropic_messages.py", &CHAT).await?;
+    runs("anthropic_tools.py", &[TOOLS]).await
 }
 
 #[tokio::test]
 async fn ollama_for_python() -> Result<()> {
-    runs("ollama_chat.py").await
+    runs("ollama_chat.py", &CHAT).await
 }
 
 #[tokio::test]
 async fn openai_for_javascript() -> Result<()> {
-    runs("js/openai.mjs").await
+    runs("js/openai.mjs", &CHAT).await
 }
 
 #[tokio::test]
 async fn anthropic_for_javascript() -> Result<()> {
-    runs("js/anthropic.mjs").await
+    runs("js/anthropic.mjs", &CHAT).await
+}
+
+#[tokio::test]
+async fn tools_for_javascript() -> Result<()> {
+    runs("js/tools.mjs", &[TOOLS]).await
 }
