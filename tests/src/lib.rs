@@ -42,6 +42,11 @@ pub fn python() -> Result<PathBuf> {
     xtask::python().context("the Python clients are not installed: run `cargo xtask setup`")
 }
 
+/// The Node.js that runs the JavaScript clients.
+pub fn node() -> Result<PathBuf> {
+    xtask::node().map(|(node, _)| node).context("the JavaScript clients are not installed: run `cargo xtask setup`")
+}
+
 /// The folder of the JavaScript packages with the official clients.
 pub fn node_modules() -> Result<PathBuf> {
     xtask::node_modules().context("the JavaScript clients are not installed: run `cargo xtask setup`")

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use altiplano_test_models::toy;
-use altiplano_tests::{Proc, node_modules, program, python, repository, sandbox, wait_for};
+use altiplano_tests::{Proc, node, node_modules, program, python, repository, sandbox, wait_for};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
@@ -101,7 +101,7 @@ fn interpreter(script: &Path) -> Result<(PathBuf, PathBuf)> {
     let copy = folder.join(script.file_name().context("a script without name")?);
     std::fs::copy(script, &copy)?;
     std::os::unix::fs::symlink(node_modules()?, folder.join("node_modules"))?;
-    Ok(("node".into(), copy))
+    Ok((node()?, copy))
 }
 
 const CHAT: [&str; 3] = [TOY, QUESTION, ANSWER];

