@@ -23,7 +23,7 @@ pub(crate) struct Options {
 const OF_THE_ENGINE: [&str; 3] = ["engine", "leaks", "logits"];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::all()?;
+    setup::cluster()?;
     let (debug, bench) = (xtask::target_dir().join("debug"), xtask::repository().join("target/bench"));
     if options.name == "suite" {
         setup::llama_server()?;

@@ -17,7 +17,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::all()?;
+    setup::cluster()?;
     execute(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
     let programs = xtask::target_dir().join("debug");
     let mut demo = command(programs.join("demo"));

@@ -34,6 +34,7 @@ pub(crate) fn build() -> Result<()> {
 
 /// The source tree of llama.cpp, unpacked under `work`.
 fn fetch(work: &Path) -> Result<std::path::PathBuf> {
+    super::python::clients()?;
     let python = xtask::python().context("the Python environment of the tests is not there")?;
     // pip checks the hash.
     output(

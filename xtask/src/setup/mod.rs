@@ -23,13 +23,18 @@ pub(crate) use deny::{cargo_deny, ensure as ensure_cargo_deny};
 pub(crate) use llama_server::build as llama_server;
 pub(crate) use python::of_llama_servers_tests as llama_server_tests;
 
-/// Brings all of it about.
+/// What the tests need: all of it.
 pub(crate) fn all() -> Result<()> {
-    packages()?;
-    golang::control_plane()?;
-    golang::helm()?;
+    cluster()?;
     python::clients()?;
     node::clients()
+}
+
+/// What the demo and the measurements need: no foreign clients.
+pub(crate) fn cluster() -> Result<()> {
+    packages()?;
+    golang::control_plane()?;
+    golang::helm()
 }
 
 /// What compiling needs, and nothing that only tests need.
