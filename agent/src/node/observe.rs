@@ -3,78 +3,31 @@
 //! [`Observed`] changes in three ways and no other: what is wanted is taken up ([`Observed::adopt`]), a step was begun
 //! ([`Observed::begin`]), something happened ([`Observed::note`]). All are pure, with the clock passed in.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod changes;
+mod desired;
+mod files;
+mod worker;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use altiplano_crds::conditions::reasons;
-use altiplano_crds::model_deployment::{AdapterSpec, ModelSource, ModelSpec};
-use altiplano_crds::model_node::{ModelAssignment, RawAssignment, UnsupportedAssignment};
+use altiplano_crds::model_node::ModelAssignment;
 
+pub use self::desired::{Desired, Entry};
+pub use self::files::{FileState, Sources, StoredFiles};
+pub use self::worker::{Leaving, Phase, Worker};
 use super::plan::Step;
 use crate::devices::Devices;
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
-use crate::runner::protocol::{AdapterFile, EstimateReport, MemoryUse, RunnerEvent, RunnerReport};
+use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
-use crate::store::StoredModel;
-
-/// First wait after a failure; it doubles with each in a row.
-const FIRST_BACKOFF: Duration = Duration::from_secs(1);
-
-/// The longest wait.
-const LONGEST_BACKOFF: Duration = Duration::from_mins(5);
 
 /// Time of a load that nobody has measured: this, and the file's bytes at this speed.
 const LOAD_OVERHEAD: Duration = Duration::from_secs(2);
 const LOAD_BYTES_A_SECOND: u64 = 1 << 30;
-
-/// A worker that served this long before it ended counts as a success: the next restart is at once again.
-const STABLE: Duration = Duration::from_mins(1);
-
-/// What should be on this node.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Desired {
-    /// metadata.generation of the ModelNode that says so.
-    pub generation: Option<i64>,
-    /// The models, in its order.
-    pub entries: Vec<Entry>,
-}
-
-/// One model that should be on this node.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Entry {
-    /// As this build understands it.
-    Model(Arc<ModelAssignment>),
-    /// One that this build cannot read. What it named goes on as it was.
-    Unsupported(UnsupportedAssignment),
-}
-
-impl Desired {
-    /// Reads the entries one by one. Of two with the same uid the first counts.
-    #[must_use]
-    pub fn new(generation: Option<i64>, raw: &[RawAssignment]) -> Self {
-        let mut seen = BTreeSet::new();
-        let parse = |entry: &RawAssignment| match entry.parse() {
-            Ok(assignment) => Entry::Model(Arc::new(assignment)),
-            Err(unsupported) => Entry::Unsupported(unsupported),
-        };
-        let entries = raw.iter().map(parse).filter(|entry| seen.insert(entry.uid().to_owned())).collect();
-        Self { generation, entries }
-    }
-}
-
-impl Entry {
-    /// Uid of the ModelDeployment.
-    #[must_use]
-    pub fn uid(&self) -> &str {
-        match self {
-            Self::Model(assignment) => &assignment.uid,
-            Self::Unsupported(unsupported) => &unsupported.uid,
-        }
-    }
-}
 
 /// What is on this node.
 #[derive(Clone, Debug, Default)]
@@ -167,53 +120,6 @@ pub enum RouteTo {
     },
 }
 
-/// Where a model's files come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sources {
-    /// The model's own file.
-    pub model: ModelSource,
-    /// Its LoRA adapters.
-    pub adapters: Vec<AdapterSpec>,
-}
-
-impl Sources {
-    fn of(model: &ModelSpec) -> Self {
-        Self { model: model.source.clone(), adapters: model.adapters.clone() }
-    }
-}
-
-/// A model's files, each of them there and checked.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StoredFiles {
-    /// Its own.
-    pub model: StoredModel,
-    /// Its adapters, in the order of the spec.
-    pub adapters: Vec<AdapterFile>,
-}
-
-impl std::ops::Deref for StoredFiles {
-    type Target = StoredModel;
-
-    /// What is asked of the files is nearly always asked of the model's own.
-    fn deref(&self) -> &StoredModel {
-        &self.model
-    }
-}
-
-/// A model's files.
-#[derive(Clone, Debug, PartialEq)]
-pub enum FileState {
-    /// Nobody has looked.
-    Unknown,
-    /// On its way.
-    Fetching {
-        /// As far as is known.
-        percent: Option<u8>,
-    },
-    /// There and checked.
-    Present(Arc<StoredFiles>),
-}
-
 /// A dry run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Estimate {
@@ -221,57 +127,6 @@ pub struct Estimate {
     pub on: Vec<String>,
     /// What it said; `None` while it runs.
     pub report: Option<EstimateReport>,
-}
-
-/// A process that holds a model.
-#[derive(Clone, Debug)]
-pub struct Worker {
-    /// Revision of the model in it.
-    pub revision: String,
-    /// The devices that it was given; empty is the CPU alone.
-    pub devices: Vec<String>,
-    /// What people should know about where it runs.
-    pub note: Option<String>,
-    /// Bytes that the dry run predicted.
-    pub predicted: Need,
-    /// What it reported.
-    pub report: Option<RunnerReport>,
-    /// Bytes that it measured.
-    pub measured: Need,
-    /// When it was started.
-    pub started: Instant,
-    /// How far it is.
-    pub phase: Phase,
-    /// Requests in it, running and waiting.
-    pub requests: u32,
-    /// It is on its way out.
-    pub leaving: Option<Leaving>,
-}
-
-/// How far a worker is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Loading its model.
-    Loading {
-        /// 0 to 100.
-        percent: u8,
-    },
-    /// Serving.
-    Ready {
-        /// Since when.
-        since: Instant,
-    },
-}
-
-/// A worker's way out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leaving {
-    /// When it began.
-    pub since: Instant,
-    /// When its requests must have ended.
-    pub deadline: Instant,
-    /// It was asked to end.
-    pub stopped: bool,
 }
 
 /// What went wrong, and when it is tried again.
@@ -467,14 +322,6 @@ impl Observed {
     }
 }
 
-impl Worker {
-    /// How long its load took.
-    #[must_use]
-    pub fn load_time(&self) -> Option<Duration> {
-        self.report.as_ref().map(|report| Duration::from_millis(report.load_milliseconds))
-    }
-}
-
 impl Model {
     fn new(assignment: Arc<ModelAssignment>) -> Self {
         Self {
@@ -561,181 +408,4 @@ impl Model {
             self.assignment = Arc::clone(wanted);
         }
     }
-
-    fn begin(&mut self, step: &Step, now: Instant) {
-        match step {
-            Step::Publish { .. } => {
-                self.published = Some(Arc::clone(&self.assignment));
-                if self.listener == Listener::Closed {
-                    self.listener = Listener::Opening;
-                }
-            }
-            Step::Fetch { .. } => self.file = FileState::Fetching { percent: None },
-            Step::Estimate { on, .. } => self.estimates.push(Estimate { on: on.clone(), report: None }),
-            Step::Load { uid: _, revision, worker, target, need, note } => {
-                let worker_state = Worker {
-                    revision: revision.clone(),
-                    devices: target.devices.clone(),
-                    note: note.clone(),
-                    predicted: need.clone(),
-                    report: None,
-                    measured: Need::new(),
-                    started: now,
-                    phase: Phase::Loading { percent: 0 },
-                    requests: 0,
-                    leaving: None,
-                };
-                self.workers.insert(*worker, worker_state);
-            }
-            Step::Route { to, .. } => self.route = Some(to.clone()),
-            Step::Unload { .. } => {
-                self.asleep = true;
-                self.yields = false;
-            }
-            Step::Yield { .. } => self.yields = true,
-            Step::Resume { .. } => self.yields = false,
-            Step::Wake { .. } => self.asleep = false,
-            Step::Drain { worker, deadline, .. } => {
-                if let Some(worker) = self.workers.get_mut(worker) {
-                    worker.leaving.get_or_insert(Leaving { since: now, deadline: *deadline, stopped: false });
-                }
-            }
-            Step::Stop { worker, .. } => {
-                if let Some(leaving) = self.workers.get_mut(worker).and_then(|worker| worker.leaving.as_mut()) {
-                    leaving.stopped = true;
-                }
-            }
-            Step::Remove { .. } => self.listener = Listener::Closing,
-        }
-    }
-
-    fn note(&mut self, what: Happened, now: Instant) {
-        match what {
-            Happened::Published(Ok(port)) => {
-                if self.listener != Listener::Closing {
-                    self.listener = Listener::Open(port);
-                }
-            }
-            Happened::Published(Err(trouble)) => {
-                if self.listener == Listener::Opening {
-                    self.listener = Listener::Closed;
-                }
-                self.published = None;
-                self.fail(trouble, now);
-            }
-            Happened::FetchProgress(source, percent) => {
-                if let FileState::Fetching { percent: known } = &mut self.file
-                    && source == self.source
-                {
-                    *known = Some(percent);
-                }
-            }
-            Happened::Fetched(source, result) if source == self.source => match result {
-                Ok(stored) => self.file = FileState::Present(stored),
-                Err(trouble) => {
-                    self.file = FileState::Unknown;
-                    self.fail(trouble, now);
-                }
-            },
-            Happened::Estimated(revision, on, result) if revision == self.assignment.revision => match result {
-                Ok(report) => {
-                    self.estimates.retain(|estimate| estimate.on != on);
-                    self.estimates.push(Estimate { on, report: Some(report) });
-                }
-                Err(trouble) => self.fail(trouble, now),
-            },
-            Happened::Woken => self.asleep = false,
-            Happened::Activity(activity) => {
-                self.waiting_since = (activity.waiting > 0).then(|| self.waiting_since.unwrap_or(now));
-                self.activity = activity;
-            }
-            // Of a source or revision that is not wanted any more, or not about one model.
-            Happened::Fetched(..)
-            | Happened::Estimated(..)
-            | Happened::Probed(_)
-            | Happened::Stored(..)
-            | Happened::Withdrawn
-            | Happened::WorkerSaid(..)
-            | Happened::WorkerEnded(..) => {}
-        }
-    }
-
-    fn worker_said(&mut self, id: WorkerId, event: RunnerEvent, now: Instant) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        match event {
-            RunnerEvent::Loading { percent } => {
-                if matches!(worker.phase, Phase::Loading { .. }) {
-                    worker.phase = Phase::Loading { percent: percent.min(100) };
-                }
-            }
-            RunnerEvent::Ready(report) => {
-                if report.load_milliseconds > 0 {
-                    self.last_load = Some(Duration::from_millis(report.load_milliseconds));
-                }
-                worker.report = Some(report);
-                worker.phase = Phase::Ready { since: now };
-                if worker.revision == self.assignment.revision {
-                    self.failure = None;
-                    self.failures = 0;
-                }
-            }
-            RunnerEvent::Changed(report) => worker.report = Some(report),
-            RunnerEvent::Activity { running, waiting } => worker.requests = running.saturating_add(waiting),
-            // The end that follows has it; the supervisor hears the heart; and the ledger answers.
-            RunnerEvent::Failed(_) | RunnerEvent::Heartbeat { .. } | RunnerEvent::Growth { .. } => {}
-        }
-    }
-
-    fn worker_ended(&mut self, id: WorkerId, end: &WorkerEnd, now: Instant) {
-        let Some(worker) = self.workers.remove(&id) else { return };
-        // One that was sent away ends as it was told to.
-        if worker.leaving.is_some() {
-            return;
-        }
-        if worker.revision != self.assignment.revision {
-            self.restarts += u32::from(matches!(worker.phase, Phase::Ready { .. }));
-            return;
-        }
-        match worker.phase {
-            Phase::Loading { .. } => {
-                let trouble = match &end.failure {
-                    Some(failure) => Trouble { reason: failure.reason.clone(), message: failure.message.clone() },
-                    None => Trouble {
-                        reason: reasons::LOAD_FAILED.to_owned(),
-                        message: format!("the worker {} while it loaded the model{}", end.how, log_of(end)),
-                    },
-                };
-                self.fail(trouble, now);
-            }
-            Phase::Ready { since } => {
-                self.restarts += 1;
-                self.crashes = if now.duration_since(since) >= STABLE { 1 } else { self.crashes + 1 };
-                let why = end.failure.as_ref().map(|failure| format!(": {}", failure.message));
-                let message = format!("the worker {}{}", end.how, why.unwrap_or_else(|| log_of(end)));
-                let retry_at = now + self.crashes.checked_sub(2).map_or(Duration::ZERO, backoff);
-                let reason = end.failure.as_ref().map_or(reasons::WORKER_EXITED, |failure| &failure.reason).to_owned();
-                self.failure = Some(Failure { reason, message, retry_at });
-            }
-        }
-    }
-
-    /// Also has file and dry runs looked at again before the next try: the cause may lie in the file.
-    fn fail(&mut self, trouble: Trouble, now: Instant) {
-        let Trouble { reason, message } = trouble;
-        let retry_at = now + backoff(self.failures);
-        self.failures = self.failures.saturating_add(1);
-        self.failure = Some(Failure { reason, message, retry_at });
-        if matches!(self.file, FileState::Present(_)) {
-            self.file = FileState::Unknown;
-        }
-        self.estimates.clear();
-    }
-}
-
-fn backoff(failures_before: u32) -> Duration {
-    FIRST_BACKOFF.saturating_mul(1 << failures_before.min(16)).min(LONGEST_BACKOFF)
-}
-
-fn log_of(end: &WorkerEnd) -> String {
-    if end.last_lines.is_empty() { String::new() } else { format!(": {}", end.last_lines) }
 }

@@ -1,0 +1,55 @@
+//! A model's files: where they come from and how far they are.
+
+use std::sync::Arc;
+
+use altiplano_crds::model_deployment::{AdapterSpec, ModelSource, ModelSpec};
+
+use crate::runner::protocol::AdapterFile;
+use crate::store::StoredModel;
+
+/// Where a model's files come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// The model's own file.
+    pub model: ModelSource,
+    /// Its LoRA adapters.
+    pub adapters: Vec<AdapterSpec>,
+}
+
+impl Sources {
+    pub(super) fn of(model: &ModelSpec) -> Self {
+        Self { model: model.source.clone(), adapters: model.adapters.clone() }
+    }
+}
+
+/// A model's files, each of them there and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredFiles {
+    /// Its own.
+    pub model: StoredModel,
+    /// Its adapters, in the order of the spec.
+    pub adapters: Vec<AdapterFile>,
+}
+
+impl std::ops::Deref for StoredFiles {
+    type Target = StoredModel;
+
+    /// What is asked of the files is nearly always asked of the model's own.
+    fn deref(&self) -> &StoredModel {
+        &self.model
+    }
+}
+
+/// A model's files.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FileState {
+    /// Nobody has looked.
+    Unknown,
+    /// On its way.
+    Fetching {
+        /// As far as is known.
+        percent: Option<u8>,
+    },
+    /// There and checked.
+    Present(Arc<StoredFiles>),
+}

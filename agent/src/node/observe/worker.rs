@@ -1,0 +1,65 @@
+//! A process that holds a model.
+
+use std::time::{Duration, Instant};
+
+use crate::ledger::Need;
+use crate::runner::protocol::RunnerReport;
+
+/// A process that holds a model.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Revision of the model in it.
+    pub revision: String,
+    /// The devices that it was given; empty is the CPU alone.
+    pub devices: Vec<String>,
+    /// What people should know about where it runs.
+    pub note: Option<String>,
+    /// Bytes that the dry run predicted.
+    pub predicted: Need,
+    /// What it reported.
+    pub report: Option<RunnerReport>,
+    /// Bytes that it measured.
+    pub measured: Need,
+    /// When it was started.
+    pub started: Instant,
+    /// How far it is.
+    pub phase: Phase,
+    /// Requests in it, running and waiting.
+    pub requests: u32,
+    /// It is on its way out.
+    pub leaving: Option<Leaving>,
+}
+
+/// How far a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Loading its model.
+    Loading {
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// Serving.
+    Ready {
+        /// Since when.
+        since: Instant,
+    },
+}
+
+/// A worker's way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// When it began.
+    pub since: Instant,
+    /// When its requests must have ended.
+    pub deadline: Instant,
+    /// It was asked to end.
+    pub stopped: bool,
+}
+
+impl Worker {
+    /// How long its load took.
+    #[must_use]
+    pub fn load_time(&self) -> Option<Duration> {
+        self.report.as_ref().map(|report| Duration::from_millis(report.load_milliseconds))
+    }
+}
