@@ -389,11 +389,11 @@ async fn tokens_are_passed_on_as_they_come() {
 }
 
 /// Says when it is dropped.
-struct Dropped(mpsc::UnboundedSender<()>);
+struct Dropped(mpsc::Sender<()>);
 
 impl Drop for Dropped {
     fn drop(&mut self) {
-        let _ = self.0.send(());
+        let _ = self.0.try_send(());
     }
 }
 
@@ -401,14 +401,14 @@ impl Drop for Dropped {
 async fn a_client_that_goes_away_is_noticed_by_the_worker() {
     let node = Node::start(|_| ()).await;
     let url = node.model("toy", |_| ()).await;
-    let (sender, mut dropped) = mpsc::unbounded_channel();
-    let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
+    let (sender, mut dropped) = mpsc::channel(8);
+    let (arrived_sender, mut arrived) = mpsc::channel(8);
     let answer = move |request: Request| {
         let guard = Dropped(sender.clone());
         let arrived = arrived_sender.clone();
         async move {
             let body = axum::body::to_bytes(request.into_body(), 1000).await.unwrap();
-            let _ = arrived.send(());
+            let _ = arrived.try_send(());
             if body.starts_with(b"{\"stream\":true") {
                 let first = futures::stream::iter([Ok(Bytes::from("data: 1\n\n"))]);
                 return events(first.chain(futures::stream::pending()).inspect(move |_| {
