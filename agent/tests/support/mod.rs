@@ -17,6 +17,8 @@ use tempfile::TempDir;
 /// Longest wait for anything; what is usual here is a hundredth of it.
 pub const PATIENCE: Duration = Duration::from_mins(2);
 
+const BINARY: &str = env!("CARGO_BIN_EXE_altiplano-agent");
+
 /// A model to serve: name, GGUF file, more of its spec.
 pub type Model<'a> = (&'a str, &'a Path, &'a str);
 
@@ -32,8 +34,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `prefix… altiplano-agent role… FILE options…`, and waits until it answers. A port that was free a moment
-    /// ago is used, so that an agent that is started again has it too.
+    /// Starts `prefix… altiplano-agent role… FILE options…`, and waits until it answers.
     pub async fn start(
         prefix: &[&str],
         role: &[&str],
@@ -41,46 +42,53 @@ impl Agent {
         options: &[&str],
         env: &[(&str, &str)],
     ) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
         let yaml: Vec<String> = models
             .iter()
-            .map(|(name, path, more)| {
-                format!(
-                    "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
-                     spec: {{model: {{source: {{uri: 'file://{}'}}}}{more}}}\n",
-                    path.display()
-                )
-            })
+            .map(|(name, path, more)| deployment(name, &format!("{{source: {}}}{more}", source(path))))
             .collect();
+        Self::start_yaml(prefix, role, &yaml, options, env).await
+    }
+
+    /// The same with these `ModelDeployment`s. A port that was free a moment ago is used, so that an agent that is started
+    /// again has it too.
+    pub async fn start_yaml(
+        prefix: &[&str],
+        role: &[&str],
+        yaml: &[String],
+        options: &[&str],
+        env: &[(&str, &str)],
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("models.yaml");
         std::fs::write(&file, yaml.join("---\n")).expect("the file is written");
-        let (state, log, said) = (folder.path().join("state"), folder.path().join("log"), folder.path().join("said"));
-        let shared = {
-            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-            listener.local_addr().expect("an address")
-        };
-        let binary = env!("CARGO_BIN_EXE_altiplano-agent");
-        let words: Vec<&str> = prefix.iter().copied().chain([binary]).chain(role.iter().copied()).collect();
-        let child = Command::new(words[0])
+        let words: Vec<&str> = prefix.iter().copied().chain([BINARY]).chain(role.iter().copied()).collect();
+        let shared = free_address();
+        let mut command = clean(Command::new(words[0]));
+        command
             .args(&words[1..])
             .arg(&file)
             .args(["--listen", &shared.to_string(), "--state-dir"])
-            .arg(&state)
+            .arg(folder.path().join("state"))
             .args(options)
-            .env_remove("ALTIPLANO_LISTEN")
-            .env_remove("GGML_VK_VISIBLE_DEVICES")
-            .env("ALTIPLANO_LOG", "info")
-            .envs(env.iter().copied())
+            .envs(env.iter().copied());
+        let agent = Self::spawn(&mut command, shared, folder);
+        agent.answers().await;
+        agent
+    }
+
+    /// Starts this command, which listens on `shared` and keeps its state in `state` of the folder.
+    pub fn spawn(command: &mut Command, shared: SocketAddr, folder: TempDir) -> Self {
+        let (state, log, said) = (folder.path().join("state"), folder.path().join("log"), folder.path().join("said"));
+        let child = command
             .stdout(File::create(&said).expect("a file"))
             .stderr(File::create(&log).expect("a file"))
             .stdin(Stdio::null())
             .spawn()
             .expect("the agent starts");
+        // Every test installs it; the first one counts.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        let agent = Self { child, shared, client, state, log, said, _folder: folder };
-        agent.answers().await;
-        agent
+        Self { child, shared, client, state, log, said, _folder: folder }
     }
 
     /// Waits until it answers at all.
@@ -121,23 +129,54 @@ impl Agent {
         self.until(words, || async { self.said().contains(words) }).await;
     }
 
+    /// Waits for the nth line on standard output that begins so.
+    pub async fn line(&self, beginning: &str, nth: usize) -> String {
+        let find = || self.said().lines().filter(|line| line.starts_with(beginning)).nth(nth - 1).map(str::to_owned);
+        self.until(beginning, || async { find().is_some() }).await;
+        find().expect("it was there")
+    }
+
+    /// Waits until a model of the namespace `default` is Ready for the nth time.
+    pub async fn ready(&self, name: &str, nth: usize) -> String {
+        self.line(&format!("default/{name}: Ready as"), nth).await
+    }
+
+    /// Its shared port, which serves all models.
+    pub fn base(&self) -> String {
+        format!("http://{}", self.shared)
+    }
+
     /// Sends a chat request as it is.
     pub async fn post(&self, body: &Value) -> reqwest::Result<reqwest::Response> {
-        let url = format!("http://{}/v1/chat/completions", self.shared);
-        self.client.post(url).json(body).timeout(PATIENCE).send().await
+        self.post_at(&self.base(), body).await
+    }
+
+    /// The same, to another port of it.
+    pub async fn post_at(&self, base: &str, body: &Value) -> reqwest::Result<reqwest::Response> {
+        self.client.post(format!("{base}/v1/chat/completions")).json(body).timeout(PATIENCE).send().await
     }
 
     /// The answer and its status.
     pub async fn ask(&self, model: &str, question: &str) -> (u16, Value) {
-        let response = self.post(&chat(model, question)).await;
+        self.ask_at(&self.base(), model, question).await
+    }
+
+    /// The same, at another port of it.
+    pub async fn ask_at(&self, base: &str, model: &str, question: &str) -> (u16, Value) {
+        let response = self.post_at(base, &chat(model, question)).await;
         let response = response.unwrap_or_else(|error| panic!("{error:?}; {}", self.story()));
         (response.status().as_u16(), response.json().await.unwrap_or_else(|error| panic!("{error}; {}", self.story())))
     }
 
     /// Asks a question whose answer is known.
     pub async fn check(&self, model: &str) {
+        self.check_at(&self.base(), model).await;
+    }
+
+    /// The same, at another port of it.
+    pub async fn check_at(&self, base: &str, model: &str) {
         let (question, expected) = question();
-        let (status, answer) = self.ask(model, &question).await;
+        let (status, answer) = self.ask_at(base, model, &question).await;
         assert_eq!(status, 200, "{answer}; {}", self.story());
         assert_eq!(answer["choices"][0]["message"]["content"], expected, "{answer}");
     }
@@ -170,6 +209,34 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A `ModelDeployment` with this `spec.model`, and what follows it in the spec.
+pub fn deployment(name: &str, model: &str) -> String {
+    format!(
+        "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\nspec: {{model: {model}}}\n"
+    )
+}
+
+/// A file as a model's source.
+pub fn source(path: &Path) -> String {
+    format!("{{uri: 'file://{}'}}", path.display())
+}
+
+/// An address on loopback whose port was free a moment ago.
+pub fn free_address() -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("an address")
+}
+
+/// The agent's command, free of what this shell sets.
+pub fn command() -> Command {
+    clean(Command::new(BINARY))
+}
+
+fn clean(mut command: Command) -> Command {
+    command.env_remove("ALTIPLANO_LISTEN").env_remove("GGML_VK_VISIBLE_DEVICES").env("ALTIPLANO_LOG", "info");
+    command
 }
 
 /// A request for a whole answer.
