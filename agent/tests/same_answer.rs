@@ -15,7 +15,7 @@ use altiplano_agent::engine::{
 };
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, EngineSpec};
-use altiplano_test_models::{Quantization, Spec, toy};
+use altiplano_test_models::{Spec, toy};
 use futures::StreamExt;
 use tempfile::TempDir;
 
@@ -49,22 +49,10 @@ fn start_with(model: &Path, context: ContextSpec, engine: EngineSpec) -> Engine 
     Engine::start(&config(model, context, engine), &|_| {}).expect("the engine starts")
 }
 
-/// The shape that `cargo xtask bench logits` measures.
 fn random_model() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("model.gguf");
-    let spec = Spec {
-        vocab: 4096,
-        layers: 8,
-        embd: 256,
-        heads: 4,
-        kv_heads: 2,
-        ff: 768,
-        context: 4096,
-        quantization: Quantization::F16,
-        ..Spec::default()
-    };
-    spec.write(&path).expect("a model file");
+    Spec::compared().write(&path).expect("a model file");
     (folder, path)
 }
 

@@ -149,6 +149,23 @@ impl Default for Spec {
 }
 
 impl Spec {
+    /// Deep and wide enough that rounding shows in its logits, small enough to compute them often: where the same question
+    /// asked in other company is compared (`agent/tests/same_answer.rs`, `cargo xtask bench logits`).
+    #[must_use]
+    pub fn compared() -> Self {
+        Self {
+            vocab: 4096,
+            layers: 8,
+            embd: 256,
+            heads: 4,
+            kv_heads: 2,
+            ff: 768,
+            context: 4096,
+            quantization: Quantization::F16,
+            ..Self::default()
+        }
+    }
+
     /// A small BERT: an encoder with the mean of its tokens as the text's vector.
     #[must_use]
     pub fn embedder() -> Self {

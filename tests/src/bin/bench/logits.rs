@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use altiplano_test_models::{Architecture, Quantization, Spec};
+use altiplano_test_models::{Quantization, Spec};
 use altiplano_tests::report::{Report, Row};
 use altiplano_tests::{http, sandbox};
 use anyhow::{Context as _, Result, ensure};
@@ -81,18 +81,7 @@ pub(crate) async fn run() -> Result<Report> {
 }
 
 fn shape(quantization: Quantization) -> Spec {
-    Spec {
-        architecture: Architecture::Llama,
-        vocab: 4096,
-        layers: 8,
-        embd: 256,
-        heads: 4,
-        kv_heads: 2,
-        ff: 768,
-        context: 4096,
-        quantization,
-        ..Spec::default()
-    }
+    Spec { quantization, ..Spec::compared() }
 }
 
 /// One question at a time, nothing reused: no cut is the beginning of another's prompt.
