@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::cargo;
+use crate::{command::cargo, test::WORKSPACE};
 
 /// Suites at a time. More than the cores of a small machine, because most of them wait most of the time.
 const AT_ONCE: usize = 3;
@@ -62,23 +62,43 @@ pub(crate) fn cargo_test() -> Command {
     cargo
 }
 
-/// Every file of `tests/tests`, and the tests that stand with the crates.
+/// Every file of `tests/tests`, and the tests that stand with the crates. All of them name the whole workspace, as the build
+/// did: with one package alone other features would be chosen, and half of the dependencies built a second time.
 fn suites() -> Result<Vec<Arguments>> {
+    let mut names = integration_tests("tests")?;
+    let rank = |name: &String| LONGEST.iter().position(|long| long == name).unwrap_or(LONGEST.len());
+    names.sort_by(|left, right| (rank(left), left).cmp(&(rank(right), right)));
+    let mut suites: Vec<_> = names.into_iter().map(|name| arguments(&[], [name])).collect();
+    let mut others = Vec::new();
+    for folder in WORKSPACE.into_iter().filter(|folder| *folder != "tests") {
+        others.extend(integration_tests(folder)?);
+    }
+    // Long too, but it works where the others wait.
+    suites.insert(2.min(suites.len()), arguments(&["--lib", "--bins"], others));
+    suites.push(arguments(&["--doc"], []));
+    Ok(suites)
+}
+
+fn arguments(kinds: &[&str], tests: impl IntoIterator<Item = String>) -> Arguments {
+    let kinds = ["--workspace"].iter().chain(kinds).map(|&word| word.to_owned());
+    kinds.chain(tests.into_iter().flat_map(|name| ["--test".to_owned(), name])).collect()
+}
+
+/// The names of a crate's integration tests: `tests/NAME.rs` and `tests/NAME/main.rs`.
+fn integration_tests(folder: &str) -> Result<Vec<String>> {
+    let dir = xtask::repository().join(folder).join("tests");
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
     let mut names = Vec::new();
-    for entry in xtask::repository().join("tests/tests").read_dir().context("could not list tests/tests")? {
+    for entry in dir.read_dir().with_context(|| format!("could not list {}", dir.display()))? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "rs") {
+        if path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file() {
             names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
         }
     }
-    let rank = |name: &String| LONGEST.iter().position(|long| long == name).unwrap_or(LONGEST.len());
-    names.sort_by(|left, right| (rank(left), left).cmp(&(rank(right), right)));
-    let own = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Arguments>();
-    let mut suites: Vec<_> = names.iter().map(|name| own(&["--package", "altiplano-tests", "--test", name])).collect();
-    // Long too, but it works where the others wait.
-    suites.insert(2.min(suites.len()), own(&["--workspace", "--exclude", "altiplano-tests"]));
-    suites.push(own(&["--package", "altiplano-tests", "--lib", "--bins"]));
-    Ok(suites)
+    names.sort();
+    Ok(names)
 }
 
 /// Runs to the end; the output, and whether it passed.
@@ -116,17 +136,33 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::output;
 
     #[test]
-    fn every_suite_is_run_and_the_longest_first() {
+    fn every_test_is_in_one_suite_and_the_longest_run_first() {
         let suites: Vec<_> = suites().unwrap().into_iter().map(|suite| suite.join(" ")).collect();
-        for name in LONGEST {
-            let file = xtask::repository().join("tests/tests").join(name).with_extension("rs");
-            assert!(file.is_file(), "{name} is no suite any more");
+        for (suite, name) in suites.iter().zip(["contract", "outage"]) {
+            assert_eq!(*suite, format!("--workspace --test {name}"));
         }
-        let files = xtask::repository().join("tests/tests").read_dir().unwrap().count();
-        assert_eq!(suites.len(), files + 2, "{suites:?}");
-        assert!(suites[0].ends_with("--test contract"), "{suites:?}");
+        let named = |name: &str| suites.iter().flat_map(|suite| suite.split(' ')).filter(|word| *word == name).count();
+        assert!(LONGEST.iter().all(|name| named(name) == 1), "some are no suites any more: {suites:?}");
+        // What cargo sees as targets.
+        let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version=1", "--locked"])).unwrap();
+        let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();
+        for package in metadata["packages"].as_array().unwrap() {
+            for target in package["targets"].as_array().unwrap() {
+                let (kind, name) = (target["kind"][0].as_str().unwrap(), target["name"].as_str().unwrap());
+                let runs = match kind {
+                    "test" => named(name),
+                    "lib" => named("--lib") * named("--doc"),
+                    "bin" => named("--bins"),
+                    // Builds only.
+                    "custom-build" => 1,
+                    _ => 0,
+                };
+                assert_eq!(runs, 1, "{kind} {name} of {} in {suites:?}", package["name"]);
+            }
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
 /// More than this in CI's kept target folder, and some of it is built anew.
 const KEPT_TARGET_GIB: u64 = 16;
 /// The workspace's crates, by their folders.
-const WORKSPACE: [&str; 6] = ["crds", "operator", "agent", "tests", "tests/models", "xtask"];
+pub(crate) const WORKSPACE: [&str; 6] = ["crds", "operator", "agent", "tests", "tests/models", "xtask"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -111,7 +111,7 @@ fn execute_suite(suite: &Suite) -> Result<()> {
         Suite::Build => execute(cargo().args(["build", "--workspace", "--all-targets", "--locked"])),
         Suite::Workspace => suites::run(),
         Suite::Crate(name) => execute(cargo_test().args(["--package", &package(name)])),
-        Suite::Integration(name) => execute(cargo_test().args(["--package", "altiplano-tests", "--test", name])),
+        Suite::Integration(name) => execute(cargo_test().args(["--workspace", "--test", name])),
     }
 }
 
