@@ -3,12 +3,14 @@
 //! Every name begins with `altiplano_`. Where vLLM has a name for the same thing, ours is that name, with the labels
 //! `namespace` and `model_name` (the ModelDeployment's), so that dashboards need one word changed. A worker keeps the
 //! metrics of its requests ([`WorkerMetrics`]), the agent keeps those of models and devices ([`AgentMetrics`]), and the
-//! agent's `/metrics` is both, merged family by family ([`merge`]).
+//! agent's `/metrics` is both, merged family by family ([`merge`]). On a model's own port `/metrics` is the worker's, and
+//! says the same under llama-server's names too.
 //!
 //! Labels are bounded: models on this node, states, devices, classes of HTTP codes. Nothing that a client sends becomes
 //! a label. Series of a model that left the node are removed ([`AgentMetrics::forget_model`]).
 
 mod agent;
+mod llama_server;
 mod merge;
 mod worker;
 

@@ -30,7 +30,7 @@ pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiErro
     let (prompts, texts): (Vec<_>, Vec<String>) = resolved.into_iter().unzip();
     let per_prompt = params.n as usize;
     let echoes = texts.iter().flat_map(|text| std::iter::repeat_n(text.clone(), per_prompt)).collect();
-    let dialect = OpenAi::new(&state, Shape::Text, params.include_usage, logprobs.is_some()).echoing(echoes);
+    let dialect = OpenAi::new(&state, Shape::Text, &params, logprobs.is_some()).echoing(echoes);
     let requests = params.requests(logprobs, prompts, &visit);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
     run::answer(&state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream: params.stream }).await

@@ -4,7 +4,7 @@
 //! | form | paths | an error | in mid-stream | sign of life |
 //! |---|---|---|---|---|
 //! | OpenAI | all others | `{"error": {"message", "type", "param", "code"}}` | event `error` with the same | a comment |
-//! | Responses | `/v1/responses…` | the same | event `error`: `{"type": "error", "code", "message", "param", "sequence_number"}` | a comment |
+//! | Responses | `/v1/responses…`, `/responses…` | the same | event `error`: `{"type": "error", "code", "message", "param", "sequence_number"}` | a comment |
 //! | Anthropic | `/v1/messages…` | `{"type": "error", "error": {"type", "message"}, "request_id"}` | event `error` with the same | event `ping` |
 //! | Ollama | `/api/…` | `{"error": "message"}` | a line with the same | a space before the next line |
 
@@ -39,7 +39,7 @@ impl Form {
         let below = |root: &str| path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         if below("/v1/messages") {
             Self::Anthropic
-        } else if below("/v1/responses") {
+        } else if below("/v1/responses") || below("/responses") {
             Self::Responses
         } else if below("/api") {
             Self::Ollama
@@ -184,6 +184,7 @@ mod tests {
             ("/nothing", Form::OpenAi),
             ("/v1/responses", Form::Responses),
             ("/v1/responses/resp_1", Form::Responses),
+            ("/responses", Form::Responses),
             ("/v1/responsesx", Form::OpenAi),
             ("/v1/messages", Form::Anthropic),
             ("/v1/messages/count_tokens", Form::Anthropic),

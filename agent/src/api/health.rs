@@ -1,12 +1,13 @@
 //! `GET /health` and `GET /metrics`.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
+use serde::Deserialize;
 
-use super::ApiState;
 use super::error::ApiError;
+use super::{ApiState, PROCESS_START};
 
 pub(super) async fn health(State(state): State<ApiState>) -> Response {
     let now = state.engine().stats();
@@ -19,8 +20,24 @@ pub(super) async fn health(State(state): State<ApiState>) -> Response {
     Json(serde_json::json!({"status": "ok", "running": now.running, "waiting": now.waiting})).into_response()
 }
 
-pub(super) async fn metrics(State(state): State<ApiState>) -> Result<Response, ApiError> {
-    let text = state.metrics().render(&state.engine().stats());
-    let text = text.map_err(|error| ApiError::internal(error.to_string()))?;
-    Ok(([(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)], text).into_response())
+/// `?llama_server=1`
+#[derive(Deserialize)]
+pub(super) struct MetricsQuery {
+    #[serde(default)]
+    llama_server: u8,
+}
+
+/// With `llama_server=1` its names too, which have no labels: for a model's own port.
+pub(super) async fn metrics(
+    State(state): State<ApiState>,
+    Query(query): Query<MetricsQuery>,
+) -> Result<Response, ApiError> {
+    let now = state.engine().stats();
+    let text = state.metrics().render(&now);
+    let mut text = text.map_err(|error| ApiError::internal(error.to_string()))?;
+    if query.llama_server != 0 {
+        text.push_str(&state.metrics().render_as_llama_server(&now));
+    }
+    let started = (PROCESS_START, state.metrics().started().to_string());
+    Ok(([started], [(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)], text).into_response())
 }

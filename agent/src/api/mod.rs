@@ -4,6 +4,7 @@
 //! | path | | where |
 //! |---|---|---|
 //! | `POST /v1/chat/completions` | the model's own Jinja template; streaming or not | [`chat`] |
+//! | `POST /v1/chat/completions/input_tokens`, `/v1/responses/input_tokens` | tokens of such a request | [`chat`], [`responses`] |
 //! | `POST /v1/completions` | a string, strings, or tokens; streaming or not | [`completions`] |
 //! | `POST /v1/embeddings`, `/v1/rerank` and their other names | for models whose file names a pooling | [`embed`] |
 //! | `POST /v1/responses` | OpenAI's Responses, without state; streaming or not | [`responses`] |
@@ -20,6 +21,9 @@
 //! their text, and the API's [`dialect`] says it. [`form`] has what the APIs do differently beside that: errors,
 //! framing, signs of life.
 //!
+//! Paths that llama-server has without `/v1` too are the same here: `/chat/completions`, `/responses` and their
+//! `/input_tokens`. Its `/completions` is its own `/completion`.
+//!
 //! What the API takes and what it refuses is said where it is read: [`params`], `messages`, [`chat`], [`completions`],
 //! [`responses`], [`anthropic`]. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`.
 
@@ -35,6 +39,7 @@ mod form;
 mod frames;
 mod health;
 mod intake;
+mod live;
 mod models;
 mod native;
 mod ollama;
@@ -78,6 +83,9 @@ pub(crate) const QUEUE_BUDGET: http::HeaderName = http::HeaderName::from_static(
 /// Milliseconds for which the agent has held the request until a worker was there. Internal, as the one above.
 pub(crate) const HELD: http::HeaderName = http::HeaderName::from_static("x-altiplano-held-ms");
 
+/// Seconds since 1970 when the counters of `/metrics` began, as llama-server says it.
+pub(crate) const PROCESS_START: http::HeaderName = http::HeaderName::from_static("process-start-time-unix");
+
 /// The document of the whole HTTP API, agent and worker.
 pub const OPENAPI: &str = include_str!("../../openapi.json");
 
@@ -93,8 +101,14 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<ApiState>)> {
     let looks = |path, handler| (Method::GET, path, handler);
     let mut routes = vec![
         asks("/v1/chat/completions", post(chat::chat_completions)),
+        asks("/chat/completions", post(chat::chat_completions)),
+        asks("/v1/chat/completions/input_tokens", post(chat::input_tokens)),
+        asks("/chat/completions/input_tokens", post(chat::input_tokens)),
         asks("/v1/completions", post(completions::text_completions)),
         asks("/v1/responses", post(responses::responses)),
+        asks("/responses", post(responses::responses)),
+        asks("/v1/responses/input_tokens", post(responses::input_tokens)),
+        asks("/responses/input_tokens", post(responses::input_tokens)),
         asks("/v1/messages", post(anthropic::messages)),
         asks("/v1/messages/count_tokens", post(anthropic::count_tokens)),
         asks("/completion", post(native::completion::completion)),

@@ -1,11 +1,17 @@
 //! OpenAI's two older dialects: chat completions and completions. They differ in how a choice stands in a chunk.
 
+use std::time::Instant;
+
 use super::ApiState;
 use super::dialect::{Dialect, Piece, Tally};
 use super::form::{DONE, Form};
 use super::frames::Frames;
+use super::live::Live;
 use super::output::{Delta, Output};
-use super::wire::{self, Answer, CallBody, ChoiceBody, FINGERPRINT, FunctionBody, Message, Said, Shape, UsageSlot};
+use super::params::Params;
+use super::wire::{
+    self, Answer, CallBody, ChoiceBody, Content, FINGERPRINT, FunctionBody, Message, Said, Shape, UsageSlot,
+};
 use crate::engine::{PromptProgress, TokenLogprob};
 
 /// Answers one request in OpenAI's terms.
@@ -16,6 +22,7 @@ pub(crate) struct OpenAi {
     model: String,
     include_usage: bool,
     wants_logprobs: bool,
+    live: Live,
     /// Texts that stand before the answers, by choice; empty unless `echo` was asked for.
     echoes: Vec<String>,
     /// By choice: whether it has begun, and the characters it has said, for the offsets of log-probabilities.
@@ -24,14 +31,15 @@ pub(crate) struct OpenAi {
 
 impl OpenAi {
     /// `wants_logprobs`: for whole answers, which have the field only then.
-    pub(crate) fn new(state: &ApiState, shape: Shape, include_usage: bool, wants_logprobs: bool) -> Self {
+    pub(crate) fn new(state: &ApiState, shape: Shape, params: &Params, wants_logprobs: bool) -> Self {
         Self {
             shape,
             id: format!("{}{}", shape.id_prefix(), uuid::Uuid::new_v4().simple()),
             created: super::unix_seconds(),
             model: state.served_name().to_owned(),
-            include_usage,
+            include_usage: params.include_usage,
             wants_logprobs,
+            live: Live::new(params, Instant::now()),
             echoes: Vec::new(),
             progress: Vec::new(),
         }
@@ -59,7 +67,7 @@ impl OpenAi {
             object: self.shape.object(streamed),
             created: self.created,
             model: &self.model,
-            system_fingerprint: FINGERPRINT,
+            system_fingerprint: FINGERPRINT.as_str(),
             choices,
             usage: None,
             timings: None,
@@ -71,14 +79,16 @@ impl OpenAi {
         Answer { usage: self.include_usage.then_some(UsageSlot::Later), ..self.head(true, vec![choice]) }
     }
 
-    /// The first chunk of a choice: the role, or what `echo` asks for.
+    /// The first chunk of a choice: the role and no text yet, or what `echo` asks for.
     fn begin(&mut self, choice: usize, frames: &mut Frames) -> Result<(), serde_json::Error> {
         if std::mem::replace(&mut self.progress(choice).0, true) {
             return Ok(());
         }
         let echo = self.echo(choice);
         let said = match self.shape {
-            Shape::Chat => Said::Delta(Message { role: Some("assistant"), content: Some(""), ..Message::default() }),
+            Shape::Chat => {
+                Said::Delta(Message { role: Some("assistant"), content: Content::Null, ..Message::default() })
+            }
             Shape::Text if echo.is_empty() => return Ok(()),
             Shape::Text => Said::Text(echo),
         };
@@ -98,7 +108,9 @@ impl OpenAi {
             Shape::Text => Said::Text(if let Delta::Content(text) = delta { text } else { "" }),
         };
         let logprobs = logprob.map(|logprob| wire::logprobs(self.shape, std::slice::from_ref(logprob), offset));
-        frames.data(&self.chunk(ChoiceBody { index: choice, said, logprobs, finish_reason: None }))?;
+        let mut chunk = self.chunk(ChoiceBody { index: choice, said, logprobs, finish_reason: None });
+        chunk.timings = self.live.timings(choice);
+        frames.data(&chunk)?;
         if let Delta::Content(text) = delta {
             self.progress(choice).1 += text.chars().count();
         }
@@ -108,7 +120,7 @@ impl OpenAi {
 
 fn chat_delta(delta: &Delta) -> Message<'_> {
     match delta {
-        Delta::Content(text) => Message { content: Some(text), ..Message::default() },
+        Delta::Content(text) => Message { content: Content::Text(text), ..Message::default() },
         Delta::Reasoning(text) => Message { reasoning_content: Some(text), ..Message::default() },
         Delta::ToolCall { index, id, name } => Message {
             tool_calls: vec![CallBody {
@@ -141,8 +153,7 @@ fn whole_message(output: &Output) -> Message<'_> {
     });
     Message {
         role: Some("assistant"),
-        // With calls and no text OpenAI says null; absent is the same to its clients.
-        content: (tool_calls.is_empty() || !content.is_empty()).then_some(content),
+        content: if tool_calls.is_empty() || !content.is_empty() { Content::Text(content) } else { Content::Null },
         reasoning_content: (!reasoning.is_empty()).then_some(reasoning),
         tool_calls: calls.collect(),
     }
@@ -188,18 +199,23 @@ impl Dialect for OpenAi {
         progress: &PromptProgress,
         frames: &mut Frames,
     ) -> Result<(), serde_json::Error> {
+        let Some(said_progress) = self.live.progress(choice, progress, Instant::now()) else { return Ok(()) };
         self.begin(choice, frames)?;
         let said = match self.shape {
             Shape::Chat => Said::Delta(Message::default()),
             Shape::Text => Said::Text(""),
         };
         let mut chunk = self.chunk(ChoiceBody { index: choice, said, logprobs: None, finish_reason: None });
-        chunk.prompt_progress = Some(wire::progress(progress));
+        chunk.prompt_progress = Some(said_progress);
+        chunk.timings = self.live.timings(choice);
         frames.data(&chunk)
     }
 
     fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error> {
-        let Piece { choice, deltas, token: _, logprob } = piece;
+        let Piece { choice, deltas, token, logprob } = piece;
+        if token.is_some() {
+            self.live.token(choice, Instant::now());
+        }
         self.begin(choice, frames)?;
         let mut logprob = logprob;
         for delta in &deltas {

@@ -24,6 +24,7 @@
 //! | `response_format` | `text`, `json_object` (may have a `schema`), `json_schema` | valid JSON, whatever the model |
 //! | `json_schema`, `guided_json` | a schema | the same, in llama-server's and vLLM's words |
 //! | `grammar` | GBNF | from its rule `root` |
+//! | `return_progress`, `timings_per_token` | | of streams: chunks that say how far the prompt has been read, `timings` in every chunk |
 //! | `cache_prompt`, `cache_salt` | true or false; a text of 256 bytes | whether, and with whom, computed prefixes are shared |
 //!
 //! Sampling parameters that a request does not name are the deployment's `spec.engine.sampling`, else the ones in the
@@ -73,6 +74,8 @@ pub(crate) struct Params {
     pub(crate) include_usage: bool,
     /// Chunks in a stream that say how far the prompt has been read.
     pub(crate) return_progress: bool,
+    /// `timings` in every chunk of a stream.
+    pub(crate) timings_per_token: bool,
     /// `num_ctx`: tokens of context to aim for, whatever the sizing's formula says. Never a limit, never a reload.
     pub(crate) aim_tokens: Option<u32>,
 }
@@ -95,6 +98,7 @@ impl Params {
             stream,
             include_usage: include_usage(fields, stream)?,
             return_progress: fields.boolean("return_progress")?.unwrap_or(false),
+            timings_per_token: fields.boolean("timings_per_token")?.unwrap_or(false),
             aim_tokens: fields.integer("num_ctx", 1..=i64::from(i32::MAX))?.and_then(|aim| u32::try_from(aim).ok()),
         })
     }
@@ -118,6 +122,7 @@ impl Params {
             stream,
             include_usage: _,
             return_progress,
+            timings_per_token,
             aim_tokens,
         } = self;
         let cache = CacheKey { salt: cache_salt.clone(), ..CacheKey::default() };
@@ -139,7 +144,7 @@ impl Params {
                     cache: cache.clone(),
                     cache_prompt: *cache_prompt,
                     aim_tokens: *aim_tokens,
-                    progress: *return_progress && *stream,
+                    progress: (*return_progress || *timings_per_token) && *stream,
                     every_token: false,
                     adapter: visit.adapter,
                 });

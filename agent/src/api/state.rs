@@ -310,7 +310,7 @@ mod tests {
             "mirostatTau",
             "mirostatEta",
         ];
-        let counts = ["topK", "minKeep", "repeatLastN", "dryAllowedLength", "dryPenaltyLastN", "mirostat"];
+        let counts = ["topK", "minKeep", "repeatLastN", "dryAllowedLength", "dryPenaltyLastN", "mirostat", "seed"];
         let mut all: Map<String, Value> = decimals.iter().map(|name| ((*name).to_owned(), json!("0.375"))).collect();
         all.extend(counts.iter().map(|name| ((*name).to_owned(), json!(1))));
         all.insert("drySequenceBreakers".to_owned(), json!(["x"]));
@@ -346,9 +346,10 @@ mod tests {
             mirostat: _,
             mirostat_tau: _,
             mirostat_eta: _,
+            seed: _,
             dry_sequence_breakers: _,
             samplers: _,
         } = spec;
-        assert_eq!(all.len(), 24);
+        assert_eq!(all.len(), 25);
     }
 }

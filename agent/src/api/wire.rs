@@ -1,6 +1,7 @@
 //! What OpenAI's dialects say: their response objects, with llama-server's `timings` beside `usage`.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -47,7 +48,7 @@ pub(crate) struct Answer<'a> {
     pub(crate) object: &'static str,
     pub(crate) created: u64,
     pub(crate) model: &'a str,
-    pub(crate) system_fingerprint: &'static str,
+    pub(crate) system_fingerprint: &'a str,
     pub(crate) choices: Vec<ChoiceBody<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) usage: Option<UsageSlot>,
@@ -67,14 +68,18 @@ pub(crate) struct ProgressBody {
     time_ms: u64,
 }
 
-pub(crate) fn progress(progress: &PromptProgress) -> ProgressBody {
-    let PromptProgress { total, cached, processed, elapsed } = *progress;
-    let time_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
-    ProgressBody { total, cache: cached, processed, time_ms }
+impl From<&PromptProgress> for ProgressBody {
+    fn from(progress: &PromptProgress) -> Self {
+        let PromptProgress { total, cached, processed, elapsed } = *progress;
+        let time_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        Self { total, cache: cached, processed, time_ms }
+    }
 }
 
-/// What serves, for clients that compare answers over time.
-pub(crate) const FINGERPRINT: &str = concat!("altiplano-", env!("CARGO_PKG_VERSION"));
+/// What serves, for clients that compare answers over time: llama.cpp's version after a `b`, as llama-server has its
+/// build's, and ours.
+pub(crate) static FINGERPRINT: LazyLock<String> =
+    LazyLock::new(|| format!("b{}-altiplano-{}", crate::engine::llama_cpp_version(), env!("CARGO_PKG_VERSION")));
 
 #[derive(Serialize)]
 pub(crate) struct ChoiceBody<'a> {
@@ -97,13 +102,30 @@ pub(crate) enum Said<'a> {
 pub(crate) struct Message<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Content::is_absent")]
+    pub(crate) content: Content<'a>,
     /// The reasoning apart from the answer, under the name that llama-server and vLLM use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning_content: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) tool_calls: Vec<CallBody<'a>>,
+}
+
+/// A message's text.
+#[derive(Serialize, Default)]
+#[serde(untagged)]
+pub(crate) enum Content<'a> {
+    #[default]
+    Absent,
+    /// What the first chunk of a stream has, and a message that only calls tools.
+    Null,
+    Text(&'a str),
+}
+
+impl Content<'_> {
+    fn is_absent(&self) -> bool {
+        matches!(self, Self::Absent)
+    }
 }
 
 /// A tool call, whole, or in pieces that `index` holds together.
@@ -157,7 +179,7 @@ pub(crate) struct PromptDetails {
 }
 
 /// llama-server's `timings`, and two of ours (`queue_ms`, `time_to_first_token_ms`). Milliseconds; a rate that cannot be
-/// known from so few tokens is absent.
+/// known from so few tokens is 0, as with llama-server.
 #[derive(Serialize, Clone, Debug, PartialEq)]
 pub(crate) struct TimingsBody {
     pub(crate) queue_ms: f64,
@@ -167,13 +189,13 @@ pub(crate) struct TimingsBody {
     /// Prompt tokens that were computed.
     pub(crate) prompt_n: u64,
     pub(crate) prompt_ms: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) prompt_per_second: Option<f64>,
+    pub(crate) prompt_per_token_ms: f64,
+    pub(crate) prompt_per_second: f64,
     pub(crate) predicted_n: u64,
     /// From the first token to the last.
     pub(crate) predicted_ms: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) predicted_per_second: Option<f64>,
+    pub(crate) predicted_per_token_ms: f64,
+    pub(crate) predicted_per_second: f64,
 }
 
 /// Sums of one request: a prompt counts once however many choices it has, times are those of the slowest choice.
@@ -197,17 +219,20 @@ pub(crate) fn totals(choices: &[(Usage, Timings)], per_prompt: usize) -> (UsageB
         first_token = Some(first_token.map_or(times.time_to_first_token, |least| least.min(times.time_to_first_token)));
     }
     usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
+    // The first token is the end of the prefill: n tokens have n - 1 intervals.
+    let (prompt_ms, predicted_ms) = (milliseconds(slowest.prefill), milliseconds(slowest.decode));
     let timings = TimingsBody {
         queue_ms: milliseconds(slowest.queue),
         time_to_first_token_ms: milliseconds(first_token.unwrap_or_default()),
         cache_n: usage.prompt_tokens_details.cached_tokens,
         prompt_n: computed,
-        prompt_ms: milliseconds(slowest.prefill),
-        prompt_per_second: rate(computed, slowest.prefill),
+        prompt_ms,
+        prompt_per_token_ms: each(prompt_ms, computed),
+        prompt_per_second: rate(computed, prompt_ms),
         predicted_n: usage.completion_tokens,
-        predicted_ms: milliseconds(slowest.decode),
-        // The first token is the end of the prefill: n tokens have n - 1 intervals.
-        predicted_per_second: rate(between, slowest.decode),
+        predicted_ms,
+        predicted_per_token_ms: each(predicted_ms, between),
+        predicted_per_second: rate(between, predicted_ms),
     };
     (usage, timings)
 }
@@ -217,10 +242,23 @@ fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-fn rate(count: u64, duration: Duration) -> Option<f64> {
-    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
-    let count = count as f64;
-    (count > 0.0 && !duration.is_zero()).then(|| (count / duration.as_secs_f64() * 1e3).round() / 1e3)
+/// So many in a second; 0 where no time went by.
+fn rate(count: u64, ms: f64) -> f64 {
+    if ms > 0.0 { to_six_places(float(count) / ms * 1e3) } else { 0.0 }
+}
+
+/// Milliseconds for each of so many; 0 of none.
+fn each(ms: f64, count: u64) -> f64 {
+    if count > 0 { to_six_places(ms / float(count)) } else { 0.0 }
+}
+
+fn to_six_places(number: f64) -> f64 {
+    (number * 1e6).round() / 1e6
+}
+
+#[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
+fn float(count: u64) -> f64 {
+    count as f64
 }
 
 /// Log-probabilities, in the form of one or the other API.
@@ -320,18 +358,19 @@ mod tests {
         assert_eq!(
             to_value(&timings).unwrap(),
             json!({"queue_ms": 3.0, "time_to_first_token_ms": 13.0, "cache_n": 2, "prompt_n": 9, "prompt_ms": 20.0,
-                   "prompt_per_second": 450.0, "predicted_n": 12, "predicted_ms": 60.0, "predicted_per_second": 166.667})
+                   "prompt_per_token_ms": 2.222_222, "prompt_per_second": 450.0, "predicted_n": 12, "predicted_ms": 60.0,
+                   "predicted_per_token_ms": 6.0, "predicted_per_second": 166.666_667})
         );
         let (two_prompts, _) = totals(&choices, 1);
         assert_eq!(two_prompts.prompt_tokens, 20);
     }
 
     #[test]
-    fn a_rate_that_cannot_be_known_is_absent() {
+    fn a_rate_that_cannot_be_known_is_zero() {
         let (_, timings) = totals(&[(tokens(10, 0, 1), times(0, 20, 20, 0))], 1);
         let body = to_value(&timings).unwrap();
-        assert!(body.get("predicted_per_second").is_none(), "{body}");
-        assert_eq!(body["prompt_per_second"], 500.0);
+        assert_eq!((&body["predicted_per_second"], &body["predicted_per_token_ms"]), (&json!(0.0), &json!(0.0)));
+        assert_eq!((&body["prompt_per_second"], &body["prompt_per_token_ms"]), (&json!(500.0), &json!(2.0)));
     }
 
     #[test]

@@ -62,6 +62,12 @@ use mailbox::{Mailbox, Waiting};
 use shared::Shared;
 use worker::Worker;
 
+/// Version of the llama.cpp that is built in.
+#[must_use]
+pub fn llama_cpp_version() -> String {
+    ffi::version()
+}
+
 /// What a model can be asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ability {
@@ -172,6 +178,8 @@ pub struct EngineStats {
     pub cells_kept: u32,
     /// Cells of the KV cache.
     pub cells_total: u32,
+    /// Most cells that have held a token at once.
+    pub cells_peak: u32,
     /// Prompt tokens of all requests that got a slot.
     pub prompt_tokens: u64,
     /// Of these, the ones that were in the KV cache already.
@@ -204,6 +212,8 @@ pub struct EngineStats {
     pub host_cache_states: u32,
     /// Steps done.
     pub steps: u64,
+    /// Sequences that took part in them, summed over the steps.
+    pub step_sequences: u64,
     /// How long the present step runs; zero while the engine is idle.
     pub step_age: Duration,
 }

@@ -147,6 +147,7 @@ impl Sequence {
         self.resident = resident;
         if self.first_token.is_none() {
             self.cached = resident.min(self.prompt);
+            self.tell_progress();
         }
         self.begun = true;
     }
@@ -160,6 +161,10 @@ impl Sequence {
     /// So many more tokens are in the cache.
     pub(super) fn advance(&mut self, count: u32) {
         self.resident += count as usize;
+        self.tell_progress();
+    }
+
+    fn tell_progress(&mut self) {
         if self.progress && self.first_token.is_none() {
             let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
             let progress = PromptProgress {

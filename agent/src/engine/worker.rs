@@ -268,7 +268,10 @@ impl Worker {
                 ended.push((chunk.lane, Ok(reason)));
             }
         }
-        self.shared.update(|stats| stats.generated_tokens += generated);
+        self.shared.update(|stats| {
+            stats.generated_tokens += generated;
+            stats.step_sequences += self.step.len() as u64;
+        });
         ended.sort_unstable_by_key(|(lane, _)| std::cmp::Reverse(*lane));
         for (lane, end) in ended {
             let sequence = self.running.remove(lane);
@@ -319,6 +322,7 @@ impl Worker {
         let kept = used - self.executor.pool().used_by_running().min(used);
         self.shared.update(|stats| {
             stats.cells_used = used;
+            stats.cells_peak = stats.cells_peak.max(used);
             stats.cells_kept = kept;
             stats.cells_total = total;
             stats.host_cache_bytes = self.executor.host().bytes();

@@ -47,7 +47,7 @@ pub(super) struct Visit {
 pub const PATHS: [(Method, &str, bool); 23] = [
     (Method::GET, "/healthz", true),
     (Method::GET, "/readyz", false),
-    (Method::GET, "/metrics", false),
+    (Method::GET, "/metrics", true),
     (Method::GET, "/health", true),
     (Method::GET, "/v1/health", true),
     (Method::GET, "/openapi.json", true),
@@ -201,6 +201,7 @@ async fn probes(shared: &Arc<Shared>, door: &Door, request: &Request<Incoming>) 
         ("/metrics", Door::Shared) => Some(
             ([(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)], scrape::exposition(shared).await).into_response(),
         ),
+        ("/metrics", Door::Model(model)) => Some(scrape::of_model(shared, model).await),
         _ => None,
     }
 }

@@ -9,7 +9,7 @@
 //! part of Ollama's API that is about the node (`/api/tags`, `/api/ps`, `/api/show`, …) is answered here.
 //!
 //! The shared port also answers `/healthz` (the process runs), `/readyz` (see [`Front::set_ready`]), `/metrics` (agent
-//! and workers) without a token, and `/v1/models` for all models.
+//! and workers) without a token (a model's own port has `/metrics` of its worker alone), and `/v1/models` for all models.
 
 mod buffer;
 mod card;

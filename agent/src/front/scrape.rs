@@ -1,13 +1,15 @@
-//! `/metrics`: the agent's own families and those of its workers, merged.
+//! `/metrics`: the agent's own families and those of its workers, merged; on a model's own port its worker's alone.
 
 use std::sync::Arc;
 
+use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, header};
 
 use super::relay;
 use super::shared::Shared;
 use super::table::{Model, Route, Told};
+use crate::api::PROCESS_START;
 use crate::metrics::Exposition;
 
 /// Bytes of one worker's metrics.
@@ -49,17 +51,38 @@ pub(super) async fn exposition(shared: &Arc<Shared>) -> String {
     exposition.render()
 }
 
+/// The metrics of one model's worker, under llama-server's names too. Without a worker there are none.
+pub(super) async fn of_model(shared: &Shared, model: &Model) -> Response {
+    let told = model.told().borrow().clone();
+    let kind = [(header::CONTENT_TYPE, crate::metrics::TEXT_FORMAT)];
+    match whole(shared, told, "/metrics?llama_server=1").await {
+        Some((headers, text)) => {
+            let started = headers.get(PROCESS_START).cloned().map(|started| (PROCESS_START, started));
+            let mut response = (kind, text).into_response();
+            response.headers_mut().extend(started);
+            response
+        }
+        None => (kind, "# the model is not loaded, or its worker did not answer\n").into_response(),
+    }
+}
+
 async fn worker(shared: &Shared, told: Told) -> Option<String> {
     String::from_utf8(get(shared, told, "/metrics").await?.into()).ok()
 }
 
 /// What the worker says on `path`, if it says it in time. Nobody counts this as a use of the model.
 pub(super) async fn get(shared: &Shared, told: Told, path: &str) -> Option<bytes::Bytes> {
+    whole(shared, told, path).await.map(|(_, body)| body)
+}
+
+/// The same with its headers.
+async fn whole(shared: &Shared, told: Told, path: &str) -> Option<(HeaderMap, bytes::Bytes)> {
     let Told { turn, route: Route::Ready { socket } } = told else { return None };
     let scrape = async {
         let sent = shared.upstream.send(&socket, turn, Method::GET, path, HeaderMap::new(), bytes::Bytes::new());
         let response = sent.await.ok().filter(|response| response.status().is_success())?;
-        relay::whole(response.into_body(), WORKER_LIMIT).await
+        let (parts, body) = response.into_parts();
+        Some((parts.headers, relay::whole(body, WORKER_LIMIT).await?))
     };
     tokio::time::timeout(shared.limits.scrape_timeout, scrape).await.ok().flatten()
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::{Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
-use super::{INTER_TOKEN_BUCKETS, REQUEST_SECONDS_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, TOKEN_BUCKETS};
+use super::{INTER_TOKEN_BUCKETS, REQUEST_SECONDS_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, TOKEN_BUCKETS, llama_server};
 use crate::engine::{EngineStats, FinishReason, Timings, Usage};
 
 /// How a request ended, for `altiplano_request_success_total{finished_reason}` as vLLM has it.
@@ -72,6 +72,8 @@ pub struct WorkerMetrics {
     cells_kept: Gauge,
     host_bytes: Gauge,
     embedded_texts: IntCounter,
+    /// When the counters began, in seconds since 1970.
+    started: u64,
     /// Held while the engine's counters are copied, so that two scrapes do not count the same difference twice.
     scrape: Mutex<()>,
 }
@@ -175,6 +177,7 @@ impl WorkerMetrics {
             cells_kept: gauge("context_tokens_kept", "Of these, the cells of prefixes that nobody uses now.")?,
             host_bytes: gauge("prefix_cache_host_bytes", "Bytes of generations' states in host memory.")?,
             embedded_texts: counter("embedded_texts_total", "Texts of which an embedding or a score was made.")?,
+            started: crate::api::unix_seconds(),
             scrape: Mutex::new(()),
             registry,
         })
@@ -193,6 +196,19 @@ impl WorkerMetrics {
         let count = self.end_to_end.get_sample_count();
         #[expect(clippy::cast_precision_loss, reason = "an estimate for Retry-After")]
         (count > 0).then(|| self.end_to_end.get_sample_sum() / count as f64)
+    }
+
+    /// When the counters began, in seconds since 1970.
+    #[must_use]
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// The same numbers under llama-server's names, without labels.
+    #[must_use]
+    pub fn render_as_llama_server(&self, stats: &EngineStats) -> String {
+        let (prefill, decode) = (self.prefill.get_sample_sum(), self.decode.get_sample_sum());
+        llama_server::render(stats, llama_server::Seconds { prefill, decode })
     }
 
     /// The text exposition, with the engine's counters as they are in `stats`.

@@ -125,8 +125,13 @@ async fn a_completion_is_llama_servers() {
     assert_eq!(text, ANSWER);
     let ids: Vec<&Value> = pieces.iter().flat_map(|piece| piece["tokens"].as_array().unwrap()).collect();
     assert_eq!(ids, tokens.iter().collect::<Vec<_>>());
-    let progress = &pieces[0]["prompt_progress"];
-    assert_eq!((&progress["total"], &progress["processed"]), (&whole["tokens_evaluated"], &whole["tokens_evaluated"]));
+    let progress: Vec<&Value> = pieces.iter().filter_map(|piece| piece.get("prompt_progress")).collect();
+    let (first, done) = (progress[0], progress[progress.len() - 1]);
+    assert_eq!(first["cache"], first["processed"], "the first one comes before anything was read");
+    assert_eq!((&done["total"], &done["processed"]), (&whole["tokens_evaluated"], &whole["tokens_evaluated"]));
+    assert!(pieces.iter().all(|piece| piece.get("timings").is_none()), "nobody asked for them");
+    let some = ask(json!({"n_predict": 3, "response_fields": ["content", "generation_settings/n_predict", "x"]})).await;
+    assert_eq!(some, json!({"content": limit["content"], "generation_settings/n_predict": 3}));
 
     for (body, param) in [
         (json!({}), "prompt"),
@@ -210,4 +215,96 @@ async fn what_the_worker_says_of_itself() {
     let expected = json!({"code": 503, "message": "Loading model", "type": "unavailable_error"});
     assert_eq!((status, &health["error"]), (503, &expected));
     assert!(wakes.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_without_a_version_are_llama_servers() {
+    let node = Node::start().await;
+    let chat = chat(QUESTION);
+    assert_eq!(node.json("/chat/completions", &chat).await["choices"][0]["message"]["content"], ANSWER);
+    let input = json!({"input": QUESTION});
+    assert_eq!(node.json("/responses", &input).await["output"][0]["content"][0]["text"], ANSWER);
+    let used = node.json(CHAT, &chat).await["usage"]["prompt_tokens"].clone();
+    for (path, body) in [("chat/completions", &chat), ("responses", &input)] {
+        for root in ["/v1", ""] {
+            let counted = node.json(&format!("{root}/{path}/input_tokens"), body).await;
+            assert_eq!(counted, json!({"object": "response.input_tokens", "input_tokens": used}), "{root}/{path}");
+        }
+    }
+    let error = refused(&node, "/responses", &json!({})).await;
+    assert_eq!(error["param"], "input");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_tell_their_timings_where_they_are_asked_to() {
+    let node = Node::start().await;
+    let asks = json!({"stream": true, "timings_per_token": true, "cache_prompt": false});
+    let chunks = node.events(CHAT, &with(chat(QUESTION), asks.clone())).await;
+    assert!(chunks[0].get("timings").is_none(), "the role says nothing yet: {}", chunks[0]);
+    assert!(chunks.iter().all(|chunk| chunk.get("prompt_progress").is_none()));
+    let said = |chunk: &&Value| chunk["choices"][0]["delta"]["content"].is_string();
+    let predicted: Vec<u64> =
+        chunks.iter().filter(said).map(|chunk| chunk["timings"]["predicted_n"].as_u64().unwrap()).collect();
+    assert!(predicted.len() > 5 && predicted.windows(2).all(|pair| pair[0] < pair[1]), "{predicted:?}");
+    let (first, last) = (chunks.iter().find(said).unwrap(), chunks.last().unwrap());
+    for field in ["prompt_n", "cache_n"] {
+        assert_eq!(first["timings"][field], last["timings"][field], "{field}");
+    }
+    assert!(first["timings"]["prompt_per_token_ms"].as_f64().unwrap() > 0.0, "{first}");
+    assert!(last["timings"]["predicted_per_token_ms"].as_f64().unwrap() > 0.0, "{last}");
+
+    let asks = with(asks, json!({"prompt": prompt(), "return_progress": true, "n_predict": 4}));
+    let pieces = stream(&node, "/completion", &asks).await;
+    let start = &pieces[0]["timings"];
+    assert_eq!((&start["prompt_n"], &start["prompt_ms"], &start["predicted_n"]), (&json!(0), &json!(0.0), &json!(0)));
+    assert!(pieces.iter().all(|piece| piece["timings"]["predicted_n"].is_u64()), "{pieces:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_models_own_port_has_its_metrics_under_llama_servers_names_too() {
+    let node = Node::start().await;
+    let mut generated = 0;
+    for tokens in [1, 4, 9] {
+        let asked = json!({"prompt": prompt(), "n_predict": tokens});
+        generated += node.json("/completion", &asked).await["timings"]["predicted_n"].as_u64().unwrap();
+    }
+    let scrape = async |base: String| {
+        let response = node.client.get(format!("{base}/metrics")).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let started = response.headers().get("process-start-time-unix").cloned();
+        (started, response.text().await.unwrap())
+    };
+    let (started, own) = scrape(node.url.clone()).await;
+    assert!(started.unwrap().to_str().unwrap().parse::<u64>().unwrap() > 1_700_000_000);
+    for line in [format!("llamacpp:tokens_predicted_total {generated}"), "llamacpp:requests_processing 0".to_owned()] {
+        assert!(own.lines().any(|there| there == line), "no {line} in:\n{own}");
+    }
+    assert!(own.contains("altiplano_generation_tokens_total{"), "{own}");
+    let (_, shared) = scrape(format!("http://{}", node.front.address())).await;
+    assert!(!shared.contains("llamacpp:") && shared.contains("altiplano_generation_tokens_total{"), "{shared}");
+    node.front.route("uid", Route::Unloaded);
+    let (_, gone) = scrape(node.url.clone()).await;
+    assert!(gone.starts_with("# the model is not loaded"), "{gone}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deployments_seed_is_every_requests() {
+    let sampling = altiplano_crds::model_deployment::SamplingSpec {
+        temperature: Some("2".into()),
+        seed: Some(42),
+        ..Default::default()
+    };
+    let node = Node::start_with(|config| config.engine.sampling = Some(sampling)).await;
+    let (_, props) = get(&node, "/props").await;
+    let params = &props["default_generation_settings"]["params"];
+    assert_eq!((&params["seed"], &params["temperature"]), (&json!(42), &json!(2.0)));
+    let ask = async |more: Value| {
+        // Everything the model could say, and not only what it says best.
+        let wide = json!({"top_k": 0, "top_p": 1, "min_p": 0, "cache_prompt": false});
+        let body = with(with(json!({"prompt": "The", "n_predict": 48}), wide), more);
+        node.json("/completion", &body).await["content"].clone()
+    };
+    let (one, same, other) = (ask(json!({})).await, ask(json!({})).await, ask(json!({"seed": 7})).await);
+    assert_eq!(one, same);
+    assert_ne!(one, other);
 }

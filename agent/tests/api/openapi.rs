@@ -105,7 +105,12 @@ async fn answers(node: &Node, document: &Value) -> BTreeSet<String> {
     let mut answered = BTreeSet::new();
     let messages = json!([{"role": "user", "content": "hi"}]);
     let body = |path: &str| match path {
-        "/v1/chat/completions" => json!({"model": "toy-chat", "messages": messages, "max_tokens": 2, "logprobs": true}),
+        "/v1/chat/completions"
+        | "/chat/completions"
+        | "/v1/chat/completions/input_tokens"
+        | "/chat/completions/input_tokens" => {
+            json!({"model": "toy-chat", "messages": messages, "max_tokens": 2, "logprobs": true})
+        }
         "/v1/completions" => json!({"prompt": "hi", "max_tokens": 2, "logprobs": 1}),
         "/completion" | "/completions" => json!({"prompt": "hi", "n_predict": 2, "n_probs": 1, "return_tokens": true}),
         "/infill" => json!({"input_prefix": "a", "input_suffix": "b"}),
@@ -120,7 +125,9 @@ async fn answers(node: &Node, document: &Value) -> BTreeSet<String> {
         "/api/embeddings" => json!({"prompt": "hi"}),
         "/api/show" | "/api/pull" | "/api/push" | "/api/create" | "/api/delete" => json!({"model": "toy-chat"}),
         "/api/copy" => json!({"source": "a", "destination": "b"}),
-        "/v1/responses" | "/v1/responses/input_tokens" => json!({"input": "hi", "max_output_tokens": 16}),
+        "/v1/responses" | "/responses" | "/v1/responses/input_tokens" | "/responses/input_tokens" => {
+            json!({"input": "hi", "max_output_tokens": 16})
+        }
         "/v1/messages" | "/v1/messages/count_tokens" => json!({"max_tokens": 2, "messages": messages}),
         "/v1/embeddings" | "/embeddings" | "/embedding" => json!({"input": "hi", "content": "hi"}),
         "/v1/rerank" | "/rerank" | "/v1/reranking" | "/reranking" => json!({"query": "hi", "documents": ["a", "b"]}),

@@ -36,9 +36,7 @@ pub(super) async fn messages(intake: Intake) -> Result<Response, ApiError> {
 
 /// Tokens that the prompt has, tools and template included.
 pub(super) async fn count_tokens(intake: Intake) -> Result<Response, ApiError> {
-    let Intake { state, visit, fields } = intake;
+    let Intake { state, visit: _visit, fields } = intake;
     let request = ChatRequest::read(request::translate(fields, true)?, state.defaults())?;
-    let prompt = state.prepare(move |state| Ok(request.prepare(state)?.prompt)).await?;
-    drop(visit);
-    Ok(Json(json!({"input_tokens": prompt.len()})).into_response())
+    Ok(Json(json!({"input_tokens": request.count(&state).await?})).into_response())
 }

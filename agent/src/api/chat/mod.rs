@@ -24,8 +24,9 @@ mod tools;
 
 use std::sync::Arc;
 
-use axum::response::Response;
-use serde_json::Value;
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
 
 use super::ApiState;
 use super::dialect::{ChoiceJob, Dialect, Job};
@@ -52,8 +53,20 @@ pub use tools::{MAX_TOOL_NAME_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES};
 pub(super) async fn chat_completions(intake: Intake) -> Result<Response, ApiError> {
     let Intake { state, visit, fields } = intake;
     let request = ChatRequest::read(fields, state.defaults())?;
-    let dialect = OpenAi::new(&state, Shape::Chat, request.params.include_usage, request.logprobs.is_some());
+    let dialect = OpenAi::new(&state, Shape::Chat, &request.params, request.logprobs.is_some());
     converse(&state, visit, request, Box::new(dialect)).await
+}
+
+/// Tokens that a chat's prompt has, tools and template included.
+pub(super) async fn input_tokens(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit: _visit, fields } = intake;
+    let request = ChatRequest::read(fields, state.defaults())?;
+    Ok(counted(request.count(&state).await?))
+}
+
+/// The answer to a count, as Responses says it.
+pub(super) fn counted(input_tokens: usize) -> Response {
+    Json(json!({"object": "response.input_tokens", "input_tokens": input_tokens})).into_response()
 }
 
 /// Answers a chat, whichever dialect asked.
@@ -160,6 +173,11 @@ impl ChatRequest {
         let templates = state.templates()?;
         let parallel = self.tools.parallel.unwrap_or(templates.capabilities().supports_parallel_tool_calls);
         Ok(self.render(templates, parallel)?.0.prompt)
+    }
+
+    /// Tokens of the prompt.
+    pub(crate) async fn count(self, state: &ApiState) -> Result<usize, ApiError> {
+        state.prepare(move |state| Ok(self.prepare(state)?.prompt.len())).await
     }
 
     /// Renders and tokenises; takes as long as the conversation is.

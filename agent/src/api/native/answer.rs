@@ -1,14 +1,16 @@
 //! What `/completion` says: llama-server's object, once or piece by piece.
 
+use std::time::Instant;
+
 use serde_json::{Map, Value, json};
 
-use super::completion::settings;
+use super::completion::Options;
 use crate::api::dialect::{Dialect, Finish, Piece, Tally};
 use crate::api::error::ApiError;
 use crate::api::form::Form;
 use crate::api::frames::Frames;
+use crate::api::live::Live;
 use crate::api::output::{Delta, Output};
-use crate::api::params::Params;
 use crate::api::state::ApiState;
 use crate::api::wire;
 use crate::engine::{GenerateRequest, PromptProgress, Token, TokenLogprob};
@@ -22,6 +24,9 @@ pub(super) struct Native {
     per_prompt: usize,
     return_tokens: bool,
     n_probs: Option<u32>,
+    /// What the client wants of the whole object; empty: all of it.
+    response_fields: Vec<String>,
+    live: Live,
     /// By choice.
     said: Vec<Said>,
 }
@@ -33,29 +38,23 @@ struct Said {
 }
 
 impl Native {
-    pub(super) fn new(
-        state: &ApiState,
-        params: &Params,
-        requests: &[GenerateRequest],
-        per_prompt: usize,
-        return_tokens: bool,
-        n_probs: Option<u32>,
-    ) -> Self {
+    pub(super) fn new(state: &ApiState, options: &Options, requests: &[GenerateRequest], per_prompt: usize) -> Self {
         let text = |tokens: &[Token]| {
             let bytes: Vec<u8> =
                 tokens.iter().flat_map(|&token| state.engine().piece(token).unwrap_or_default()).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         };
-        let mut settings = settings(params);
+        let mut settings = options.settings();
         settings.insert("n_ctx".to_owned(), state.engine().report().max_tokens.into());
-        settings.insert("n_probs".to_owned(), n_probs.unwrap_or(0).into());
         Self {
             model: state.served_name().to_owned(),
             settings,
             prompts: requests.iter().step_by(per_prompt.max(1)).map(|request| text(&request.prompt)).collect(),
             per_prompt: per_prompt.max(1),
-            return_tokens,
-            n_probs,
+            return_tokens: options.return_tokens,
+            n_probs: options.logprobs,
+            response_fields: options.response_fields.clone(),
+            live: Live::new(&options.params, Instant::now()),
             said: vec![Said::default(); requests.len()],
         }
     }
@@ -114,6 +113,16 @@ impl Native {
     }
 }
 
+/// The fields that were asked for, in that order: `generation_settings/n_predict` is the one within the other, under
+/// that name. One that is not there is left out, as llama-server does.
+fn chosen(answer: Value, fields: &[String]) -> Value {
+    if fields.is_empty() {
+        return answer;
+    }
+    let find = |path: &String| Some((path.clone(), answer.pointer(&format!("/{path}"))?.clone()));
+    fields.iter().filter_map(find).collect::<Map<_, _>>().into()
+}
+
 /// JSON has no infinity.
 fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
@@ -145,7 +154,7 @@ impl Dialect for Native {
             if self.n_probs.is_some() {
                 answer["completion_probabilities"] = Self::probabilities(&output.logprobs, &output.tokens);
             }
-            answers.push(answer);
+            answers.push(chosen(answer, &self.response_fields));
         }
         match answers.as_slice() {
             [one] => serde_json::to_vec(one),
@@ -159,7 +168,8 @@ impl Dialect for Native {
         progress: &PromptProgress,
         frames: &mut Frames,
     ) -> Result<(), serde_json::Error> {
-        frames.data(&json!({
+        let Some(said) = self.live.progress(choice, progress, Instant::now()) else { return Ok(()) };
+        let mut frame = json!({
             "index": choice,
             "content": "",
             "tokens": [],
@@ -167,13 +177,20 @@ impl Dialect for Native {
             "id_slot": -1,
             "tokens_predicted": 0,
             "tokens_evaluated": progress.total,
-            "prompt_progress": wire::progress(progress),
-        }))
+            "prompt_progress": said,
+        });
+        if let Some(timings) = self.live.timings(choice) {
+            frame["timings"] = serde_json::to_value(timings)?;
+        }
+        frames.data(&frame)
     }
 
     fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Result<(), serde_json::Error> {
         let Piece { choice, deltas, token, logprob } = piece;
         let content = text_of(&deltas);
+        if token.is_some() {
+            self.live.token(choice, Instant::now());
+        }
         let Some(said) = self.said(choice) else { return Ok(()) };
         said.has_new_line |= content.contains('\n');
         said.tokens.extend(token);
@@ -188,11 +205,14 @@ impl Dialect for Native {
         if let (Some(logprob), Some(token)) = (logprob, token) {
             frame["completion_probabilities"] = Self::probabilities(&[logprob], &[token]);
         }
+        if let Some(timings) = self.live.timings(choice) {
+            frame["timings"] = serde_json::to_value(timings)?;
+        }
         frames.data(&frame)
     }
 
     fn choice_ended(&mut self, choice: usize, tally: &Tally, frames: &mut Frames) -> Result<(), serde_json::Error> {
-        frames.data(&self.end(choice, "", tally))
+        frames.data(&chosen(self.end(choice, "", tally), &self.response_fields))
     }
 
     /// The last object says that it is the last; there is no `[DONE]`.
@@ -202,5 +222,19 @@ impl Dialect for Native {
 
     fn failed(&mut self, error: &ApiError, frames: &mut Frames) {
         frames.raw(self.form().error_frame(error, 0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_has_the_fields_that_were_asked_for() {
+        let answer = json!({"content": "x", "stop": true, "generation_settings": {"n_predict": 7, "seed": 1}});
+        let fields = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        assert_eq!(chosen(answer.clone(), &[]), answer);
+        let some = fields(&["generation_settings/n_predict", "nothing", "content", "content/x"]);
+        assert_eq!(chosen(answer, &some), json!({"generation_settings/n_predict": 7, "content": "x"}));
     }
 }

@@ -1,12 +1,11 @@
 //! `POST /completion`: llama-server's options in, its answer out.
 //!
-//! `n_predict`, `n_cmpl`, `n_probs` and `return_tokens` are read here; `n_predict: 0` reads the
+//! `n_predict`, `n_cmpl`, `n_probs`, `return_tokens` and `response_fields` are read here; `n_predict: 0` reads the
 //! prompt and generates nothing. All other options are those of [`params`](crate::api::params), which has llama.cpp's
-//! names. Refused: `post_sampling_probs`, `t_max_predict_ms`, `n_indent`, `multimodal_data`. Ignored: `id_slot`,
-//! `response_fields`, `timings_per_token`.
+//! names. Refused: `post_sampling_probs`, `t_max_predict_ms`, `n_indent`, `multimodal_data`. Ignored: `id_slot`.
 
 use axum::response::Response;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::answer::Native;
 use super::tokens::{stranger, text_tokens, token};
@@ -18,10 +17,13 @@ use crate::api::output::PlainText;
 use crate::api::params::{MAX_CHOICES, Params};
 use crate::api::run;
 use crate::api::state::ApiState;
-use crate::engine::{MAX_TOP_LOGPROBS, Mirostat, SamplingParams, Token, WHOLE_CONTEXT};
+use crate::engine::{Grammar, MAX_TOP_LOGPROBS, Mirostat, SamplingParams, Token, WHOLE_CONTEXT};
 
 /// Prompts that one request may have.
 const MAX_PROMPTS: usize = 16;
+
+/// Names that `response_fields` may have, and bytes of each.
+const MAX_RESPONSE_FIELDS: (usize, usize) = (64, 128);
 
 /// Pieces that one prompt may have.
 const MAX_PIECES: usize = 1 << 20;
@@ -40,8 +42,10 @@ pub(in crate::api) async fn completion(intake: Intake) -> Result<Response, ApiEr
 #[derive(Debug)]
 pub(super) struct Options {
     pub(super) params: Params,
-    logprobs: Option<u32>,
-    return_tokens: bool,
+    pub(super) logprobs: Option<u32>,
+    pub(super) return_tokens: bool,
+    /// What the client wants of the whole object; empty: all of it.
+    pub(super) response_fields: Vec<String>,
 }
 
 impl Options {
@@ -60,6 +64,7 @@ impl Options {
         let logprobs = fields.integer("n_probs", 0..=i64::from(MAX_TOP_LOGPROBS))?;
         let logprobs = logprobs.and_then(|top| u32::try_from(top).ok()).filter(|top| *top > 0);
         let return_tokens = fields.boolean("return_tokens")?.unwrap_or(false);
+        let response_fields = response_fields(fields.take("response_fields"))?;
         if let Some(n) = n {
             fields.0.insert("n".to_owned(), n.into());
         }
@@ -67,7 +72,14 @@ impl Options {
         if let Some(n_predict) = n_predict {
             params.max_tokens = u32::try_from(n_predict).ok();
         }
-        Ok(Self { params, logprobs, return_tokens })
+        Ok(Self { params, logprobs, return_tokens, response_fields })
+    }
+
+    /// As llama-server reports them.
+    pub(super) fn settings(&self) -> Map<String, Value> {
+        let mut settings = settings(&self.params);
+        settings.insert("n_probs".to_owned(), self.logprobs.unwrap_or(0).into());
+        settings
     }
 }
 
@@ -78,16 +90,34 @@ pub(super) async fn answer(
     options: Options,
     prompts: Vec<Vec<Token>>,
 ) -> Result<Response, ApiError> {
-    let Options { params, logprobs, return_tokens } = options;
-    let stream = params.stream;
-    let mut requests = params.requests(logprobs, prompts, &visit);
+    let stream = options.params.stream;
+    let mut requests = options.params.requests(options.logprobs, prompts, &visit);
     for request in &mut requests {
-        request.every_token = return_tokens || stream;
+        request.every_token = options.return_tokens || stream;
     }
-    let per_prompt = params.n as usize;
-    let dialect = Native::new(state, &params, &requests, per_prompt, return_tokens, logprobs);
+    let per_prompt = options.params.n as usize;
+    let dialect = Native::new(state, &options, &requests, per_prompt);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
     run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream }).await
+}
+
+fn response_fields(given: Option<Value>) -> Result<Vec<String>, ApiError> {
+    const NAME: &str = "response_fields";
+    let (most, bytes) = MAX_RESPONSE_FIELDS;
+    let names = match given {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(names)) if names.len() <= most => names,
+        Some(Value::Array(names)) => {
+            return Err(ApiError::invalid(NAME, format!("'{NAME}' may have {most} names, not {}", names.len())));
+        }
+        Some(other) => return Err(wrong_type(NAME, "an array of strings", &other)),
+    };
+    let one = |name: Value| match name {
+        Value::String(name) if name.len() <= bytes => Ok(name),
+        Value::String(_) => Err(ApiError::invalid(NAME, format!("a name in '{NAME}' may have {bytes} bytes"))),
+        other => Err(wrong_type(NAME, "an array of strings", &other)),
+    };
+    names.into_iter().map(one).collect()
 }
 
 /// A piece of a prompt.
@@ -162,6 +192,14 @@ pub(super) fn settings(params: &Params) -> Map<String, Value> {
     let sampling = &params.sampling;
     let n_predict = params.max_tokens.map_or(-1, i64::from);
     let number = |number: f32| Value::from(f64::from(number));
+    // Minus infinity, which forbids a token, is null in JSON, as with llama-server.
+    let tokens = sampling.logit_bias.iter().map(|(token, bias)| json!({"token": token, "bias": number(*bias)}));
+    let texts = sampling.text_bias.iter().map(|(text, bias)| json!({"text": text, "bias": number(*bias)}));
+    let grammar = match &params.grammar {
+        None => Value::from(""),
+        Some(Grammar::Gbnf { source, .. }) => source.as_str().into(),
+        Some(Grammar::JsonSchema(schema)) => schema.to_string().into(),
+    };
     // llama.cpp's word for all of the context.
     let window = |tokens: u32| Value::from(if tokens == WHOLE_CONTEXT { -1 } else { i64::from(tokens) });
     let mirostat = match sampling.mirostat {
@@ -198,9 +236,17 @@ pub(super) fn settings(params: &Params) -> Map<String, Value> {
         ("n_predict", n_predict.into()),
         ("max_tokens", n_predict.into()),
         ("n_keep", 0.into()),
+        ("n_discard", 0.into()),
         ("ignore_eos", params.ignore_eos.into()),
         ("stream", params.stream.into()),
+        ("n_probs", 0.into()),
         ("min_keep", sampling.min_keep.into()),
+        ("grammar", grammar),
+        ("samplers", sampling.samplers.iter().map(|kind| kind.name()).collect()),
+        ("logit_bias", tokens.chain(texts).collect()),
+        ("timings_per_token", params.timings_per_token.into()),
+        ("post_sampling_probs", false.into()),
+        ("lora", Value::Array(Vec::new())),
     ];
     entries.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
@@ -254,15 +300,28 @@ mod tests {
         let read = |json: &str| Options::read(fields(json), &SamplingParams::default());
         let options =
             read(r#"{"n_predict": 7, "n_cmpl": 2, "n_probs": 3, "return_tokens": true, "id_slot": 4}"#).unwrap();
-        let Options { params, logprobs, return_tokens } = options;
+        assert_eq!((&options.settings()["n_predict"], &options.settings()["n_probs"]), (&json!(7), &json!(3)));
+        let Options { params, logprobs, return_tokens, response_fields } = options;
         assert_eq!((params.max_tokens, params.n, logprobs, return_tokens), (Some(7), 2, Some(3), true));
-        assert_eq!(settings(&params)["n_predict"], 7);
+        assert_eq!(response_fields, Vec::<String>::new());
+        let settings = read(
+            r#"{"logit_bias": [[3, 1.5], [4, false], ["x", -1]], "samplers": ["top_k"], "grammar": "root ::= \"a\"",
+            "response_fields": ["content", "generation_settings/seed"]}"#,
+        )
+        .unwrap();
+        assert_eq!(settings.response_fields, ["content", "generation_settings/seed"]);
+        let settings = settings.settings();
+        let biases = json!([{"token": 3, "bias": 1.5}, {"token": 4, "bias": null}, {"text": "x", "bias": -1.0}]);
+        assert_eq!((&settings["logit_bias"], &settings["samplers"]), (&biases, &json!(["top_k"])));
+        assert_eq!(settings["grammar"], "root ::= \"a\"");
         assert_eq!(read(r#"{"n_predict": -1}"#).unwrap().params.max_tokens, None);
         assert_eq!(read(r#"{"n_predict": 0}"#).unwrap().params.max_tokens, Some(0));
         for (json, param) in [
             (r#"{"n_predict": -2}"#, "n_predict"),
             (r#"{"n_cmpl": 9}"#, "n_cmpl"),
             (r#"{"n_probs": 21}"#, "n_probs"),
+            (r#"{"response_fields": "content"}"#, "response_fields"),
+            (r#"{"response_fields": [1]}"#, "response_fields"),
             (r#"{"post_sampling_probs": true}"#, "post_sampling_probs"),
             (r#"{"t_max_predict_ms": 100}"#, "t_max_predict_ms"),
         ] {

@@ -11,6 +11,7 @@ use crate::api::error::ApiError;
 use crate::api::fields::Fields;
 use crate::api::params::Params;
 use crate::api::state::ApiState;
+use crate::api::wire::FINGERPRINT;
 use crate::engine::Ability;
 
 /// `/props`: the model, its template and the defaults of `/completion`.
@@ -33,7 +34,7 @@ pub(in crate::api) async fn props(State(state): State<ApiState>) -> Result<Respo
         "modalities": {"vision": facts.can(Ability::Vision), "audio": facts.can(Ability::Audio)},
         "bos_token": facts.bos_text,
         "eos_token": facts.eos_text,
-        "build_info": concat!("altiplano-", env!("CARGO_PKG_VERSION")),
+        "build_info": FINGERPRINT.as_str(),
         "is_sleeping": false,
         // Ours: what Ollama's /api/show lists.
         "capabilities": capabilities(&state),

@@ -1,5 +1,7 @@
 //! What Responses says: a response of output items, whole or event by event.
 
+use std::time::Instant;
+
 use serde_json::{Map, Value, json};
 
 use super::super::ApiState;
@@ -7,10 +9,12 @@ use super::super::dialect::{Dialect, Finish, Piece, Tally};
 use super::super::error::ApiError;
 use super::super::form::Form;
 use super::super::frames::Frames;
+use super::super::live::Live;
 use super::super::output::{Delta, Output, ToolCall};
-use super::super::wire;
+use super::super::params::Params;
+use super::super::wire::{self, TimingsBody};
 use super::request::Echo;
-use crate::engine::TokenLogprob;
+use crate::engine::{PromptProgress, TokenLogprob};
 
 /// Answers one request in the terms of Responses.
 pub(super) struct Responses {
@@ -18,6 +22,8 @@ pub(super) struct Responses {
     created: u64,
     model: String,
     echo: Map<String, Value>,
+    live: Live,
+    tells_timings: bool,
 
     /// Number of the next event.
     sequence: u64,
@@ -47,12 +53,14 @@ enum Kind {
 type Done = Result<(), serde_json::Error>;
 
 impl Responses {
-    pub(super) fn new(state: &ApiState, echo: Echo) -> Self {
+    pub(super) fn new(state: &ApiState, echo: Echo, params: &Params) -> Self {
         Self {
             id: format!("resp_{}", uuid::Uuid::new_v4().simple()),
             created: super::super::unix_seconds(),
             model: state.served_name().to_owned(),
             echo: echo.0,
+            live: Live::new(params, Instant::now()),
+            tells_timings: params.timings_per_token,
             sequence: 0,
             items: Vec::new(),
             open: None,
@@ -160,6 +168,7 @@ impl Responses {
             Kind::Reasoning => ("response.reasoning_text.delta", json!({"content_index": 0, "delta": text})),
             Kind::Call { .. } => ("response.function_call_arguments.delta", json!({"delta": text})),
         };
+        let more = with_timings(more, self.live.timings(0).as_ref())?;
         self.item_event(event, more, frames)
     }
 
@@ -251,6 +260,14 @@ fn items(output: &Output, status: &str) -> Vec<Value> {
     items.iter().enumerate().map(|(at, item)| item.body(status(at))).collect()
 }
 
+/// llama-server's `timings` beside what an event says.
+fn with_timings(mut more: Value, timings: Option<&TimingsBody>) -> Result<Value, serde_json::Error> {
+    if let Some(timings) = timings {
+        more["timings"] = serde_json::to_value(timings)?;
+    }
+    Ok(more)
+}
+
 fn status(tally: &Tally) -> &'static str {
     match tally.finish(0) {
         Some(Finish::Stop | Finish::ToolCalls) => "completed",
@@ -291,8 +308,19 @@ impl Dialect for Responses {
         self.event("response.in_progress", json!({"response": response}), frames)
     }
 
+    fn progress(&mut self, _: usize, progress: &PromptProgress, frames: &mut Frames) -> Done {
+        let Some(said) = self.live.progress(0, progress, Instant::now()) else { return Ok(()) };
+        let response = self.response("in_progress", &Value::Null);
+        let more = json!({"response": response, "prompt_progress": said});
+        let more = with_timings(more, self.live.timings(0).as_ref())?;
+        self.event("response.in_progress", more, frames)
+    }
+
     fn piece(&mut self, piece: Piece, frames: &mut Frames) -> Done {
-        let Piece { choice: _, deltas, token: _, mut logprob } = piece;
+        let Piece { choice: _, deltas, token, mut logprob } = piece;
+        if token.is_some() {
+            self.live.token(0, Instant::now());
+        }
         for delta in deltas {
             self.say(delta, logprob.take(), frames)?;
         }
@@ -313,7 +341,9 @@ impl Dialect for Responses {
     fn ended(&mut self, tally: &Tally, frames: &mut Frames) -> Done {
         let response = self.response(self.status, &usage(tally));
         let kind = format!("response.{}", self.status);
-        self.event(&kind, json!({"response": response}), frames)
+        let (_, timings) = tally.totals();
+        let more = with_timings(json!({"response": response}), self.tells_timings.then_some(&timings))?;
+        self.event(&kind, more, frames)
     }
 
     /// The error, and then the response with it, as OpenAI says both.
@@ -331,15 +361,47 @@ impl Dialect for Responses {
 #[cfg(test)]
 mod tests {
     use super::super::super::dialect::testing::{ended, events, everything, streamed};
+    use super::super::super::fields::Fields;
     use super::*;
+    use crate::engine::SamplingParams;
+
+    #[test]
+    fn progress_and_timings_come_where_they_were_asked_for() {
+        let mut silent = responses();
+        let mut telling = asked(&json!({"stream": true, "return_progress": true, "timings_per_token": true}));
+        for (dialect, tells) in [(&mut silent, false), (&mut telling, true)] {
+            let mut frames = Frames::default();
+            let progress = PromptProgress { total: 9, cached: 2, processed: 5, ..PromptProgress::default() };
+            dialect.progress(0, &progress, &mut frames).unwrap();
+            let told: Vec<_> =
+                std::iter::from_fn(|| frames.pop()).map(|frame| String::from_utf8(frame.to_vec()).unwrap()).collect();
+            let told = events(&told);
+            assert_eq!(told.len(), usize::from(tells));
+            assert!(told.iter().all(|event| event["type"] == "response.in_progress"
+                && event["prompt_progress"]["processed"] == 5
+                && event["timings"]["prompt_n"] == 3));
+            let events = events(&streamed(dialect, everything(), Finish::Stop));
+            let timed = |event: &&Value| event.get("timings").is_some();
+            let kinds: Vec<_> = events.iter().filter(timed).map(|event| event["type"].as_str().unwrap()).collect();
+            assert_eq!(kinds.last().is_some_and(|kind| *kind == "response.completed"), tells, "{kinds:?}");
+            assert_eq!(kinds.contains(&"response.output_text.delta"), tells, "{kinds:?}");
+        }
+    }
 
     fn responses() -> Responses {
+        asked(&json!({}))
+    }
+
+    fn asked(fields: &Value) -> Responses {
+        let params = Params::read(&Fields(fields.as_object().unwrap().clone()), &SamplingParams::default()).unwrap();
         let echo = Map::from_iter([("instructions".to_owned(), json!("Be brief."))]);
         Responses {
             id: "resp_1".to_owned(),
             created: 7,
             model: "toy".to_owned(),
             echo,
+            live: Live::new(&params, Instant::now()),
+            tells_timings: params.timings_per_token,
             sequence: 0,
             items: Vec::new(),
             open: None,

@@ -1,4 +1,4 @@
-//! OpenAI's Responses: `POST /v1/responses`. Nothing is kept: every request brings its conversation along.
+//! OpenAI's Responses: `POST /v1/responses`, and `/v1/responses/input_tokens`, which counts. Nothing is kept: every request brings its conversation along.
 //!
 //! | field | |
 //! |---|---|
@@ -13,7 +13,8 @@
 //! | `previous_response_id`, `conversation`, `prompt`, `background`, `truncation: auto` | refused |
 //!
 //! What chat completions take beyond that (`top_k`, `min_p`, `seed`, `stop`, `chat_template_kwargs`, …) is taken here
-//! too. A stream is of typed events with sequence numbers; one that fails ends with `error` and `response.failed`.
+//! too: `return_progress` adds `response.in_progress` events with `prompt_progress`, `timings_per_token` adds `timings` to
+//! the deltas and the end, as with llama-server. A stream is of typed events with sequence numbers; one that fails ends with `error` and `response.failed`.
 
 mod answer;
 mod request;
@@ -29,6 +30,14 @@ pub(super) async fn responses(intake: Intake) -> Result<Response, ApiError> {
     let Intake { state, visit, fields } = intake;
     let (fields, echo) = request::translate(fields)?;
     let request = ChatRequest::read(fields, state.defaults())?;
-    let dialect = answer::Responses::new(&state, echo);
+    let dialect = answer::Responses::new(&state, echo, &request.params);
     chat::converse(&state, visit, request, Box::new(dialect)).await
+}
+
+/// Tokens that such a request's prompt has.
+pub(super) async fn input_tokens(intake: Intake) -> Result<Response, ApiError> {
+    let Intake { state, visit: _visit, fields } = intake;
+    let (fields, _) = request::translate(fields)?;
+    let request = ChatRequest::read(fields, state.defaults())?;
+    Ok(chat::counted(request.count(&state).await?))
 }

@@ -1,9 +1,11 @@
 //! Backends and devices.
 
+use std::ffi::CStr;
 use std::sync::OnceLock;
 
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::{LlamaBackendDeviceType, list_llama_ggml_backend_devices};
+use llama_cpp_sys_2 as sys;
 
 use super::log;
 
@@ -36,6 +38,12 @@ pub(super) fn backend() -> Result<&'static LlamaBackend, String> {
         })
         .as_ref()
         .map_err(Clone::clone)
+}
+
+/// llama.cpp's own version, such as "0.6.0".
+pub(in crate::engine) fn version() -> String {
+    // SAFETY: a pointer to a constant that ends with a zero byte.
+    unsafe { CStr::from_ptr(sys::llama_version()) }.to_string_lossy().into_owned()
 }
 
 /// The devices of this process; the first call opens them.

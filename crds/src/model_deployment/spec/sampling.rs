@@ -133,6 +133,12 @@ pub struct SamplingSpec {
     #[schemars(length(max = 16), regex(pattern = r"^[0-9]+(\.[0-9]+)?$"))]
     pub mirostat_eta: Option<String>,
 
+    /// Seed of requests that name none: they all get the same answer, as far as the schedule allows. Default: another one
+    /// for each request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 4_294_967_294_u32))]
+    pub seed: Option<i64>,
+
     /// Texts at which a sequence ends for DRY. Default: a new line, ":", a quote and "*".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 40)))]
