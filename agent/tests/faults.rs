@@ -1,0 +1,122 @@
+//! What goes wrong on a node, done to real workers: the one it happens to says so and comes back, the others serve on.
+#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use altiplano_test_models::toy;
+use futures::StreamExt as _;
+use rustix::process::{Pid, Signal};
+use serde_json::{Value, json};
+use support::{Agent, chat, gone, kill, workers};
+use tempfile::TempDir;
+
+/// An agent with `toy`, whose file is the test's own, and `other`; and the worker of `toy`.
+async fn agent() -> (Agent, Pid, PathBuf, TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("toy.gguf");
+    std::fs::copy(toy::path(), &file).expect("a copy");
+    let stays = ", unload: {policy: Never}";
+    let agent = Agent::start(&[], &["serve"], &[("toy", &file, stays), ("other", &toy::path(), stays)], &[], &[]).await;
+    agent.ready("toy", 1).await;
+    agent.ready("other", 1).await;
+    let worker = worker(&agent, &file);
+    (agent, worker, file, folder)
+}
+
+/// The process that has this file mapped.
+fn worker(agent: &Agent, file: &Path) -> Pid {
+    let maps = |pid: &Pid| std::fs::read_to_string(format!("/proc/{}/maps", pid.as_raw_nonzero())).unwrap_or_default();
+    let found: Vec<_> =
+        workers(agent.pid()).into_iter().filter(|pid| maps(pid).contains(&file.display().to_string())).collect();
+    match found[..] {
+        [pid] => pid,
+        _ => panic!("{found:?} for {}; {}", file.display(), agent.story()),
+    }
+}
+
+fn endless(model: &str) -> Value {
+    let mut body = chat(model, toy::ENDLESS_QUESTION);
+    body["stream"] = json!(true);
+    body
+}
+
+/// A process that is stopped has no end that anybody sees: its silence tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_stopped_is_found_out_and_replaced() {
+    let (agent, stopped, _file, _folder) = agent().await;
+    let mut stream = agent.post(&endless("toy")).await.expect("an answer").bytes_stream();
+    stream.next().await.expect("a first part").expect("bytes");
+    kill(stopped, Signal::STOP);
+    let mut text = String::new();
+    while let Some(part) = stream.next().await {
+        text.push_str(&String::from_utf8_lossy(&part.expect("the stream is not cut")));
+    }
+    assert!(text.contains("worker_exited"), "no error event: …{}", &text[text.len().saturating_sub(300)..]);
+    gone(stopped).await;
+    agent.says("(WorkerHung)").await;
+    agent.check("other").await;
+    agent.ready("toy", 2).await;
+    agent.check("toy").await;
+}
+
+/// Whoever asks for the same again does not take a third worker along, and everybody else's answers with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_ended_two_workers_is_refused() {
+    let (agent, mut worker_of_toy, file, _folder) = agent().await;
+    for nth in 2..=3 {
+        let mut stream = agent.post(&endless("toy")).await.expect("an answer").bytes_stream();
+        stream.next().await.expect("a first part").expect("bytes");
+        kill(worker_of_toy, Signal::KILL);
+        while let Some(Ok(_)) = stream.next().await {}
+        agent.ready("toy", nth).await;
+        worker_of_toy = worker(&agent, &file);
+    }
+    let refused = agent.post(&endless("toy")).await.expect("an answer");
+    let (status, error) = (refused.status().as_u16(), refused.json::<Value>().await.expect("JSON"));
+    assert_eq!(status, 422, "{error}");
+    assert!(error["error"]["message"].as_str().is_some_and(|message| message.contains("worker")), "{error}");
+    // Others go on, and the worker with them.
+    agent.check("toy").await;
+    assert_eq!(worker(&agent, &file), worker_of_toy);
+}
+
+/// Weights are mapped: a file cut short under a worker ends it, and what it is now is said until it is whole again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_spoilt_under_a_worker_is_said_and_its_return_found() {
+    let (agent, ends, file, _folder) = agent().await;
+    agent.check("toy").await;
+    let whole = std::fs::read(&file).expect("the file");
+    let handle = std::fs::OpenOptions::new().write(true).open(&file).expect("the file");
+    handle.set_len(4096).expect("it is cut");
+    // The next page that it reads is not there.
+    let _ = agent.post(&chat("toy", "Hello!")).await;
+    gone(ends).await;
+    agent.line("default/toy: Failed (", 1).await;
+    agent.check("other").await;
+    std::fs::write(&file, whole).expect("the file is whole again");
+    agent.ready("toy", 2).await;
+    agent.check("toy").await;
+}
+
+/// A file replaced in whole leaves the worker its own; the next load reads the new one, and says what is wrong with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_corrupt_file_swapped_in_fails_the_next_load_alone() {
+    let (agent, lives, file, folder) = agent().await;
+    let corrupt = folder.path().join("corrupt.gguf");
+    let mut bytes = std::fs::read(&file).expect("the file");
+    // The header's counts of tensors and of keys.
+    bytes[8..24].fill(0xff);
+    std::fs::write(&corrupt, &bytes).expect("a file");
+    std::fs::rename(&corrupt, &file).expect("it takes the other's place");
+    agent.check("toy").await;
+    kill(lives, Signal::KILL);
+    let line = agent.line("default/toy: Failed (", 1).await;
+    assert!(line.len() > "default/toy: Failed (".len() + 20, "it says nothing: {line}");
+    agent.check("other").await;
+    std::fs::copy(toy::path(), &corrupt).expect("a copy");
+    std::fs::rename(&corrupt, &file).expect("the good one is back");
+    agent.ready("toy", 2).await;
+    agent.check("toy").await;
+}
