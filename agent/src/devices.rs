@@ -4,7 +4,6 @@
 //! has looked at a GPU holds a context on it, and the agent must not.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use altiplano_crds::model_deployment::{EngineSpec, GpuPolicy};
 
@@ -167,46 +166,6 @@ fn shares_host_memory(device: &ProbedDevice) -> bool {
     device.kind != "GPU"
 }
 
-/// Bytes of host memory that this process may use: the cgroup's limit (v2 or v1), or what the machine has.
-///
-/// Blocking, but only on files of the kernel.
-#[must_use]
-pub fn host_memory_limit() -> u64 {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    memory_limit(
-        &read("/proc/self/cgroup").unwrap_or_default(),
-        &read("/proc/meminfo").unwrap_or_default(),
-        &|path: &Path| std::fs::read_to_string(path).ok(),
-    )
-}
-
-fn memory_limit(cgroup: &str, meminfo: &str, read: &dyn Fn(&Path) -> Option<String>) -> u64 {
-    let total = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kib| kib.trim().parse::<u64>().ok())
-        .map_or(u64::MAX, |kib| kib.saturating_mul(1024));
-    let mut limit = total;
-    for line in cgroup.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
-        let (root, file) = if controllers.is_empty() {
-            ("/sys/fs/cgroup", "memory.max")
-        } else if controllers.split(',').any(|controller| controller == "memory") {
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-        } else {
-            continue;
-        };
-        // Every ancestor's limit counts. In a container the path may be the host's and the root its own.
-        for ancestor in Path::new(path.trim_start_matches('/')).ancestors() {
-            let bytes = read(&Path::new(root).join(ancestor).join(file)).and_then(|text| text.trim().parse().ok());
-            limit = limit.min(bytes.unwrap_or(u64::MAX));
-        }
-    }
-    limit
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,23 +225,5 @@ mod tests {
         let part = |device: &str| MemoryUse { device: device.to_owned(), weights_bytes: 1, ..MemoryUse::default() };
         let need = devices.need(&[part("Vulkan0"), part("Vulkan_Host"), part("CPU")]);
         assert_eq!(need, Need::from([("CPU".to_owned(), 3)]));
-    }
-
-    #[test]
-    fn limits_of_both_cgroup_versions() {
-        let meminfo = "MemFree: 1 kB\nMemTotal:       8388608 kB\n";
-        let files = |path: &Path| {
-            let text = match path.to_str()? {
-                "/sys/fs/cgroup/kubepods/pod1/memory.max" => "max\n",
-                "/sys/fs/cgroup/kubepods/memory.max" => "4294967296\n",
-                "/sys/fs/cgroup/memory/memory.limit_in_bytes" => "9223372036854771712",
-                "/sys/fs/cgroup/memory/a/memory.limit_in_bytes" => "1073741824",
-                _ => return None,
-            };
-            Some(text.to_owned())
-        };
-        assert_eq!(memory_limit("0::/kubepods/pod1\n", meminfo, &files), 4 << 30);
-        assert_eq!(memory_limit("5:cpu:/x\n4:memory:/a/b\n", meminfo, &files), 1 << 30);
-        assert_eq!(memory_limit("", meminfo, &files), 8 << 30);
     }
 }

@@ -1,6 +1,7 @@
 //! The agent: one binary, its roles by subcommand. This library holds its rooms, so that tests can use them.
 
 pub mod api;
+pub mod cgroup;
 pub mod client;
 pub mod devices;
 pub mod engine;

@@ -10,7 +10,7 @@ use clap::Args;
 use ipnet::IpNet;
 use tokio_util::sync::CancellationToken;
 
-use crate::devices::host_memory_limit;
+use crate::cgroup::host_memory_limit;
 use crate::front::{Front, FrontConfig, FrontError, FrontLimits};
 use crate::metrics::AgentMetrics;
 use crate::node::apply::{Means, socket_directory};

@@ -4,12 +4,13 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use altiplano_test_models::toy;
+use altiplano_test_models::{Spec, toy};
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
-use support::{Agent, chat, gone, kill, workers};
+use support::{Agent, PATIENCE, chat, gone, is_alive, kill, workers};
 use tempfile::TempDir;
 
 /// An agent with `toy`, whose file is the test's own, and `other`; and the worker of `toy`.
@@ -18,7 +19,8 @@ async fn agent() -> (Agent, Pid, PathBuf, TempDir) {
     let file = folder.path().join("toy.gguf");
     std::fs::copy(toy::path(), &file).expect("a copy");
     let stays = ", unload: {policy: Never}";
-    let agent = Agent::start(&[], &["serve"], &[("toy", &file, stays), ("other", &toy::path(), stays)], &[], &[]).await;
+    let models = [("toy", file.as_path(), stays), ("other", &toy::path(), stays)];
+    let agent = Agent::start(&[], &["serve"], &models, &["--hang-seconds", "10"], &[]).await;
     agent.ready("toy", 1).await;
     agent.ready("other", 1).await;
     let worker = worker(&agent, &file);
@@ -119,4 +121,82 @@ async fn a_corrupt_file_swapped_in_fails_the_next_load_alone() {
     std::fs::rename(&corrupt, &file).expect("the good one is back");
     agent.ready("toy", 2).await;
     agent.check("toy").await;
+}
+
+/// A control group of this test's own for an agent's memory, of version 2 or 1. Needs root, as in a container that may
+/// make groups.
+struct Group {
+    dir: PathBuf,
+    limit: &'static str,
+}
+
+impl Group {
+    fn new() -> Self {
+        let root = Path::new("/sys/fs/cgroup");
+        let v2 = root.join("cgroup.controllers").is_file();
+        let (parent, limit) =
+            if v2 { (root.to_path_buf(), "memory.max") } else { (root.join("memory"), "memory.limit_in_bytes") };
+        let dir = parent.join(format!("altiplano-test-{}", std::process::id()));
+        if v2 {
+            let _ = std::fs::write(root.join("cgroup.subtree_control"), "+memory");
+        }
+        std::fs::create_dir(&dir).unwrap_or_else(|error| {
+            panic!("this test makes a control group, which takes root and a writable {}: {error}", parent.display())
+        });
+        Self { dir, limit }
+    }
+
+    fn set_limit(&self, bytes: u64) {
+        std::fs::write(self.dir.join(self.limit), bytes.to_string()).expect("the limit is set");
+    }
+
+    /// Bytes of anonymous memory of all processes in it.
+    fn used(&self) -> u64 {
+        let stat = std::fs::read_to_string(self.dir.join("memory.stat")).expect("memory.stat");
+        let value = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        value("anon ").or_else(|| value("total_rss ")).expect("what is used")
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&self.dir).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// The kernel would end all of a container; the agent ends the worst worker before that, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_worst_worker_is_ended_below_the_memory_limit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // 4 KiB a token: 512 MiB of KV.
+    let large = Spec { layers: 8, embd: 256, heads: 4, kv_heads: 2, context: 131_072, ..Spec::default() };
+    let file = folder.path().join("large.gguf");
+    large.write(&file).expect("a model file");
+    let more = ", unload: {policy: Never}, engine: {gpu: Never}, context: {sizing: Fixed, parallel: 1}";
+    let group = Group::new();
+    group.set_limit(4 << 30);
+    let join = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", group.dir.display());
+    let models = [("large", file.as_path(), more), ("toy", &toy::path(), ", unload: {policy: Never}")];
+    let agent = Agent::start(&["sh", "-c", &join, "sh"], &["serve"], &models, &[], &[]).await;
+    agent.ready("large", 1).await;
+    agent.ready("toy", 1).await;
+    let (ends, stays) = (worker(&agent, &file), worker(&agent, &toy::path()));
+    assert!(group.used() > 500 << 20, "{}", group.used());
+
+    // Files need some as well; what is left is below an eighth and below 64 MiB.
+    group.set_limit(group.used() + (60 << 20));
+    gone(ends).await;
+    agent.says("(OutOfMemory)").await;
+    let said = agent.said();
+    let line = said.lines().find(|line| line.contains("(OutOfMemory)")).expect("it was there");
+    assert!(line.starts_with("default/large: ") && line.contains("this worker held 5"), "{line}");
+    assert!(is_alive(stays), "the other one stays");
+    agent.check("toy").await;
+
+    group.set_limit(4 << 30);
+    agent.ready("large", 2).await;
+    drop(agent);
 }

@@ -62,6 +62,8 @@ pub mod reasons {
     pub const UNSUPPORTED_SPEC: &str = "UnsupportedSpec";
     /// The worker ended on its own.
     pub const WORKER_EXITED: &str = "WorkerExited";
+    /// The worker was ended before the kernel had to: the node's agent and its workers had nearly used up their memory.
+    pub const OUT_OF_MEMORY: &str = "OutOfMemory";
     /// llama.cpp could not load the file.
     pub const LOAD_FAILED: &str = "LoadFailed";
     /// The agent on the node has stopped renewing its Lease.

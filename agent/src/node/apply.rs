@@ -1,11 +1,12 @@
 //! Does what the plan says. Chooses nothing: every step becomes a task whose result comes back as something that
 //! happened.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
+use altiplano_crds::conditions::reasons;
 use altiplano_crds::model_deployment::{AdapterSpec, EngineSpec, ModelSource};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -17,7 +18,7 @@ use crate::devices::Devices;
 use crate::front::{Front, PublishedModel, Route};
 use crate::metrics::AgentMetrics;
 use crate::runner::adopt::{self, Record};
-use crate::runner::protocol::{AdapterFile, EstimateReport, RunnerCommand, RunnerConfig};
+use crate::runner::protocol::{AdapterFile, EstimateReport, RunnerCommand, RunnerConfig, RunnerFailure};
 use crate::runner::spawn::{Runner, SpawnError};
 use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
 use crate::store::{Progress, Source, Store, StoreError, StoredModel};
@@ -121,6 +122,11 @@ impl Executor {
         });
     }
 
+    /// Bytes of host memory that the workers held at their last heartbeats.
+    pub(super) fn held(&self) -> BTreeMap<WorkerId, u64> {
+        self.workers.iter().map(|(worker, handle)| (*worker, handle.held_bytes())).collect()
+    }
+
     /// The next task that ended, with its report if it makes one; pending while there is none.
     pub(super) async fn next(&mut self) -> Result<Option<Report>, JoinError> {
         tokio::select! {
@@ -213,6 +219,12 @@ impl Executor {
             Step::Stop { uid: _, worker, kill_at } => {
                 if let Some(handle) = self.workers.get(&worker) {
                     handle.stop(kill_at);
+                }
+            }
+            Step::End { uid: _, worker, message } => {
+                tracing::error!(model = model.label(), worker, message, "ending the worker");
+                if let Some(handle) = self.workers.get(&worker) {
+                    handle.end(RunnerFailure { reason: reasons::OUT_OF_MEMORY.to_owned(), message });
                 }
             }
             Step::Remove { uid } => {

@@ -20,13 +20,15 @@ use std::time::{Duration, Instant};
 use altiplano_crds::ModelNodeStatus;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use self::apply::{Executor, Means, Report};
 use self::measure::Measurer;
-use self::observe::{Activity, Desired, Happened, Observed};
+use self::observe::{Activity, Desired, Happened, HostMemory, Observed};
 use self::plan::{Limits, Plan, plan};
 use self::status::{Identity, status};
+use crate::cgroup::{self, GroupMemory};
 use crate::front::Expected;
 use crate::runner::protocol::{RunnerCommand, RunnerEvent};
 use crate::runner::supervise::{WorkerDid, WorkerMessage};
@@ -36,6 +38,9 @@ const MESSAGES: usize = 256;
 
 /// Plans in one turn of the loop. Each begun step changes what is, so a turn ends when there is nothing left to do.
 const PLANS_PER_TURN: usize = 16;
+
+/// How often the memory that is left is looked at.
+const MEMORY_WATCH: Duration = Duration::from_secs(1);
 
 /// First wait after the devices could not be looked at, and the longest.
 const PROBE_BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(10));
@@ -97,6 +102,8 @@ impl Node {
         desired.entries = self.observed.as_wanted().entries;
         self.probe(&mut probe);
         self.executor.measure_storage();
+        let mut memory_watch = tokio::time::interval(MEMORY_WATCH);
+        memory_watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if !leaving && let Some(wanted) = wanted.borrow_and_update().clone() {
                 desired = wanted;
@@ -126,6 +133,10 @@ impl Node {
                 },
                 changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
                 () = sleep_until(next) => {}
+                group = memory_is_short(&mut memory_watch) => {
+                    let held = self.executor.held();
+                    self.note("", Happened::Measured(HostMemory { group, held }));
+                }
                 () = hung_up(&mut hangup) => self.probe(&mut probe),
                 () = shutdown.cancelled(), if !leaving => leaving = true,
             }
@@ -163,6 +174,8 @@ impl Node {
                 self.observed.begin(&step, now);
             }
         }
+        // It was true a moment ago, not for later plans.
+        self.observed.short = None;
         self.measurer.measure(&self.observed, &decided);
         for (uid, model) in &self.observed.models {
             let ready_at = decided.verdicts.get(uid).and_then(|verdict| verdict.ready_at);
@@ -278,6 +291,16 @@ async fn hung_up(hangup: &mut Signal) {
     // `None`: no more signals can come.
     if hangup.recv().await.is_none() {
         std::future::pending::<()>().await;
+    }
+}
+
+/// Resolves when little memory is left. Reads files of the kernel, which takes microseconds.
+async fn memory_is_short(watch: &mut Interval) -> GroupMemory {
+    loop {
+        watch.tick().await;
+        if let Some(group) = cgroup::tightest().filter(|group| HostMemory::is_short(*group)) {
+            return group;
+        }
     }
 }
 

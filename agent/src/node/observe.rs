@@ -18,6 +18,7 @@ pub use self::desired::{Desired, Entry};
 pub use self::files::{FileState, Sources, StoredFiles};
 pub use self::worker::{Leaving, Phase, Worker};
 use super::plan::Step;
+use crate::cgroup::GroupMemory;
 use crate::devices::Devices;
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
@@ -42,8 +43,31 @@ pub struct Observed {
     pub storage: Option<(u64, u64)>,
     /// The models by uid.
     pub models: BTreeMap<String, Model>,
+    /// Host memory, when little was left a moment ago.
+    pub short: Option<HostMemory>,
+    /// The worker that was ended for that and has not gone yet.
+    pub ending: Option<WorkerId>,
     /// Number of the worker that is started next.
     pub next_worker: WorkerId,
+}
+
+/// Host memory as it was measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostMemory {
+    /// The tightest of the control groups.
+    pub group: GroupMemory,
+    /// Bytes that each worker holds, mapped weights left out.
+    pub held: BTreeMap<WorkerId, u64>,
+}
+
+impl HostMemory {
+    /// Whether so little is left that somebody must go: less than a twentieth of the limit, or 64 MiB where that is more
+    /// (in small groups an eighth), or 1 GiB where it is less.
+    #[must_use]
+    pub fn is_short(group: GroupMemory) -> bool {
+        let at_least = (64 << 20).min(group.limit / 8);
+        group.left() < (group.limit / 20).max(at_least).min(1 << 30)
+    }
 }
 
 /// A model on this node.
@@ -172,6 +196,8 @@ pub enum Happened {
     Estimated(String, Vec<String>, Result<EstimateReport, Trouble>),
     /// A worker said something.
     WorkerSaid(WorkerId, RunnerEvent),
+    /// Host memory was measured, and little of it is left.
+    Measured(HostMemory),
     /// A worker is gone.
     WorkerEnded(WorkerId, WorkerEnd),
     /// A request waits for a model that is unloaded.
@@ -214,6 +240,10 @@ impl Observed {
                 }
             }
         }
+        if let Step::End { worker, .. } = step {
+            self.short = None;
+            self.ending = Some(*worker);
+        }
         if let Some(model) = self.models.get_mut(step.uid()) {
             model.begin(step, now);
         }
@@ -229,6 +259,7 @@ impl Observed {
             }
             Happened::Probed(Err(message)) => self.probe_error = Some(message),
             Happened::Stored(used, capacity) => self.storage = Some((used, capacity)),
+            Happened::Measured(memory) => self.short = Some(memory),
             Happened::Withdrawn => {
                 if self.models.get(uid).is_some_and(|model| model.listener == Listener::Closing) {
                     self.models.remove(uid);
@@ -236,6 +267,7 @@ impl Observed {
             }
             Happened::WorkerEnded(worker, end) => {
                 self.ledger.release(worker);
+                self.ending.take_if(|ending| *ending == worker);
                 if let Some(model) = self.models.get_mut(uid) {
                     model.worker_ended(worker, &end, now);
                 }

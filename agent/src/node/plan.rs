@@ -15,6 +15,7 @@ use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::supervise::WorkerId;
 
+mod pressure;
 #[cfg(test)]
 mod progress;
 mod room;
@@ -125,6 +126,15 @@ pub enum Step {
         /// When it is killed.
         kill_at: Instant,
     },
+    /// Kill a worker, before the kernel kills one of its own choice or all of them.
+    End {
+        /// The model.
+        uid: String,
+        /// The worker.
+        worker: WorkerId,
+        /// With the numbers.
+        message: String,
+    },
     /// Close the model's port and forget the model.
     Remove {
         /// The model.
@@ -148,6 +158,7 @@ impl Step {
             | Self::Wake { uid }
             | Self::Drain { uid, .. }
             | Self::Stop { uid, .. }
+            | Self::End { uid, .. }
             | Self::Remove { uid } => uid,
         }
     }
@@ -242,6 +253,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
     }
     planner.settle_turns();
     planner.stop_drained(&wanted);
+    planner.plan.steps.extend(pressure::end_the_worst(observed));
     planner.plan
 }
 

@@ -99,13 +99,23 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
         Mode::Estimate => {
             read_config().and_then(|config| Ok(engine::estimate(&config)?)).and_then(|report| events.write(&report))
         }
-        Mode::Serve => read_config().and_then(|config| serve(&config, &events)),
+        Mode::Serve => {
+            volunteer();
+            read_config().and_then(|config| serve(&config, &events))
+        }
     };
     if let Err(error) = &result {
         // If that fails too the exit code is all that is left.
         let _ = events.write(&RunnerEvent::Failed(error.failure()));
     }
     result
+}
+
+/// Should the kernel run out of memory after all, it ends a worker rather than the agent.
+fn volunteer() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "900") {
+        tracing::debug!(%error, "the kernel may end the agent before this worker");
+    }
 }
 
 fn read_config() -> Result<RunnerConfig, ChildError> {
@@ -216,11 +226,20 @@ fn beat(events: Events) -> io::Result<Arc<OnceLock<Engine>>> {
                 (stats.steps, stats.step_age.as_secs())
             });
             // An agent that cannot be told is gone, which another thread sees to.
-            let _ = events.say(&RunnerEvent::Heartbeat { step, seconds });
+            let _ = events.say(&RunnerEvent::Heartbeat { step, seconds, held_bytes: held_bytes().unwrap_or(0) });
             thread::sleep(HEARTBEAT);
         }
     })?;
     Ok(loaded)
+}
+
+/// What this process holds of host memory, mapped files left out.
+fn held_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = |name: &str| -> Option<u64> {
+        status.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some((kib("RssAnon:")? + kib("RssShmem:")?) * 1024)
 }
 
 /// The agent holds the other end of standard input for as long as it lives, and writes commands to it.

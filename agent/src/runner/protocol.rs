@@ -85,6 +85,9 @@ pub enum RunnerEvent {
         step: u64,
         /// Seconds that the present step has taken; 0 while the engine is idle or loads.
         seconds: u64,
+        /// Bytes of host memory that only this process's end gives back: anonymous and shared, not mapped weights.
+        #[serde(default)]
+        held_bytes: u64,
     },
     /// May the context take more memory? Answered by [`RunnerCommand::Growth`]. What is granted is reserved until the
     /// next report settles it.

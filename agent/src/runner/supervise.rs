@@ -70,6 +70,8 @@ pub struct WorkerEnd {
 #[derive(Debug)]
 pub struct WorkerHandle {
     stop: watch::Sender<Option<Instant>>,
+    end: watch::Sender<Option<RunnerFailure>>,
+    heart: watch::Receiver<Beat>,
     commands: mpsc::Sender<RunnerCommand>,
 }
 
@@ -77,6 +79,17 @@ impl WorkerHandle {
     /// Tells the worker something. One that does not read what it is told hears no more of it.
     pub fn tell(&self, command: RunnerCommand) {
         let _ = self.commands.try_send(command);
+    }
+
+    /// Bytes of host memory that it held at its last heartbeat, mapped weights left out.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.heart.borrow().held_bytes
+    }
+
+    /// SIGKILL now: it has failed, as `why` says.
+    pub fn end(&self, why: RunnerFailure) {
+        self.end.send_replace(Some(why));
     }
 
     /// SIGTERM now, SIGKILL at `kill_at`. Called again, the earlier time counts.
@@ -104,6 +117,8 @@ pub fn supervise(
     messages: mpsc::Sender<WorkerMessage>,
 ) -> (WorkerHandle, impl Future<Output = ()> + Send) {
     let (stop, stopped) = watch::channel(None);
+    let (end, ended) = watch::channel(None);
+    let (beats, heart) = watch::channel(Beat { heard: Instant::now(), step: 0, seconds: 0, held_bytes: 0 });
     let (commands, told) = mpsc::channel(COMMANDS);
     let run = async move {
         let (worker, config) = (record.worker, &record.config);
@@ -115,7 +130,9 @@ pub fn supervise(
         let end = match process {
             Ok(process) => {
                 let watched = Watched { worker, label: &label, patience: runner.patience() };
-                watch_process(process, watched, &messages, stopped, told).await
+                beats.send_modify(|beat| beat.heard = Instant::now());
+                let orders = Orders { stopped, ended, told };
+                watch_process(process, watched, &messages, orders, &beats).await
             }
             Err(error) => not_started(&error),
         };
@@ -123,7 +140,7 @@ pub fn supervise(
         // Nobody to tell means that the agent is ending.
         let _ = messages.send(WorkerMessage { worker, what: WorkerDid::Ended(end) }).await;
     };
-    (WorkerHandle { stop, commands }, run)
+    (WorkerHandle { stop, end, heart, commands }, run)
 }
 
 /// How a worker comes under supervision.
@@ -167,33 +184,48 @@ struct Watched<'a> {
     patience: Patience,
 }
 
+/// What the handle asks for.
+struct Orders {
+    stopped: watch::Receiver<Option<Instant>>,
+    ended: watch::Receiver<Option<RunnerFailure>>,
+    told: mpsc::Receiver<RunnerCommand>,
+}
+
 /// The engine's last heartbeat.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Beat {
     heard: Instant,
     step: u64,
     seconds: u64,
+    held_bytes: u64,
 }
 
 async fn watch_process(
     process: Process,
     watched: Watched<'_>,
     messages: &mpsc::Sender<WorkerMessage>,
-    mut stopped: watch::Receiver<Option<Instant>>,
-    told: mpsc::Receiver<RunnerCommand>,
+    orders: Orders,
+    heart: &watch::Sender<Beat>,
 ) -> WorkerEnd {
     let Process { mut life, stdin, stdout, stderr } = process;
     let Watched { worker, label, patience } = watched;
-    let (heart, beats) = watch::channel(Beat { heard: Instant::now(), step: 0, seconds: 0 });
-    let events = read_events(stdout, worker, messages, &heart);
+    let Orders { mut stopped, ended, told } = orders;
+    let beats = heart.subscribe();
+    let events = read_events(stdout, worker, messages, heart);
     let log = read_log(stderr, label, worker);
     let mut pipes = std::pin::pin!(async { tokio::join!(events, log) });
     let mut outputs = None;
     // The worker ends when its standard input does: held open until we want that.
     let mut commands = std::pin::pin!(write_commands(stdin, told));
 
-    let (how, hang) = {
-        let mut ended = std::pin::pin!(wait_or_stop(&mut life, worker, &mut stopped, hang(beats, patience)));
+    let (how, judged) = {
+        let failed = async {
+            tokio::select! {
+                failure = hang(beats, patience) => failure,
+                failure = ordered(ended) => failure,
+            }
+        };
+        let mut ended = std::pin::pin!(wait_or_stop(&mut life, worker, &mut stopped, failed));
         loop {
             tokio::select! {
                 end = &mut ended => break end,
@@ -207,23 +239,23 @@ async fn watch_process(
         Some(outputs) => outputs,
         None => tokio::time::timeout(PIPES_GRACE, &mut pipes).await.unwrap_or_default(),
     };
-    WorkerEnd { how, failure: hang.or(failure), last_lines: tail.text() }
+    WorkerEnd { how, failure: judged.or(failure), last_lines: tail.text() }
 }
 
-/// How it ended, and that it hung where it did.
+/// How it ended, and why it was made to where it was.
 async fn wait_or_stop(
     life: &mut Life,
     worker: WorkerId,
     stopped: &mut watch::Receiver<Option<Instant>>,
-    hang: impl Future<Output = RunnerFailure>,
+    failed: impl Future<Output = RunnerFailure>,
 ) -> (String, Option<RunnerFailure>) {
-    let mut failed = None;
+    let mut why = None;
     // An error means that the handle is gone, and with it everybody who wants this worker.
     let asked = tokio::select! {
         how = life.wait() => return (how, None),
         asked = stopped.wait_for(Option::is_some) => asked.is_ok(),
-        failure = hang => {
-            failed = Some(failure);
+        failure = failed => {
+            why = Some(failure);
             false
         }
     };
@@ -238,16 +270,26 @@ async fn wait_or_stop(
             }
         }
     }
-    tracing::warn!(worker, reason = failed.as_ref().map(|failure| &failure.message), "worker is killed");
+    tracing::warn!(worker, reason = why.as_ref().map(|failure| &failure.message), "worker is killed");
     life.kill(worker);
-    (life.wait().await, failed)
+    (life.wait().await, why)
+}
+
+/// Resolves when the handle says that the worker is to end.
+async fn ordered(mut ended: watch::Receiver<Option<RunnerFailure>>) -> RunnerFailure {
+    let failure = ended.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone());
+    match failure {
+        Some(failure) => failure,
+        // The handle is gone, which ends the worker in another way.
+        None => std::future::pending().await,
+    }
 }
 
 /// Resolves when the heartbeat says that the worker hangs, or is not heard any more.
 async fn hang(mut beats: watch::Receiver<Beat>, patience: Patience) -> RunnerFailure {
     let hangs = |message: String| RunnerFailure { reason: "WorkerHung".to_owned(), message };
     loop {
-        let Beat { heard, step, seconds } = *beats.borrow_and_update();
+        let Beat { heard, step, seconds, .. } = *beats.borrow_and_update();
         if seconds >= patience.step.as_secs() {
             return hangs(format!("step {} of its engine has taken {seconds} s and does not end", step + 1));
         }
@@ -295,8 +337,8 @@ async fn read_events(
         };
         match serde_json::from_str(&line) {
             Ok(RunnerEvent::Failed(why)) => failure = Some(why),
-            Ok(RunnerEvent::Heartbeat { step, seconds }) => {
-                heart.send_replace(Beat { heard: Instant::now(), step, seconds });
+            Ok(RunnerEvent::Heartbeat { step, seconds, held_bytes }) => {
+                heart.send_replace(Beat { heard: Instant::now(), step, seconds, held_bytes });
             }
             Ok(event) => {
                 if messages.send(WorkerMessage { worker, what: WorkerDid::Said(event) }).await.is_err() {
@@ -324,11 +366,11 @@ mod tests {
 
     /// Beats: (milliseconds after the one before, step, seconds in it).
     async fn judged(beats: &[(u64, u64, u64)], patience: Patience) -> String {
-        let (heart, seen) = watch::channel(Beat { heard: Instant::now(), step: 0, seconds: 0 });
+        let (heart, seen) = watch::channel(Beat { heard: Instant::now(), step: 0, seconds: 0, held_bytes: 0 });
         let tell = async {
             for (after, step, seconds) in beats {
                 tokio::time::sleep(Duration::from_millis(*after)).await;
-                heart.send_replace(Beat { heard: Instant::now(), step: *step, seconds: *seconds });
+                heart.send_replace(Beat { heard: Instant::now(), step: *step, seconds: *seconds, held_bytes: 0 });
             }
             std::future::pending::<()>().await;
         };

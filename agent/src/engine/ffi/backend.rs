@@ -8,6 +8,7 @@ use llama_cpp_2::{LlamaBackendDeviceType, list_llama_ggml_backend_devices};
 use llama_cpp_sys_2 as sys;
 
 use super::log;
+use crate::cgroup::{self, GroupMemory};
 
 /// A device as llama.cpp sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +76,7 @@ pub(in crate::engine) fn available_bytes(device: &str) -> Option<u64> {
         return devices().ok()?.into_iter().find(|found| found.name == device).map(|found| found.free);
     }
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_available(&text));
-    match (machine, cgroup_left()) {
+    match (machine, cgroup::tightest().map(GroupMemory::left)) {
         (Some(machine), Some(group)) => Some(machine.min(group)),
         (machine, group) => machine.or(group),
     }
@@ -85,13 +86,6 @@ fn meminfo_available(text: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
-}
-
-fn cgroup_left() -> Option<u64> {
-    let number = |name: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse().ok()
-    };
-    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
 }
 
 #[cfg(test)]

@@ -64,6 +64,8 @@ impl Model {
                     leaving.stopped = true;
                 }
             }
+            // Its end tells why.
+            Step::End { .. } => {}
             Step::Remove { .. } => self.listener = Listener::Closing,
         }
     }
@@ -113,6 +115,7 @@ impl Model {
             | Happened::Estimated(..)
             | Happened::Probed(_)
             | Happened::Stored(..)
+            | Happened::Measured(_)
             | Happened::Withdrawn
             | Happened::WorkerSaid(..)
             | Happened::WorkerEnded(..) => {}

@@ -299,6 +299,7 @@ impl World {
             Step::Wake { uid } => format!("wake {uid}"),
             Step::Drain { uid, worker, deadline } => format!("drain {uid}#{worker} until {} s", seconds(*deadline)),
             Step::Stop { uid, worker, kill_at } => format!("stop {uid}#{worker}, kill at {} s", seconds(*kill_at)),
+            Step::End { uid, worker, message } => format!("end {uid}#{worker}: {message}"),
             Step::Remove { uid } => format!("remove {uid}"),
         }
     }
