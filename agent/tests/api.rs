@@ -654,3 +654,5 @@ mod native;
 mod ollama;
 #[path = "api/openapi.rs"]
 mod openapi;
+#[path = "api/overflow.rs"]
+mod overflow;

@@ -10,6 +10,7 @@ use super::fields::{Fields, wrong_type};
 use super::intake::Intake;
 use super::openai::OpenAi;
 use super::output::PlainText;
+use super::overflow::fit_prompts;
 use super::params::Params;
 use super::run;
 use super::wire::Shape;
@@ -25,15 +26,27 @@ pub const DEFAULT_MAX_TOKENS: u32 = 16;
 pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiError> {
     let Intake { state, visit, fields } = intake;
     let CompletionRequest { params, prompts, logprobs, echo } = CompletionRequest::read(fields, state.defaults())?;
-    let resolve = move |state: &ApiState| prompts.into_iter().map(|prompt| prompt.resolve(state, echo)).collect();
-    let resolved: Vec<_> = state.prepare(resolve).await?;
-    let (prompts, texts): (Vec<_>, Vec<String>) = resolved.into_iter().unzip();
+    let resolve = move |state: &ApiState| {
+        let resolved = prompts.into_iter().map(|prompt| prompt.resolve(state, echo)).collect::<Result<Vec<_>, _>>()?;
+        let (prompts, mut texts): (Vec<_>, Vec<String>) = resolved.into_iter().unzip();
+        let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
+        let (prompts, truncation) = fit_prompts(state, &params, prompts)?;
+        // What is answered is echoed.
+        for ((text, prompt), before) in texts.iter_mut().zip(&prompts).zip(lengths) {
+            if echo && prompt.len() != before {
+                *text = state.engine().detokenize(prompt);
+            }
+        }
+        Ok((params, prompts, texts, truncation))
+    };
+    let (params, prompts, texts, truncation) = state.prepare(resolve).await?;
     let per_prompt = params.n as usize;
     let echoes = texts.iter().flat_map(|text| std::iter::repeat_n(text.clone(), per_prompt)).collect();
     let dialect = OpenAi::new(&state, Shape::Text, &params, logprobs.is_some()).echoing(echoes);
     let requests = params.requests(logprobs, prompts, &visit);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
-    run::answer(&state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream: params.stream }).await
+    let stream = params.stream;
+    run::answer(&state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream, truncation }).await
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -6,6 +6,7 @@ use super::error::ApiError;
 use super::form::Form;
 use super::frames::Frames;
 use super::output::{Delta, Output, OutputParser};
+use super::overflow::Truncation;
 use super::wire::{self, TimingsBody, UsageBody};
 use crate::engine::{GenerateRequest, PromptProgress, Timings, Token, TokenLogprob, Usage};
 
@@ -19,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) per_prompt: usize,
     /// Whether the client reads frames.
     pub(crate) stream: bool,
+    /// What was taken from the prompts so that they fit.
+    pub(crate) truncation: Option<Truncation>,
 }
 
 /// One choice.
@@ -35,6 +38,9 @@ pub(crate) trait Dialect: Send {
 
     /// The parameter that holds the prompt, for errors about it.
     fn prompt_param(&self) -> &'static str;
+
+    /// Something was taken from the prompts, which the answer has to say. Before all else, and only then.
+    fn declare(&mut self, truncation: &Truncation);
 
     /// The body of a whole answer; `choices` by index.
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error>;

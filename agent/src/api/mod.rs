@@ -23,6 +23,7 @@
 //!
 //! Paths that llama-server has without `/v1` too are the same here: `/chat/completions`, `/responses` and their
 //! `/input_tokens`. Its `/completions` is its own `/completion`.
+//! What becomes of a prompt that is too long stands in [`overflow`].
 //!
 //! What the API takes and what it refuses is said where it is read: [`params`], `messages`, [`chat`], [`completions`],
 //! [`responses`], [`anthropic`]. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`.
@@ -45,6 +46,7 @@ mod native;
 mod ollama;
 mod openai;
 mod output;
+mod overflow;
 pub mod params;
 mod request_id;
 mod responses;
@@ -71,6 +73,7 @@ pub use state::{ApiOptions, ApiState, ApiStateError};
 pub(crate) use body::{check_content_length, check_content_type, collect, malformed};
 pub(crate) use error::clip;
 pub(crate) use form::{Form, is_stream};
+pub(crate) use overflow::word as overflow_word;
 pub(crate) use request_id::{REQUEST_ID, request_id};
 
 /// Ollama's tag for the version of a model that there is.

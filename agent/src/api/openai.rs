@@ -8,6 +8,7 @@ use super::form::{DONE, Form};
 use super::frames::Frames;
 use super::live::Live;
 use super::output::{Delta, Output};
+use super::overflow::Truncation;
 use super::params::Params;
 use super::wire::{
     self, Answer, CallBody, ChoiceBody, Content, FINGERPRINT, FunctionBody, Message, Said, Shape, UsageSlot,
@@ -23,6 +24,8 @@ pub(crate) struct OpenAi {
     include_usage: bool,
     wants_logprobs: bool,
     live: Live,
+    /// What was taken from the prompts.
+    truncation: Option<Truncation>,
     /// Texts that stand before the answers, by choice; empty unless `echo` was asked for.
     echoes: Vec<String>,
     /// By choice: whether it has begun, and the characters it has said, for the offsets of log-probabilities.
@@ -40,6 +43,7 @@ impl OpenAi {
             include_usage: params.include_usage,
             wants_logprobs,
             live: Live::new(params, Instant::now()),
+            truncation: None,
             echoes: Vec::new(),
             progress: Vec::new(),
         }
@@ -72,7 +76,13 @@ impl OpenAi {
             usage: None,
             timings: None,
             prompt_progress: None,
+            altiplano: None,
         }
+    }
+
+    /// What was taken from the prompts, as a whole answer and the last chunk of a streamed one say it.
+    fn notice(&self) -> Option<serde_json::Value> {
+        self.truncation.as_ref().map(Truncation::body)
     }
 
     fn chunk<'a>(&'a self, choice: ChoiceBody<'a>) -> Answer<'a> {
@@ -168,6 +178,10 @@ impl Dialect for OpenAi {
         self.shape.prompt_param()
     }
 
+    fn declare(&mut self, truncation: &Truncation) {
+        self.truncation = Some(truncation.clone());
+    }
+
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
         let (usage, timings) = tally.totals();
         let texts: Vec<_> = choices
@@ -190,6 +204,7 @@ impl Dialect for OpenAi {
         let mut answer = self.head(false, bodies.collect());
         answer.usage = Some(UsageSlot::Now(usage));
         answer.timings = Some(timings);
+        answer.altiplano = self.notice();
         serde_json::to_vec(&answer)
     }
 
@@ -239,6 +254,7 @@ impl Dialect for OpenAi {
         // Without a chunk for usage, the last one of all tells the timings, as llama-server's does.
         if !self.include_usage && tally.all_ended() {
             chunk.timings = Some(tally.totals().1);
+            chunk.altiplano = self.notice();
         }
         frames.data(&chunk)
     }
@@ -249,6 +265,7 @@ impl Dialect for OpenAi {
             let mut last = self.head(true, Vec::new());
             last.usage = Some(UsageSlot::Now(usage));
             last.timings = Some(timings);
+            last.altiplano = self.notice();
             frames.data(&last)?;
         }
         frames.raw(DONE);

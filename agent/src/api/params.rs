@@ -25,6 +25,7 @@
 //! | `json_schema`, `guided_json` | a schema | the same, in llama-server's and vLLM's words |
 //! | `grammar` | GBNF | from its rule `root` |
 //! | `return_progress`, `timings_per_token` | | of streams: chunks that say how far the prompt has been read, `timings` in every chunk |
+//! | `altiplano` | `overflow`: `Reject`, `DropOldest`, `DropMiddle` | what happens to a prompt that is too long; else as `spec.context.overflow` says |
 //! | `cache_prompt`, `cache_salt` | true or false; a text of 256 bytes | whether, and with whom, computed prefixes are shared |
 //!
 //! Sampling parameters that a request does not name are the deployment's `spec.engine.sampling`, else the ones in the
@@ -36,11 +37,13 @@
 //! value other than the neutral one is 400 `unsupported_parameter`; all others are ignored, as OpenAI does, so that
 //! clients may send fields that are newer than this server.
 
+use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::intake::Visit;
+use super::overflow;
 use super::sampling;
 use crate::engine::{CacheKey, GenerateRequest, Grammar, SamplingParams, Token};
 
@@ -78,6 +81,8 @@ pub(crate) struct Params {
     pub(crate) timings_per_token: bool,
     /// `num_ctx`: tokens of context to aim for, whatever the sizing's formula says. Never a limit, never a reload.
     pub(crate) aim_tokens: Option<u32>,
+    /// What happens to a prompt that is too long; `None`: what the deployment says.
+    pub(crate) overflow: Option<OverflowPolicy>,
 }
 
 impl Params {
@@ -100,6 +105,7 @@ impl Params {
             return_progress: fields.boolean("return_progress")?.unwrap_or(false),
             timings_per_token: fields.boolean("timings_per_token")?.unwrap_or(false),
             aim_tokens: fields.integer("num_ctx", 1..=i64::from(i32::MAX))?.and_then(|aim| u32::try_from(aim).ok()),
+            overflow: overflow::read(fields)?,
         })
     }
 
@@ -124,6 +130,7 @@ impl Params {
             return_progress,
             timings_per_token,
             aim_tokens,
+            overflow: _,
         } = self;
         let cache = CacheKey { salt: cache_salt.clone(), ..CacheKey::default() };
         let mut requests = Vec::with_capacity(prompts.len() * *n as usize);

@@ -16,12 +16,13 @@ use super::error::ApiError;
 use super::frames::Frames;
 use super::intake::Visit;
 use super::output::{Delta, Output, OutputParser};
+use super::overflow::{self, TRUNCATED_TOKENS, Truncation};
 use crate::engine::{FinishReason, GenerateEvent, PromptProgress};
 use crate::metrics::{EndReason, RequestMetrics};
 
 /// Submits the job and answers.
 pub(crate) async fn answer(state: &ApiState, visit: Visit, job: Job) -> Result<Response, ApiError> {
-    let Job { dialect, choices, per_prompt, stream } = job;
+    let Job { mut dialect, choices, per_prompt, stream, truncation } = job;
     let prompt_tokens =
         choices.iter().step_by(per_prompt.max(1)).map(|choice| choice.request.prompt.len() as u64).sum();
     let prompt_param = dialect.prompt_param();
@@ -30,7 +31,33 @@ pub(crate) async fn answer(state: &ApiState, visit: Visit, job: Job) -> Result<R
     } else {
         Run::submit(state, visit, choices, per_prompt, prompt_param)?
     };
-    if stream { Stream::new(run, dialect, prompt_tokens).respond().await } else { run.collect(dialect).await }
+    if let Some(truncation) = &truncation {
+        declare(state, &run.visit.request_id, truncation);
+        dialect.declare(truncation);
+    }
+    let answered =
+        if stream { Stream::new(run, dialect, prompt_tokens).respond().await } else { run.collect(dialect).await };
+    let mut response = answered?;
+    if let Some(truncation) = &truncation {
+        response.headers_mut().insert(TRUNCATED_TOKENS, truncation.tokens().into());
+    }
+    Ok(response)
+}
+
+/// Counts a truncation and writes it down.
+fn declare(state: &ApiState, request_id: &str, truncation: &Truncation) {
+    let Truncation { policy, tokens_before, limit, tokens_after, dropped_messages } = *truncation;
+    state.metrics().truncated(policy);
+    tracing::info!(
+        %request_id,
+        model = state.full_name(),
+        policy = overflow::word(policy),
+        tokens_before,
+        limit,
+        tokens_after,
+        dropped_messages,
+        "the prompt was truncated"
+    );
 }
 
 struct Choice {

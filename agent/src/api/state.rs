@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use altiplano_crds::model_deployment::{SamplingSpec, TrafficSpec};
+use altiplano_crds::model_deployment::{OverflowPolicy, SamplingSpec, TrafficSpec};
 use serde_json::{Map, Value};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -63,6 +63,7 @@ struct Inner {
     file_name: String,
     created: u64,
     defaults: SamplingParams,
+    overflow: OverflowPolicy,
     templates: Option<Result<ChatTemplates, ChatError>>,
     metrics: Arc<WorkerMetrics>,
     options: ApiOptions,
@@ -98,6 +99,7 @@ impl ApiState {
             file_name: config.model_path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             created: super::unix_seconds(),
             defaults,
+            overflow: config.context.overflow,
             metrics: Arc::new(WorkerMetrics::new(&config.namespace, &config.name)?),
             options,
             queue_timeout: seconds(*queue_timeout_seconds),
@@ -131,6 +133,11 @@ impl ApiState {
     /// The deployment's sampling parameters.
     pub(crate) fn defaults(&self) -> &SamplingParams {
         &self.0.defaults
+    }
+
+    /// What happens to prompts that are too long, unless the request says so.
+    pub(crate) fn overflow(&self) -> OverflowPolicy {
+        self.0.overflow
     }
 
     /// Limits that do not come from the ModelDeployment.

@@ -56,6 +56,9 @@ pub(crate) struct Answer<'a> {
     pub(crate) timings: Option<TimingsBody>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prompt_progress: Option<ProgressBody>,
+    /// What was taken from the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) altiplano: Option<serde_json::Value>,
 }
 
 /// llama-server's `prompt_progress`: tokens of the prompt, those that were cached, those that are done with the cached

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use altiplano_crds::model_deployment::OverflowPolicy;
 use prometheus::{Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
 use super::{INTER_TOKEN_BUCKETS, REQUEST_SECONDS_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, TOKEN_BUCKETS, llama_server};
@@ -55,6 +56,7 @@ pub struct WorkerMetrics {
     generation_tokens: Histogram,
     success: IntCounterVec,
     http_errors: IntCounterVec,
+    truncations: IntCounterVec,
     running: Gauge,
     waiting: Gauge,
     cache_usage: Gauge,
@@ -80,6 +82,7 @@ pub struct WorkerMetrics {
 
 impl WorkerMetrics {
     /// Metrics of the model `namespace/name`.
+    #[expect(clippy::too_many_lines, reason = "one list of what there is")]
     pub fn new(namespace: &str, name: &str) -> Result<Self, prometheus::Error> {
         let labels =
             HashMap::from([("namespace".to_owned(), namespace.to_owned()), ("model_name".to_owned(), name.to_owned())]);
@@ -160,6 +163,12 @@ impl WorkerMetrics {
                 "code",
                 &["4xx", "5xx"],
             )?,
+            truncations: counters(
+                "context_truncations_total",
+                "Requests of which something was cut because the prompt was too long, by policy.",
+                "policy",
+                &["DropOldest", "DropMiddle"],
+            )?,
             running: gauge("num_requests_running", "Generations that run.")?,
             waiting: gauge("num_requests_waiting", "Generations that wait for a slot.")?,
             cache_usage: gauge("kv_cache_usage_perc", "Part of the KV cache's cells that hold a token; 1 is full.")?,
@@ -188,6 +197,11 @@ impl WorkerMetrics {
         if status.is_client_error() || status.is_server_error() {
             self.http_errors.with_label_values(&[super::code_class(status)]).inc();
         }
+    }
+
+    /// Counts a request whose prompt was cut.
+    pub fn truncated(&self, policy: OverflowPolicy) {
+        self.truncations.with_label_values(&[crate::api::overflow_word(policy)]).inc();
     }
 
     /// Mean seconds of a request so far; `None` before the first.

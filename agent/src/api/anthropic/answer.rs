@@ -7,6 +7,7 @@ use super::super::dialect::{Dialect, Finish, Piece, Tally};
 use super::super::form::Form;
 use super::super::frames::Frames;
 use super::super::output::{Delta, Output};
+use super::super::overflow::Truncation;
 
 /// Answers one request in Anthropic's terms.
 pub(super) struct Messages {
@@ -14,6 +15,8 @@ pub(super) struct Messages {
     model: String,
     /// The client's own stop texts.
     stops: Vec<String>,
+    /// What was taken from the prompt.
+    truncation: Option<Truncation>,
     /// Index of the next block, which is one more than that of the open one.
     next: usize,
     open: Option<Block>,
@@ -31,7 +34,7 @@ enum Block {
 impl Messages {
     pub(super) fn new(state: &ApiState, stops: Vec<String>) -> Self {
         let id = format!("msg_{}", uuid::Uuid::new_v4().simple());
-        Self { id, model: state.served_name().to_owned(), stops, next: 0, open: None }
+        Self { id, model: state.served_name().to_owned(), stops, truncation: None, next: 0, open: None }
     }
 
     /// `stop_reason` and `stop_sequence`.
@@ -49,7 +52,7 @@ impl Messages {
 
     fn message(&self, content: &[Value], stop: (Option<&'static str>, Option<String>), usage: &Value) -> Value {
         let (stop_reason, stop_sequence) = stop;
-        json!({
+        let mut message = json!({
             "id": self.id,
             "type": "message",
             "role": "assistant",
@@ -58,7 +61,11 @@ impl Messages {
             "stop_reason": stop_reason,
             "stop_sequence": stop_sequence,
             "usage": usage,
-        })
+        });
+        if let Some(truncation) = &self.truncation {
+            message["altiplano"] = truncation.body();
+        }
+        message
     }
 
     /// Ends the open block, unless it is `kind`, and begins one of that kind.
@@ -155,6 +162,10 @@ impl Dialect for Messages {
         "messages"
     }
 
+    fn declare(&mut self, truncation: &Truncation) {
+        self.truncation = Some(truncation.clone());
+    }
+
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
         let content = choices.first().map(blocks).unwrap_or_default();
         serde_json::to_vec(&self.message(&content, self.stop(tally), &total(tally)))
@@ -188,7 +199,14 @@ mod tests {
     use super::*;
 
     fn messages() -> Messages {
-        Messages { id: "msg_1".to_owned(), model: "toy".to_owned(), stops: Vec::new(), next: 0, open: None }
+        Messages {
+            id: "msg_1".to_owned(),
+            model: "toy".to_owned(),
+            stops: Vec::new(),
+            truncation: None,
+            next: 0,
+            open: None,
+        }
     }
 
     #[test]

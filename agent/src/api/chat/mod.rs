@@ -16,6 +16,7 @@
 //! Templates, formats and parsers are llama.cpp's ([`crate::engine::chat`]). `finish_reason` is `tool_calls` where the
 //! model called and stopped. An output that does not follow its format is content.
 
+mod fit;
 mod grammar;
 mod messages;
 mod parser;
@@ -76,12 +77,7 @@ pub(super) async fn converse(
     request: ChatRequest,
     dialect: Box<dyn Dialect>,
 ) -> Result<Response, ApiError> {
-    let (request, prepared) = state
-        .prepare(move |state| {
-            let prepared = request.prepare(state)?;
-            Ok((request, prepared))
-        })
-        .await?;
+    let (request, prepared, truncation) = state.prepare(move |state| fit::prepare(request, state)).await?;
     let Prepared { prompt, grammar, stops, preserved, answers } = prepared;
     let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
     for request in &mut requests {
@@ -94,7 +90,7 @@ pub(super) async fn converse(
     let per_prompt = requests.len();
     let choice = |request| Ok(ChoiceJob { request, parser: answers.parser()? });
     let choices = requests.into_iter().map(choice).collect::<Result<_, ApiError>>()?;
-    run::answer(state, visit, Job { dialect, choices, per_prompt, stream: request.params.stream }).await
+    run::answer(state, visit, Job { dialect, choices, per_prompt, stream: request.params.stream, truncation }).await
 }
 
 /// A chat request, checked.

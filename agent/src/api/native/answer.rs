@@ -11,6 +11,7 @@ use crate::api::form::Form;
 use crate::api::frames::Frames;
 use crate::api::live::Live;
 use crate::api::output::{Delta, Output};
+use crate::api::overflow::Truncation;
 use crate::api::state::ApiState;
 use crate::api::wire;
 use crate::engine::{GenerateRequest, PromptProgress, Token, TokenLogprob};
@@ -27,6 +28,8 @@ pub(super) struct Native {
     /// What the client wants of the whole object; empty: all of it.
     response_fields: Vec<String>,
     live: Live,
+    /// What was taken from the prompts.
+    truncation: Option<Truncation>,
     /// By choice.
     said: Vec<Said>,
 }
@@ -55,6 +58,7 @@ impl Native {
             n_probs: options.logprobs,
             response_fields: options.response_fields.clone(),
             live: Live::new(&options.params, Instant::now()),
+            truncation: None,
             said: vec![Said::default(); requests.len()],
         }
     }
@@ -75,7 +79,7 @@ impl Native {
             (Some(_), None) => "eos",
             (None, _) => "none",
         };
-        json!({
+        let mut end = json!({
             "index": choice,
             "content": content,
             "tokens": if self.return_tokens { said.tokens } else { Vec::new() },
@@ -87,12 +91,16 @@ impl Native {
             "generation_settings": self.settings,
             "prompt": self.prompts.get(choice / self.per_prompt).map_or("", String::as_str),
             "has_new_line": said.has_new_line || content.contains('\n'),
-            "truncated": false,
+            "truncated": self.truncation.is_some(),
             "stop_type": stop_type,
             "stopping_word": stop.unwrap_or_default(),
             "tokens_cached": usage.cached_tokens,
             "timings": timings,
-        })
+        });
+        if let Some(truncation) = &self.truncation {
+            end["altiplano"] = truncation.body();
+        }
+        end
     }
 
     fn probabilities(logprobs: &[TokenLogprob], tokens: &[Token]) -> Value {
@@ -142,6 +150,10 @@ impl Dialect for Native {
 
     fn prompt_param(&self) -> &'static str {
         "prompt"
+    }
+
+    fn declare(&mut self, truncation: &Truncation) {
+        self.truncation = Some(truncation.clone());
     }
 
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {

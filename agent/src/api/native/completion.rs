@@ -14,6 +14,7 @@ use crate::api::error::{ApiError, clip};
 use crate::api::fields::{Fields, wrong_type};
 use crate::api::intake::{Intake, Visit};
 use crate::api::output::PlainText;
+use crate::api::overflow::{Truncation, fit_prompts};
 use crate::api::params::{MAX_CHOICES, Params};
 use crate::api::run;
 use crate::api::state::ApiState;
@@ -33,9 +34,12 @@ pub(in crate::api) async fn completion(intake: Intake) -> Result<Response, ApiEr
     let Intake { state, visit, mut fields } = intake;
     let prompts = prompts(fields.take("prompt").ok_or_else(|| ApiError::missing("prompt"))?)?;
     let options = Options::read(fields, state.defaults())?;
-    let prepare = move |state: &ApiState| prompts.iter().map(|prompt| resolve(state, prompt)).collect();
-    let prompts: Vec<Vec<Token>> = state.prepare(prepare).await?;
-    answer(&state, visit, options, prompts).await
+    let prepare = move |state: &ApiState| {
+        let prompts = prompts.iter().map(|prompt| resolve(state, prompt)).collect::<Result<_, _>>()?;
+        Ok((fit_prompts(state, &options.params, prompts)?, options))
+    };
+    let ((prompts, truncation), options) = state.prepare(prepare).await?;
+    answer(&state, visit, options, prompts, truncation).await
 }
 
 /// What `/completion` and `/infill` have in common.
@@ -89,6 +93,7 @@ pub(super) async fn answer(
     visit: Visit,
     options: Options,
     prompts: Vec<Vec<Token>>,
+    truncation: Option<Truncation>,
 ) -> Result<Response, ApiError> {
     let stream = options.params.stream;
     let mut requests = options.params.requests(options.logprobs, prompts, &visit);
@@ -98,7 +103,7 @@ pub(super) async fn answer(
     let per_prompt = options.params.n as usize;
     let dialect = Native::new(state, &options, &requests, per_prompt);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
-    run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream }).await
+    run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream, truncation }).await
 }
 
 fn response_fields(given: Option<Value>) -> Result<Vec<String>, ApiError> {

@@ -10,6 +10,7 @@ use crate::api::form::Form;
 use crate::api::frames::Frames;
 use crate::api::intake::Visit;
 use crate::api::output::{Delta, Output, ToolCall};
+use crate::api::overflow::Truncation;
 use crate::engine::TokenLogprob;
 
 /// Which of the two endpoints speaks.
@@ -25,6 +26,8 @@ pub(super) struct Ollama {
     model: String,
     arrived: Instant,
     held: Duration,
+    /// What was taken from the prompt.
+    truncation: Option<Truncation>,
     /// Calls whose arguments are still being said: Ollama's clients get them whole.
     calls: Vec<ToolCall>,
 }
@@ -36,7 +39,7 @@ pub(super) fn head(model: &str) -> Map<String, Value> {
 
 impl Ollama {
     pub(super) fn new(kind: Kind, model: String, visit: &Visit) -> Self {
-        Self { kind, model, arrived: visit.arrived, held: visit.held, calls: Vec::new() }
+        Self { kind, model, arrived: visit.arrived, held: visit.held, truncation: None, calls: Vec::new() }
     }
 
     fn said(&self, content: &str, thinking: &str, calls: &[ToolCall]) -> Map<String, Value> {
@@ -79,6 +82,9 @@ impl Ollama {
             ("eval_duration", nanoseconds(timings.decode)),
         ] {
             object.insert(name.to_owned(), value);
+        }
+        if let Some(truncation) = &self.truncation {
+            object.insert("altiplano".to_owned(), truncation.body());
         }
     }
 
@@ -127,6 +133,10 @@ impl Dialect for Ollama {
             Kind::Chat => "messages",
             Kind::Generate => "prompt",
         }
+    }
+
+    fn declare(&mut self, truncation: &Truncation) {
+        self.truncation = Some(truncation.clone());
     }
 
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
@@ -199,7 +209,14 @@ mod tests {
 
     fn ollama(kind: Kind) -> Ollama {
         let held = Duration::from_millis(40);
-        Ollama { kind, model: "toy:latest".to_owned(), arrived: Instant::now(), held, calls: Vec::new() }
+        Ollama {
+            kind,
+            model: "toy:latest".to_owned(),
+            arrived: Instant::now(),
+            held,
+            truncation: None,
+            calls: Vec::new(),
+        }
     }
 
     fn tally(finish: Finish) -> Tally {

@@ -14,6 +14,8 @@
 //! | `stream` | `true` when absent: lines of JSON |
 //! | `keep_alive` | read by the agent: seconds or a duration; 0 unloads the model, what is negative keeps it |
 //! | `options` | see [`options`]; `num_ctx` is the context to aim for, never a reload and never a limit |
+//! | `truncate` | of a prompt that is too long: `true` is `altiplano.overflow: DropOldest`, `false` is `Reject`; absent: as the ModelDeployment says |
+//! | `shift` | ignored: an answer that reaches the context's end is over |
 //! | `template`, `context` | 400: templates come with the model or its ModelDeployment, conversations with `/api/chat` |
 //!
 //! No prompt and no message loads the model and says `done_reason: "load"`. Times are nanoseconds; `load_duration` is how
@@ -39,6 +41,7 @@ use super::intake::{Intake, Visit};
 use super::native::infill::Gap;
 use super::native::tokens::text_tokens;
 use super::output::PlainText;
+use super::overflow::fit_prompts;
 use super::params::Params;
 use super::run;
 use super::state::ApiState;
@@ -63,11 +66,11 @@ pub(super) async fn generate(intake: Intake) -> Result<Response, ApiError> {
         Wanted::Nothing => Ok(loaded(&model, Kind::Generate)),
         Wanted::Chat(fields) => converse(&state, visit, model, Kind::Generate, fields).await,
         Wanted::Text { prompt, fields } => {
-            complete(&state, visit, model, fields, move |state| text_tokens(state, &prompt, true, true)).await
+            complete(&state, visit, model, fields, true, move |state| text_tokens(state, &prompt, true, true)).await
         }
         Wanted::Gap { prefix, suffix, fields } => {
             let gap = Gap { prefix, suffix, ..Gap::default() };
-            complete(&state, visit, model, fields, move |state| gap.tokens(state, "suffix")).await
+            complete(&state, visit, model, fields, false, move |state| gap.tokens(state, "suffix")).await
         }
     }
 }
@@ -106,13 +109,20 @@ async fn complete(
     visit: Visit,
     model: String,
     fields: Fields,
+    may_cut: bool,
     prompt: impl FnOnce(&ApiState) -> Result<Vec<Token>, ApiError> + Send + 'static,
 ) -> Result<Response, ApiError> {
     let params = Params::read(&fields, state.defaults())?;
     let logprobs = request::logprobs(&fields)?;
-    let prompt = state.prepare(prompt).await?;
+    let prepare = move |state: &ApiState| {
+        let prompts = vec![prompt(state)?];
+        let fitted = if may_cut { fit_prompts(state, &params, prompts)? } else { (prompts, None) };
+        Ok((fitted, params))
+    };
+    let ((prompts, truncation), params) = state.prepare(prepare).await?;
     let dialect = Ollama::new(Kind::Generate, model, &visit);
-    let requests = params.requests(logprobs, vec![prompt], &visit);
+    let requests = params.requests(logprobs, prompts, &visit);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
-    run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt: 1, stream: params.stream }).await
+    let stream = params.stream;
+    run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt: 1, stream, truncation }).await
 }

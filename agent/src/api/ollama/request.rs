@@ -1,12 +1,14 @@
 //! Ollama's requests in OpenAI's terms: what [`ChatRequest`](super::super::chat::ChatRequest) and
 //! [`Params`](super::super::params::Params) read.
 
+use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::{Map, Value, json};
 
 use super::options;
 use crate::api::chat::MAX_MESSAGES;
 use crate::api::error::ApiError;
 use crate::api::fields::{Fields, wrong_type};
+use crate::api::overflow;
 use crate::engine::MAX_TOP_LOGPROBS;
 
 /// Images that one message may have.
@@ -115,10 +117,14 @@ fn common(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
     let mut openai = Map::new();
     options::take(fields, &mut openai)?;
     openai.insert("stream".to_owned(), fields.boolean("stream")?.unwrap_or(true).into());
-    for name in ["logprobs", "top_logprobs", "cache_salt"] {
+    for name in ["logprobs", "top_logprobs", "cache_salt", "altiplano"] {
         if let Some(value) = fields.take(name) {
             openai.insert(name.to_owned(), value);
         }
+    }
+    if let Some(truncate) = fields.boolean("truncate")? {
+        let policy = if truncate { OverflowPolicy::DropOldest } else { OverflowPolicy::Reject };
+        overflow::wish(&mut openai, policy);
     }
     match fields.take("format") {
         None => {}

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::{Map, Value, json};
 
 use super::super::ApiState;
@@ -11,6 +12,7 @@ use super::super::form::Form;
 use super::super::frames::Frames;
 use super::super::live::Live;
 use super::super::output::{Delta, Output, ToolCall};
+use super::super::overflow::Truncation;
 use super::super::params::Params;
 use super::super::wire::{self, TimingsBody};
 use super::request::Echo;
@@ -24,6 +26,8 @@ pub(super) struct Responses {
     echo: Map<String, Value>,
     live: Live,
     tells_timings: bool,
+    /// What was taken from the prompt.
+    truncation: Option<Truncation>,
 
     /// Number of the next event.
     sequence: u64,
@@ -54,13 +58,18 @@ type Done = Result<(), serde_json::Error>;
 
 impl Responses {
     pub(super) fn new(state: &ApiState, echo: Echo, params: &Params) -> Self {
+        let Echo(mut echo) = echo;
+        let overflow = params.overflow.unwrap_or(state.overflow());
+        let truncation = if overflow == OverflowPolicy::Reject { "disabled" } else { "auto" };
+        echo.insert("truncation".to_owned(), truncation.into());
         Self {
             id: format!("resp_{}", uuid::Uuid::new_v4().simple()),
             created: super::super::unix_seconds(),
             model: state.served_name().to_owned(),
-            echo: echo.0,
             live: Live::new(params, Instant::now()),
             tells_timings: params.timings_per_token,
+            echo,
+            truncation: None,
             sequence: 0,
             items: Vec::new(),
             open: None,
@@ -82,11 +91,13 @@ impl Responses {
             "output": self.items,
             "previous_response_id": null,
             "store": false,
-            "truncation": "disabled",
             "usage": usage,
         });
         if let Some(fields) = response.as_object_mut() {
             fields.extend(self.echo.clone());
+            if let Some(truncation) = &self.truncation {
+                fields.insert("altiplano".to_owned(), truncation.body());
+            }
         }
         response
     }
@@ -296,6 +307,10 @@ impl Dialect for Responses {
         "input"
     }
 
+    fn declare(&mut self, truncation: &Truncation) {
+        self.truncation = Some(truncation.clone());
+    }
+
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
         let status = status(tally);
         self.items = choices.first().map(|output| items(output, status)).unwrap_or_default();
@@ -402,6 +417,7 @@ mod tests {
             echo,
             live: Live::new(&params, Instant::now()),
             tells_timings: params.timings_per_token,
+            truncation: None,
             sequence: 0,
             items: Vec::new(),
             open: None,

@@ -9,8 +9,9 @@
 //! | `text.format` | `text`, `json_object`, `json_schema` |
 //! | `reasoning.effort` | as chat completions' `reasoning_effort` |
 //! | `include` | `message.output_text.logprobs`, with `top_logprobs` |
+//! | `truncation` | `auto`: a conversation that is too long loses its oldest messages (`altiplano.overflow: DropOldest`); `disabled`: it is refused; absent: as the ModelDeployment says |
 //! | `store` | ignored: the answer says `false` |
-//! | `previous_response_id`, `conversation`, `prompt`, `background`, `truncation: auto` | refused |
+//! | `previous_response_id`, `conversation`, `prompt`, `background` | refused |
 //!
 //! What chat completions take beyond that (`top_k`, `min_p`, `seed`, `stop`, `chat_template_kwargs`, …) is taken here
 //! too: `return_progress` adds `response.in_progress` events with `prompt_progress`, `timings_per_token` adds `timings` to

@@ -1,9 +1,11 @@
 //! A Responses request in the terms of chat completions: what [`ChatRequest`](super::super::chat::ChatRequest) reads.
 
+use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::{Map, Value, json};
 
 use super::super::error::{ApiError, clip};
 use super::super::fields::{Fields, wrong_type};
+use super::super::overflow;
 
 /// Fields of chat completions that Responses says otherwise, or not at all.
 const DROPPED: [&str; 9] = [
@@ -44,11 +46,10 @@ pub(super) fn translate(mut fields: Fields) -> Result<(Fields, Echo), ApiError> 
         ));
     }
     match fields.take("truncation").as_ref().map(Value::as_str) {
-        None | Some(Some("disabled")) => {}
-        _ => {
-            let message = "'truncation' must be 'disabled': the model's deployment says what happens to long prompts";
-            return Err(ApiError::unsupported("truncation", message));
-        }
+        None => {}
+        Some(Some("auto")) => overflow::wish(&mut fields.0, OverflowPolicy::DropOldest),
+        Some(Some("disabled")) => overflow::wish(&mut fields.0, OverflowPolicy::Reject),
+        Some(_) => return Err(ApiError::invalid("truncation", "'truncation' must be 'auto' or 'disabled'")),
     }
     for name in DROPPED {
         fields.0.remove(name);
@@ -382,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_is_left_out() {
-        let body = json!({"input": "hi", "truncation": "disabled", "background": false, "previous_response_id": null,
+        let body = json!({"input": "hi", "truncation": null, "background": false, "previous_response_id": null,
             "top_logprobs": 0, "include": [], "text": {"format": {"type": "text"}}, "tools": [], "stream_options": {}});
         let (fields, _) = read(body).unwrap();
         assert_eq!(
@@ -422,7 +423,8 @@ mod tests {
             (hi(json!({"previous_response_id": "resp_1"})), "previous_response_id"),
             (hi(json!({"conversation": "c"})), "conversation"),
             (hi(json!({"background": true})), "background"),
-            (hi(json!({"truncation": "auto"})), "truncation"),
+            (hi(json!({"truncation": "never"})), "truncation"),
+            (hi(json!({"truncation": true})), "truncation"),
             (hi(json!({"max_output_tokens": 0})), "max_output_tokens"),
             (hi(json!({"instructions": []})), "instructions"),
             (hi(json!({"tools": [{"type": "web_search"}]})), "tools[0]"),
