@@ -208,6 +208,7 @@ async fn bytes_and_headers_pass_unchanged() {
 #[tokio::test]
 async fn what_is_wrong_is_said_before_a_worker_is_asked() {
     let mut node = Node::start(|config| config.limits.body_limit = 1000).await;
+    node.front.set_ready(Ok(()));
     let url = node.model("toy", |_| ()).await;
     let other = node.model("other", |_| ()).await;
     node.front.route("toy", Route::Unloaded);
@@ -337,6 +338,7 @@ async fn an_error_after_a_ping_is_an_error_event() {
 #[tokio::test]
 async fn every_api_is_held_and_refused_in_its_own_words() {
     let node = Node::start(|config| config.limits.ping_interval = Duration::from_millis(30)).await;
+    node.front.set_ready(Ok(()));
     let url = node.model("toy", |_| ()).await;
     let ask =
         async |path: &str, body: Value| node.client.post(format!("{url}{path}")).json(&body).send().await.unwrap();
@@ -592,7 +594,10 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
     );
     let one: Value = get("/v1/models/ml/toy", Some("s3cret")).await.unwrap().json().await.unwrap();
     assert_eq!(one["id"], "toy-served");
-    error(get("/v1/models/nope", Some("s3cret")).await.unwrap(), 404, "model_not_found").await;
+    // Not yet "does not exist": it may come.
+    let not_yet = get("/v1/models/nope", Some("s3cret")).await.unwrap();
+    assert_eq!(not_yet.headers()["retry-after"], "1");
+    error(not_yet, 503, "not_ready").await;
 
     assert_eq!(get("/healthz", None).await.unwrap().status(), 200);
     let unready = get("/readyz", None).await.unwrap();
@@ -600,6 +605,7 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
     assert_eq!(unready.text().await.unwrap(), "the agent is starting\n");
     node.front.set_ready(Ok(()));
     assert_eq!(get("/readyz", None).await.unwrap().status(), 200);
+    error(get("/v1/models/nope", Some("s3cret")).await.unwrap(), 404, "model_not_found").await;
 }
 
 #[tokio::test]

@@ -299,7 +299,11 @@ fn guard_stall(response: Response, deadline: Instant, abort: CancellationToken) 
 
 fn resolve(shared: &Shared, asked: &str) -> Result<Arc<Model>, ApiError> {
     shared.read(|table| table.resolve(asked)).map_err(|lookup| match lookup {
-        Lookup::NotFound => ApiError::model_not_found(asked),
+        // Before the agent knows its models it cannot say that one does not exist.
+        Lookup::NotFound => match &*shared.readiness.borrow() {
+            Ok(()) => ApiError::model_not_found(asked),
+            Err(why) => ApiError::unavailable("not_ready", why.clone(), 1),
+        },
         Lookup::Ambiguous(names) => {
             let some: Vec<_> = names.iter().take(5).map(String::as_str).collect();
             let message = format!("several models are called '{}': ask for one of {}", clip(asked), some.join(", "));

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::apply::{Executor, Means, Report};
 use self::measure::Measurer;
-use self::observe::{Activity, Desired, Happened, HostMemory, Observed};
+use self::observe::{Activity, Desired, Happened, HostMemory, Model, Observed};
 use self::plan::{Limits, Plan, plan};
 use self::status::{Identity, status};
 use crate::cgroup::{self, GroupMemory};
@@ -94,7 +94,7 @@ impl Node {
         let mut wakes = self.means.front.wakes().ok_or(NodeError::Front)?;
         let mut activity = self.means.front.activity_changes();
         let mut desired = Desired::default();
-        let (mut leaving, mut heard) = (false, false);
+        let (mut leaving, mut heard, mut published) = (false, false, false);
         let mut probe = Probe::default();
         for record in self.executor.adopt() {
             self.observed.found(record, Instant::now());
@@ -110,7 +110,8 @@ impl Node {
                 heard = true;
             }
             let plan = self.turn(&desired);
-            self.tell_readiness(leaving, heard);
+            published |= heard && self.observed.models.values().all(Model::is_published);
+            self.tell_readiness(leaving, heard, published);
             if leaving && self.observed.models.is_empty() {
                 break;
             }
@@ -252,12 +253,14 @@ impl Node {
         self.note(&uid, what);
     }
 
-    /// Ready is more than alive: it knows its devices and what should be here.
-    fn tell_readiness(&self, leaving: bool, heard: bool) {
+    /// Ready is more than alive: it knows its devices and what should be here, and has once answered for all of it.
+    fn tell_readiness(&self, leaving: bool, heard: bool, published: bool) {
         let readiness = if leaving {
             Err("the agent is draining".to_owned())
         } else if !heard {
             Err("the agent has not heard yet what should be on this node".to_owned())
+        } else if !published {
+            Err("the models' ports are being opened".to_owned())
         } else if self.observed.devices.is_none() {
             Err(self.observed.probe_error.clone().unwrap_or_else(|| "the devices are being looked at".to_owned()))
         } else {

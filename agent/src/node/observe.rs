@@ -394,6 +394,12 @@ impl Model {
         !self.yields && self.workers.values().any(|w| w.leaving.is_none() && matches!(w.phase, Phase::Ready { .. }))
     }
 
+    /// Whether its listener answers for it, or cannot.
+    #[must_use]
+    pub fn is_published(&self) -> bool {
+        matches!(self.listener, Listener::Open(_)) || self.failure.is_some()
+    }
+
     /// "namespace/name".
     #[must_use]
     pub fn label(&self) -> String {
