@@ -6,9 +6,9 @@ use std::{env, fs};
 const FOLDER: &str = "src/engine/ffi";
 
 /// One for each topic.
-const SOURCES: [&str; 4] = ["allowance.cpp", "shim.cpp", "shim_chat.cpp", "shim_sampler.cpp"];
+const SOURCES: [&str; 5] = ["allowance.cpp", "shim.cpp", "shim_chat.cpp", "shim_media.cpp", "shim_sampler.cpp"];
 
-const HEADERS: [&str; 4] = ["allowance.h", "guard.h", "shim.h", "shim_chat.h"];
+const HEADERS: [&str; 5] = ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_media.h"];
 
 fn main() -> Result<(), String> {
     for file in HEADERS.iter().chain(&SOURCES) {
@@ -28,6 +28,7 @@ fn main() -> Result<(), String> {
         .include(source.join("src"))
         .include(source.join("common"))
         .include(source.join("vendor"))
+        .include(source.join("tools/mtmd"))
         .files(SOURCES.map(|file| format!("{FOLDER}/{file}")))
         .opt_level(2)
         .warnings(false)

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 
 /// Bytes that a body may have unless the configuration says otherwise.
-pub const DEFAULT_BODY_LIMIT: usize = 8 << 20;
+pub const DEFAULT_BODY_LIMIT: usize = 32 << 20;
 
 /// Refuses a body that is said to be something else than JSON. None said is taken for JSON.
 pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

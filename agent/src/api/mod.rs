@@ -26,7 +26,7 @@
 //! What becomes of a prompt that is too long stands in [`overflow`].
 //!
 //! What the API takes and what it refuses is said where it is read: [`params`], `messages`, [`chat`], [`completions`],
-//! [`responses`], [`anthropic`]. Bodies are JSON of at most 8 MiB. Every answer carries `x-request-id`.
+//! [`responses`], [`anthropic`]. Bodies are JSON of at most 32 MiB. Every answer carries `x-request-id`.
 
 mod anthropic;
 mod body;
@@ -67,6 +67,7 @@ use axum::routing::{MethodRouter, get, post};
 use http::Method;
 
 pub use body::DEFAULT_BODY_LIMIT;
+pub use chat::{MAX_ALL_PIXELS, MAX_IMAGES, MAX_PIXELS, MAX_RATIO};
 pub use error::ApiError;
 pub use state::{ApiOptions, ApiState, ApiStateError};
 

@@ -45,7 +45,7 @@ use super::fields::{Fields, wrong_type};
 use super::intake::Visit;
 use super::overflow;
 use super::sampling;
-use crate::engine::{CacheKey, GenerateRequest, Grammar, SamplingParams, Token};
+use crate::engine::{CacheKey, GenerateRequest, Grammar, Media, SamplingParams, Token};
 
 /// Choices that one request may ask for.
 pub const MAX_CHOICES: u32 = 8;
@@ -138,6 +138,7 @@ impl Params {
             for choice in 0..*n {
                 let seed = sampling.seed.map(|seed| seed.wrapping_add(choice).min(u32::MAX - 1));
                 requests.push(GenerateRequest {
+                    media: Media::default(),
                     id: visit.request_id.clone(),
                     prompt: prompt.clone(),
                     max_tokens: *max_tokens,

@@ -25,8 +25,13 @@ pub(super) fn check(
     if prompt_tokens >= max_tokens {
         return Err(SubmitError::ContextLengthExceeded { prompt_tokens, limit: max_tokens });
     }
+    if !request.media.is_empty() && !request.media.fits(&request.prompt) {
+        return Err(SubmitError::InvalidParameter("the prompt has other pictures"));
+    }
     let biased = request.sampling.logit_bias.iter().map(|(token, _)| token);
-    if let Some(&token) = request.prompt.iter().chain(biased).find(|&&token| !model.has(token)) {
+    let is_text = |token: &&i32| request.media.is_empty() || **token >= 0;
+    let text = request.prompt.iter().filter(is_text);
+    if let Some(&token) = text.chain(biased).find(|&&token| !model.has(token)) {
         return Err(SubmitError::InvalidToken { token, n_vocab });
     }
     sampling(&request.sampling).map_err(SubmitError::InvalidParameter)

@@ -33,7 +33,9 @@ impl Chooser {
     /// Tells the sampler of the end of a prompt; a grammar begins after it.
     pub(super) fn read_prompt(&mut self, prompt: &[Token]) -> Result<(), String> {
         let lookback = self.sampler.lookback().min(prompt.len());
-        prompt[prompt.len() - lookback..].iter().try_for_each(|&token| self.sampler.accept(token))
+        // What stands for a picture is no token.
+        let mut text = prompt[prompt.len() - lookback..].iter().filter(|&&token| token >= 0);
+        text.try_for_each(|&token| self.sampler.accept(token))
     }
 
     /// The next token after a row of the last batch; it is remembered.

@@ -1,5 +1,6 @@
 //! From a worker's configuration to a loaded model and its context; the dry run and the device list are here too.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -10,7 +11,8 @@ use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
 use super::ffi::{
-    self, Adapter, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Model, ModelParams,
+    self, Adapter, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Encoder, Model,
+    ModelParams, Projector, ProjectorNeeds, ProjectorParams,
 };
 use super::host;
 use super::sampling::SamplingParams;
@@ -41,6 +43,10 @@ pub(super) struct Loaded {
     pub(super) context: Context,
     pub(super) params: ContextParams,
     pub(super) adapters: Vec<(Adapter, f32)>,
+    /// Reads prompts with images.
+    pub(super) projector: Option<Projector>,
+    /// Computes them.
+    pub(super) encoder: Option<Encoder>,
     pub(super) plan: Plan,
     pub(super) facts: ModelFacts,
     pub(super) report: RunnerReport,
@@ -84,13 +90,15 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
 
 /// Makes the context of a model that generates and decodes once, so that all memory is taken.
 pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
-    let (mut plan, params) = plan(config, &model, gpu);
+    let needs = projector_needs(config, gpu)?;
+    let (mut plan, params) = plan(config, &model, gpu, needs.together);
     if config.context.sizing == ContextSizing::Fixed {
         check_fixed(config, &plan, &params)?;
     }
     // Before the context, which is planned with the adapters that are there.
     let adapters = load_adapters(config, &model)?;
-    let model = model.with_adapter_bytes(adapter_bytes(config));
+    let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
+    let (projector, encoder) = load_projector(config, &model, gpu, params.micro_batch)?.unzip();
     let mut context = new_context(&model, &params)?;
     let can_cut = warm_up(&model, &mut context, gpu)?;
     if plan.capability.cut != Cut::Nowhere {
@@ -108,8 +116,10 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     };
     let facts = facts(config, &model, plan.limits.max_tokens);
     let names = config.adapters.iter().map(|adapter| adapter.name.clone());
-    let facts = ModelFacts { abilities: vec![Ability::Completion], adapters: names.collect(), ..facts };
-    Ok(Loaded { model, context, params, adapters, plan, facts, report })
+    let sees = projector.as_ref().is_some_and(Projector::sees).then_some(Ability::Vision);
+    let abilities = [Ability::Completion].into_iter().chain(sees).collect();
+    let facts = ModelFacts { abilities, adapters: names.collect(), ..facts };
+    Ok(Loaded { model, context, params, adapters, projector, encoder, plan, facts, report })
 }
 
 /// llama.cpp's dry run: what [`load`] would take, without reading weights.
@@ -123,8 +133,9 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     if let Some(pooling) = embed::pooling(&model) {
         return embed::estimate(config, &model, pooling, gpu);
     }
-    let (plan, params) = plan(config, &model, gpu);
-    let model = model.with_adapter_bytes(adapter_bytes(config));
+    let needs = projector_needs(config, gpu)?;
+    let (plan, params) = plan(config, &model, gpu, needs.together);
+    let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
     check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
     Ok(EstimateReport {
@@ -217,7 +228,8 @@ fn load_model(
     }
 }
 
-fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams) {
+/// `together`: tokens of an image that have to fit into one micro-batch.
+fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan, ContextParams) {
     let architecture = model.metadata("general.architecture").unwrap_or_default();
     let key = |name: &str| model.metadata(&format!("{architecture}.{name}"));
     let capability = Capability::of(&Traits {
@@ -241,10 +253,10 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
     }
 
     let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
-    let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH);
+    let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH).max(together);
     let batch = tokens(config.engine.batch_tokens).unwrap_or(if gpu { GPU_BATCH } else { micro_batch });
     // Every sequence must find room for a token in a batch.
-    let batch = batch.max(sequences);
+    let batch = batch.max(sequences).max(together);
     let micro_batch = micro_batch.clamp(sequences, batch);
 
     let (layers_offloaded, layers_total) = layers(config, model, gpu);
@@ -274,6 +286,40 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool) -> (Plan, ContextParams
         rope: rope.clone(),
     };
     (plan, params)
+}
+
+/// How the projector is loaded: on the first of the devices that the model is on.
+fn projector_params(config: &RunnerConfig, gpu: bool) -> Option<ProjectorParams<'_>> {
+    let device = config.devices.iter().find(|name| *name != "CPU").filter(|_| gpu);
+    Some(ProjectorParams {
+        path: config.projector.as_deref()?,
+        device: device.map(String::as_str),
+        // As many as the model's context has: OpenMP makes its helpers anew whenever their number changes.
+        threads: config.threads,
+        flash_attention: config.engine.flash_attention,
+    })
+}
+
+fn projector_needs(config: &RunnerConfig, gpu: bool) -> Result<ProjectorNeeds, EngineError> {
+    let Some(params) = projector_params(config, gpu) else { return Ok(ProjectorNeeds::default()) };
+    params.needs().map_err(|message| projector_failed(&params, &message))
+}
+
+fn load_projector(
+    config: &RunnerConfig,
+    model: &Model,
+    gpu: bool,
+    together: u32,
+) -> Result<Option<(Projector, Encoder)>, EngineError> {
+    let Some(params) = projector_params(config, gpu) else { return Ok(None) };
+    // Clients see it in rendered prompts, but it is another one each time.
+    let marker = format!("<__media_{:016x}__>", RandomState::new().build_hasher().finish());
+    let loaded = Projector::load(model, &params, marker, together);
+    loaded.map(Some).map_err(|message| projector_failed(&params, &message))
+}
+
+fn projector_failed(params: &ProjectorParams<'_>, message: &str) -> EngineError {
+    classify(&params.path.display().to_string(), format!("the projector: {message}"))
 }
 
 fn load_adapters(config: &RunnerConfig, model: &Model) -> Result<Vec<(Adapter, f32)>, EngineError> {

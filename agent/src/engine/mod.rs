@@ -18,6 +18,7 @@ mod grammar;
 mod host;
 mod load;
 mod mailbox;
+mod media;
 mod pool;
 mod prefix;
 mod request;
@@ -43,6 +44,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
+pub use media::{MAX_IMAGES_ALIVE, Media, MediaError, MediaPrompt, Picture};
 pub use request::{
     CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, PromptProgress, SubmitError,
     Timings, Token, TokenLogprob, TopLogprob, Usage,
@@ -55,10 +57,11 @@ pub use sampling::{
 use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
 use chat::{ChatError, ChatTemplates};
 use chooser::Chooser;
-use ffi::{Model, Sampler};
+use ffi::{Model, Piece, Projector, Sampler};
 use grammar::Grammars;
 use load::Loaded;
 use mailbox::{Mailbox, Waiting};
+use media::{Alive, MediaPiece, Names};
 use shared::Shared;
 use worker::Worker;
 
@@ -204,6 +207,10 @@ pub struct EngineStats {
     pub shrinks: u64,
     /// How long streams stood still for that, in all.
     pub resize_time: Duration,
+    /// Images that were computed for a prompt; those that were there already do not count.
+    pub pictures: u64,
+    /// How long that took, the steps of others meanwhile counted.
+    pub picture_time: Duration,
     /// Requests that waited for an equal prompt to be read, and went on from its cells.
     pub followed: u64,
     /// Bytes of sequences' states in host memory: prefixes for prompts to come, and requests that gave way.
@@ -237,6 +244,10 @@ pub struct Engine {
 struct Inner {
     model: Model,
     facts: ModelFacts,
+    /// `None`: the model reads text alone.
+    projector: Option<Projector>,
+    names: Names,
+    images: Arc<Alive>,
     grammars: Grammars,
     queue: Queue,
     shared: Arc<Shared>,
@@ -303,9 +314,9 @@ impl Engine {
         let mailbox = Arc::new(Mailbox::new(loaded.plan.parallel as usize, queue));
         let shared = Arc::new(Shared::default());
         let (sender, report) = watch::channel(loaded.report.clone());
-        let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
+        let (model, facts, projector) = (loaded.model.clone(), loaded.facts.clone(), loaded.projector.clone());
         let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
-        Self::spawn(model, facts, Queue::Generate(mailbox), shared, report, || worker.run())
+        Self::spawn(model, facts, projector, Queue::Generate(mailbox), shared, report, || worker.run())
     }
 
     /// The same of one that makes vectors or scores.
@@ -315,12 +326,13 @@ impl Engine {
         let (sender, report) = watch::channel(loaded.report.clone());
         let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
         let worker = embed::Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
-        Self::spawn(model, facts, Queue::Embed(mailbox), shared, report, || worker.run())
+        Self::spawn(model, facts, None, Queue::Embed(mailbox), shared, report, || worker.run())
     }
 
     fn spawn(
         model: Model,
         facts: ModelFacts,
+        projector: Option<Projector>,
         queue: Queue,
         shared: Arc<Shared>,
         report: watch::Receiver<RunnerReport>,
@@ -339,8 +351,9 @@ impl Engine {
             })
             .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        let grammars = Grammars::default();
-        Ok(Self { inner: Arc::new(Inner { model, facts, grammars, queue, shared, report, ended, thread }) })
+        let (names, images, grammars) = (Names::default(), Arc::default(), Grammars::default());
+        let inner = Inner { model, facts, projector, names, images, grammars, queue, shared, report, ended, thread };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// What is known about the model.
@@ -380,6 +393,43 @@ impl Engine {
     /// such as `<|im_start|>` as such.
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, EngineError> {
         self.inner.model.tokenize(text, add_special, parse_special).map_err(EngineError::Internal)
+    }
+
+    /// What stands in a text where an image belongs; `None`: the model reads none. It differs from engine to engine, so
+    /// that nobody writes it by accident.
+    #[must_use]
+    pub fn image_marker(&self) -> Option<&str> {
+        self.inner.projector.as_ref().map(Projector::marker)
+    }
+
+    /// A text with a marker for each of the images as a prompt, control tokens read as such. Takes milliseconds for each
+    /// image, so this belongs on a thread that may block.
+    pub fn read(&self, text: &str, add_special: bool, images: &[Arc<Picture>]) -> Result<MediaPrompt, MediaError> {
+        let Inner { projector, names, .. } = &*self.inner;
+        let projector = projector.as_ref().ok_or("this model reads text only")?;
+        let alive = Alive::take(&self.inner.images, images.len())?;
+        let pieces = Arc::new(projector.split(text, add_special, images)?);
+        let (mut tokens, mut media) = (Vec::new(), Vec::new());
+        let mut seen: Vec<u32> = vec![0; images.len()];
+        for index in 0..pieces.len() {
+            match pieces.get(index) {
+                Some(Piece::Text(text)) => tokens.extend_from_slice(text),
+                Some(Piece::Picture { image, tokens: count, positions, non_causal }) => {
+                    let (digest, number) = match (images.get(image), seen.get_mut(image)) {
+                        (Some(image), Some(number)) => (image.digest(), number),
+                        _ => return Err("a piece of no image".into()),
+                    };
+                    let name = names.of(digest, *number).ok_or("there are no more names for images")?;
+                    *number += 1;
+                    let start = tokens.len();
+                    tokens.extend(media::stand_ins(name, count, positions));
+                    let pieces = Arc::clone(&pieces);
+                    media.push(MediaPiece { pieces, index, name, start, tokens: count, positions, non_causal });
+                }
+                None => return Err("a piece that there is not".into()),
+            }
+        }
+        Ok(MediaPrompt { tokens, media: Media::new(media, alive) })
     }
 
     /// Tokens to text; control tokens are left out, bytes that are no UTF-8 become U+FFFD, and tokens that the

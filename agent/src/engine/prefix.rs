@@ -7,6 +7,7 @@
 //! | in host memory | put into new cells |
 //! | in a prompt that is being read right now | waited for, then shared |
 
+use super::media;
 use super::pool::SeqId;
 use super::request::Token;
 
@@ -115,15 +116,11 @@ pub(super) fn choose<'a>(prompt: &[Token], candidates: impl Iterator<Item = Cand
     let mut coming: Option<(Serial, usize)> = None;
     let mut common_at_all = 0;
     for Candidate { holder, tokens, resident, cut_from } in candidates {
-        let whole = common(usable, tokens);
+        let whole = media::border(prompt, common(usable, tokens));
         common_at_all = common_at_all.max(whole);
-        let now = if whole >= resident {
-            resident
-        } else if whole >= cut_from {
-            whole
-        } else {
-            0
-        };
+        // One that was left in the middle of a picture is cut before it.
+        let reach = media::border(prompt, whole.min(resident));
+        let now = if reach == resident || reach >= cut_from { reach } else { 0 };
         match holder {
             Holder::Kept(id) if now > longest => {
                 longest = now;

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::error::EngineError;
 use super::mailbox::Mailbox;
+use super::media::Media;
 use super::sampling::{Grammar, SamplingParams};
 
 /// A token of the model's vocabulary.
@@ -21,8 +22,10 @@ pub type Token = i32;
 pub struct GenerateRequest {
     /// Identity of the request, for logs.
     pub id: String,
-    /// The prompt; not empty, every token of the vocabulary.
+    /// The prompt; not empty, every token of the vocabulary or one that stands for a picture.
     pub prompt: Vec<Token>,
+    /// Its pictures, see [`Engine::read`](super::Engine::read).
+    pub media: Media,
     /// Tokens to generate at most; clamped to what is left of the context. `None`: until the model ends, or the
     /// context does.
     pub max_tokens: Option<u32>,
@@ -60,6 +63,7 @@ impl Default for GenerateRequest {
         Self {
             id: String::new(),
             prompt: Vec::new(),
+            media: Media::default(),
             max_tokens: None,
             sampling: SamplingParams::default(),
             grammar: None,
@@ -78,8 +82,8 @@ impl Default for GenerateRequest {
     }
 }
 
-/// Prompts share KV cells only with prompts of an equal key: the same tokens mean something else to another adapter or
-/// beside another image, and how fast an answer comes tells whether somebody has asked the same before.
+/// Prompts share KV cells only with prompts of an equal key: the same tokens mean something else to another adapter, and
+/// how fast an answer comes tells whether somebody has asked the same before. Images are among the tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CacheKey {
     /// The client's `cache_salt`; empty: none.
@@ -88,8 +92,6 @@ pub struct CacheKey {
     pub namespace: String,
     /// LoRA adapters that the tokens are read with, each with the bits of its scale.
     pub adapters: Vec<(String, u32)>,
-    /// Digest of the projector and of the media that placeholder tokens stand for; empty: text alone.
-    pub media: String,
 }
 
 impl GenerateRequest {

@@ -9,6 +9,7 @@ use super::chooser::Chooser;
 use super::error::EngineError;
 use super::ffi::{LogprobRow, Model};
 use super::mailbox::Waiting;
+use super::media::{Media, MediaPiece};
 use super::pool::SeqId;
 use super::prefix::{Follow, Serial};
 use super::request::{
@@ -45,6 +46,8 @@ pub(super) struct Sequence {
     pub(super) begun: bool,
     /// The prompt and what was generated.
     pub(super) tokens: Vec<Token>,
+    /// Pictures of the prompt.
+    media: Media,
     /// Tokens whose keys and values are in the cache.
     pub(super) resident: usize,
     pub(super) chooser: Chooser,
@@ -89,6 +92,7 @@ impl Sequence {
         let GenerateRequest {
             id,
             prompt,
+            media,
             max_tokens: wanted,
             sampling: _,
             grammar: _,
@@ -137,6 +141,7 @@ impl Sequence {
             deadline,
             first_token: None,
             tokens: prompt,
+            media,
         })
     }
 
@@ -187,8 +192,19 @@ impl Sequence {
 
     /// Tokens that may be computed before the state has to be looked at.
     pub(super) fn piece(&self) -> usize {
-        let ahead = self.borders.iter().filter(|&&border| border > self.resident).min();
+        let picture = self.media.next(self.resident);
+        let ahead = self.borders.iter().copied().chain(picture).filter(|&border| border > self.resident).min();
         ahead.map_or(usize::MAX, |border| border - self.resident).min(self.todo())
+    }
+
+    /// The picture that is to be read next.
+    pub(super) fn picture(&self) -> Option<&MediaPiece> {
+        self.media.at(self.resident)
+    }
+
+    /// The position of the token at a place that is not within a picture.
+    pub(super) fn position_of(&self, place: usize) -> usize {
+        self.media.position(place)
     }
 
     /// The state is to be looked at now.

@@ -2,12 +2,15 @@
 
 mod resize;
 
+use std::ops::Range;
+
 use super::adapters::AdapterId;
 use super::capability::{Capability, Cut};
 use super::chooser::{ChooseError, Chooser};
-use super::ffi::{Adapter, Batch, Context, ContextParams, DecodeError, LogprobRow, Model, available_bytes};
+use super::ffi::{Adapter, Batch, Context, ContextParams, DecodeError, LogprobRow, MediaBatch, Model, available_bytes};
 use super::host::{self, HostCache};
 use super::load::{Plan, total_context_bytes};
+use super::media::{self, MediaPiece};
 use super::pool::{Pool, SeqId};
 use super::prefix::{self, Candidate, Choice, Holder, May, Reuse};
 use super::request::{CacheKey, Token};
@@ -108,14 +111,18 @@ impl Executor {
         tokens: &'a [Token],
         resident: usize,
     ) -> Candidate<'a> {
-        Candidate { holder, tokens, resident, cut_from: self.cut_from(id) }
+        Candidate { holder, tokens, resident, cut_from: self.cut_from(id, tokens) }
     }
 
-    fn cut_from(&self, id: SeqId) -> usize {
+    fn cut_from(&self, id: SeqId, tokens: &[Token]) -> usize {
         let oldest = match self.capability.cut {
             Cut::Window(_) => self.context.as_ref().map_or(0, |context| context.oldest(id)),
             Cut::Anywhere | Cut::Nowhere => 0,
         };
+        if oldest > 0 && !media::is_even(tokens) {
+            // Of positions it is known what has gone, not of tokens.
+            return usize::MAX;
+        }
         self.capability.cut_from(oldest)
     }
 
@@ -133,23 +140,24 @@ impl Executor {
         prefix::choose(prompt, all, May { share: self.pool.has_spare(), follow })
     }
 
-    /// Gives a sequence an id; returns it and how many of its tokens are in the KV cache already. `None`: all ids run.
-    pub(super) fn begin(&mut self, reuse: Reuse) -> Option<(SeqId, usize)> {
+    /// Gives a sequence of these tokens an id; returns it and how many of them are in the KV cache already. `None`: all
+    /// ids run.
+    pub(super) fn begin(&mut self, reuse: Reuse, tokens: &[Token]) -> Option<(SeqId, usize)> {
         match reuse {
             Reuse::Take { id, length } => {
-                if let Some(begun) = self.take_over(id, length) {
+                if let Some(begun) = self.take_over(id, length, tokens) {
                     return Some(begun);
                 }
             }
             Reuse::Share { id: from, length } => {
                 let cells = u32::try_from(length).ok()?;
                 let Some(to) = self.take_id(Some(from)) else {
-                    return if self.pool.is_kept(from) { self.take_over(from, length) } else { None };
+                    return if self.pool.is_kept(from) { self.take_over(from, length, tokens) } else { None };
                 };
                 if !self.params.unified {
                     self.free_cells(cells, Some(from));
                 }
-                if self.context.as_mut()?.share(from, to, cells) {
+                if self.context.as_mut()?.share(from, to, positions(tokens, length)) {
                     self.pool.share(from, to, cells);
                     self.pool.touch(from);
                     return Some((to, length));
@@ -163,7 +171,7 @@ impl Executor {
                 self.free_cells(whole, None);
                 let context = self.context.as_mut()?;
                 let restored = self.host.get(entry).is_some_and(|(state, _)| context.set_sequence_state(to, state));
-                if restored && context.remove(to, cells) {
+                if restored && context.remove(to, positions(tokens, length)) {
                     self.pool.append(to, cells);
                     return Some((to, length));
                 }
@@ -177,9 +185,9 @@ impl Executor {
     }
 
     /// Begins with the cells of a kept sequence, cut to `length`; frees them if they cannot be cut.
-    fn take_over(&mut self, id: SeqId, length: usize) -> Option<(SeqId, usize)> {
+    fn take_over(&mut self, id: SeqId, length: usize, tokens: &[Token]) -> Option<(SeqId, usize)> {
         let cells = u32::try_from(length).ok()?;
-        if self.context.as_mut()?.remove(id, cells) {
+        if self.context.as_mut()?.remove(id, positions(tokens, length)) {
             self.pool.cut(id, cells);
             self.pool.revive(id);
             return Some((id, length));
@@ -235,6 +243,37 @@ impl Executor {
         for (id, tokens, _, _) in work {
             self.pool.append(id, u32::try_from(tokens.len()).unwrap_or(u32::MAX));
         }
+        Ok(())
+    }
+
+    /// Computes a part of a picture that begins at the position `start`, with an adapter or with none. The row of its last
+    /// token is the last one.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing about the part")]
+    pub(super) fn decode_picture(
+        &mut self,
+        id: SeqId,
+        adapter: AdapterId,
+        piece: &MediaPiece,
+        start: usize,
+        embeddings: &[f32],
+        part: Range<usize>,
+        output: bool,
+    ) -> Result<(), DecodeError> {
+        let invalid = || DecodeError::Invalid("a part that the picture does not have".to_owned());
+        let all = piece.pieces.positions(piece.index, start).ok_or_else(invalid)?;
+        let mut positions = Vec::with_capacity(all.len());
+        for section in all.chunks_exact(piece.tokens.max(1)) {
+            positions.extend_from_slice(section.get(part.clone()).ok_or_else(invalid)?);
+        }
+        let width = embeddings.len() / piece.tokens.max(1);
+        let embeddings = embeddings.get(part.start * width..part.end * width).ok_or_else(invalid)?;
+        self.adapt(adapter);
+        let context = self.context.as_mut().ok_or_else(|| DecodeError::Failed("no context".to_owned()))?;
+        let adapter = self.adapter.and_then(|number| self.adapters.get(number));
+        context.adapt(adapter.map(|(adapter, scale)| (adapter, *scale)));
+        let causal = !piece.non_causal;
+        context.decode_media(&MediaBatch { embeddings, positions: &positions, sequence: id, causal, output })?;
+        self.pool.append(id, u32::try_from(part.len()).unwrap_or(u32::MAX));
         Ok(())
     }
 
@@ -310,16 +349,16 @@ impl Executor {
     fn store(&mut self, id: SeqId, key: &CacheKey, mut tokens: Vec<Token>) {
         if !self.capability.needs_snapshots() && self.pool.is_kept(id) {
             // Cells that lie far apart are copied one by one; their tokens are read again instead.
-            let solid = self.pool.solid(id);
-            if (solid as usize) < tokens.len() && self.context.as_mut().is_some_and(|context| context.remove(id, solid))
-            {
-                tokens.truncate(solid as usize);
+            let solid = media::border(&tokens, (self.pool.solid(id) as usize).min(tokens.len()));
+            let end = positions(&tokens, solid);
+            if solid < tokens.len() && self.context.as_mut().is_some_and(|context| context.remove(id, end)) {
+                tokens.truncate(solid);
             }
         }
         if tokens.len() < host::SHORTEST || self.host.covers(key, &tokens) {
             return;
         }
-        let cut_from = self.cut_from(id);
+        let cut_from = self.cut_from(id, &tokens);
         if let Some(state) = self.copy(id) {
             self.host.insert(key.clone(), tokens, cut_from, state);
         }
@@ -361,4 +400,10 @@ impl Executor {
     pub(super) fn forget(&mut self, saved: &Saved) {
         self.host.give_back(saved.state.len() as u64);
     }
+}
+
+/// Positions of the first `length` tokens, at whose end no picture is cut.
+fn positions(tokens: &[Token], length: usize) -> u32 {
+    let first = tokens.get(..length).unwrap_or(tokens);
+    u32::try_from(media::positions(first)).unwrap_or(u32::MAX)
 }

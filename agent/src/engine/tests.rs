@@ -1,8 +1,10 @@
 //! The whole engine where a test has to reach inside: limits lowered behind its back, pauses shortened.
 
+mod media;
+
 use std::path::PathBuf;
 
-use altiplano_crds::model_deployment::ContextSpec;
+use altiplano_crds::model_deployment::{ContextSpec, FlashAttention};
 use altiplano_test_models::toy;
 use futures::StreamExt;
 

@@ -1,6 +1,7 @@
 //! The engine's thread: admits, steps, samples, hands out, until it is told to end.
 
 mod admit;
+mod media;
 mod room;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use super::shared::Shared;
 use super::sizing::Needs;
 use super::step::Executor;
 use crate::runner::protocol::RunnerReport;
+use media::Pictures;
 
 /// Longest sleep of an idle engine.
 const IDLE: Duration = Duration::from_secs(10);
@@ -40,6 +42,7 @@ pub(super) struct Worker {
     preempted: Vec<Sequence>,
     pace: Pace,
     turns: Turns,
+    pictures: Pictures,
     next_serial: Serial,
     /// Cells when the size was last looked at.
     cells: u32,
@@ -60,7 +63,7 @@ impl Worker {
         shared: Arc<Shared>,
         report: watch::Sender<RunnerReport>,
     ) -> Self {
-        let Loaded { model, context, params, adapters, plan, facts: _, report: _ } = loaded;
+        let Loaded { model, context, params, adapters, encoder, projector: _, plan, facts: _, report: _ } = loaded;
         let cells = context.cells();
         Self {
             executor: Executor::new(model.clone(), context, params, adapters, &plan),
@@ -73,6 +76,7 @@ impl Worker {
             preempted: Vec::new(),
             pace: Pace::default(),
             turns: Turns::default(),
+            pictures: Pictures::new(encoder),
             next_serial: 0,
             cells,
             needs: Needs::default(),
@@ -102,10 +106,7 @@ impl Worker {
     fn work(&mut self) -> Result<(), EngineError> {
         loop {
             let now = Instant::now();
-            self.drop_cancelled(now);
-            self.look_after_size(now)?;
-            self.look_after_followers();
-            self.admit(now)?;
+            self.look_around(now)?;
             if let Phase::Draining(deadline) = self.mailbox.phase() {
                 let idle = self.running.is_empty() && self.preempted.is_empty() && self.mailbox.is_empty();
                 if idle || now >= deadline {
@@ -113,17 +114,29 @@ impl Worker {
                 }
             }
             self.schedule();
-            if self.step.is_empty() {
+            let picture = self.picture_lane();
+            if self.step.is_empty() && picture.is_none() {
                 self.publish_cells();
                 self.wait(now);
             } else {
                 self.shared.step_begins();
-                let result = self.make_step();
+                let result = match picture {
+                    Some(lane) => self.read_picture(lane),
+                    None => self.make_step(),
+                };
                 self.shared.step_ends();
                 result?;
                 self.publish_cells();
             }
         }
+    }
+
+    /// Who goes, who comes, and whether the context is of the right size.
+    fn look_around(&mut self, now: Instant) -> Result<(), EngineError> {
+        self.drop_cancelled(now);
+        self.look_after_size(now)?;
+        self.look_after_followers();
+        self.admit(now)
     }
 
     /// Sleeps until somebody comes, goes or reads.
@@ -188,7 +201,7 @@ impl Worker {
         self.lanes.extend(self.running.iter().map(|sequence| Lane {
             todo: count(sequence.todo()),
             piece: count(sequence.piece()),
-            parked: !sequence.is_ready() || sequence.adapter != turn,
+            parked: !sequence.is_ready() || sequence.adapter != turn || sequence.picture().is_some(),
         }));
         let batch = self.executor.batch_tokens();
         let limits = schedule::Limits { batch, outputs: self.plan.parallel, mixed: self.pace.mixed(batch) };
@@ -214,7 +227,8 @@ impl Worker {
             let work = self.step.iter().filter_map(|chunk| {
                 let sequence = &running[chunk.lane];
                 let end = sequence.resident + chunk.count as usize;
-                Some((sequence.cells?, &sequence.tokens[sequence.resident..end], sequence.resident, chunk.output))
+                let position = sequence.position_of(sequence.resident);
+                Some((sequence.cells?, &sequence.tokens[sequence.resident..end], position, chunk.output))
             });
             match self.executor.decode(work, &mut self.rows) {
                 Ok(()) => {}
@@ -233,15 +247,20 @@ impl Worker {
             }
             let sequences = u32::try_from(self.step.len()).unwrap_or(u32::MAX);
             self.pace.observe(tokens, sequences, started.elapsed());
-            for chunk in &self.step {
-                let sequence = &mut self.running[chunk.lane];
-                sequence.advance(chunk.count);
-                if let Some(id) = sequence.cells.filter(|_| sequence.is_at_border()) {
-                    self.executor.snapshot(id, &sequence.key, &sequence.tokens[..sequence.resident]);
-                }
-            }
-            return self.sample();
+            return self.advance();
         }
+    }
+
+    /// The step is done.
+    fn advance(&mut self) -> Result<(), EngineError> {
+        for chunk in &self.step {
+            let sequence = &mut self.running[chunk.lane];
+            sequence.advance(chunk.count);
+            if let Some(id) = sequence.cells.filter(|_| sequence.is_at_border()) {
+                self.executor.snapshot(id, &sequence.key, &sequence.tokens[..sequence.resident]);
+            }
+        }
+        self.sample()
     }
 
     fn sample(&mut self) -> Result<(), EngineError> {

@@ -310,7 +310,7 @@ impl Executor {
             return None;
         };
         let wanted = &model.assignment;
-        let StoredFiles { model: StoredModel { path, .. }, adapters } = stored.as_ref();
+        let StoredFiles { model: StoredModel { path, .. }, projector, adapters } = stored.as_ref();
         let layers = if devices.is_empty() { Some(0) } else { wanted.engine.gpu_layers };
         Some(RunnerConfig {
             uid: wanted.uid.clone(),
@@ -319,6 +319,7 @@ impl Executor {
             name: wanted.name.clone(),
             served_name: wanted.served_name.clone(),
             model_path: path.clone(),
+            projector: projector.clone(),
             adapters: adapters.clone(),
             chat_template: wanted.model.chat_template.clone(),
             socket: self.socket(worker),
@@ -350,7 +351,7 @@ fn threads(engine: &EngineSpec, default: u32) -> u32 {
     engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
 }
 
-/// Sees to the model's own file, whose progress is told, and then to its adapters, which are small.
+/// Sees to the model's own file, whose progress is told, and then to its projector and its adapters, which are small.
 async fn ensure(
     store: &Store,
     sources: &Sources,
@@ -363,13 +364,17 @@ async fn ensure(
         sha256: sha256.clone(),
     };
     let model = store.ensure(&wanted(&sources.model), progress, cancel).await?;
+    let projector = match &sources.projector {
+        Some(source) => Some(store.ensure(&wanted(source), &watch::Sender::default(), cancel).await?.path),
+        None => None,
+    };
     let mut adapters = Vec::with_capacity(sources.adapters.len());
     for AdapterSpec { name, source, scale_percent } in &sources.adapters {
         let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await?;
         let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
         adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
     }
-    Ok(StoredFiles { model, adapters })
+    Ok(StoredFiles { model, projector, adapters })
 }
 
 /// Passes on whole steps of progress; never ends.
@@ -419,9 +424,9 @@ async fn estimate(
 async fn cache_key(config: &RunnerConfig) -> Option<String> {
     let metadata = tokio::fs::metadata(&config.model_path).await.ok()?;
     let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-    let RunnerConfig { model_path, adapters, context, engine, devices, gpu_layers, threads, .. } = config;
+    let RunnerConfig { model_path, projector, adapters, context, engine, devices, gpu_layers, threads, .. } = config;
     let file = (model_path, metadata.len(), modified.to_string());
-    let parts = (file, adapters, context, engine, devices, gpu_layers, threads);
+    let parts = (file, projector, adapters, context, engine, devices, gpu_layers, threads);
     serde_json::to_string(&parts).ok()
 }
 

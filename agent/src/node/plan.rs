@@ -517,12 +517,12 @@ fn after_failure(model: &Model, verdict: Verdict) -> Verdict {
 fn unsupported(model: &ModelSpec) -> Option<String> {
     // No `..`: whoever adds a field says here whether it is read.
     let ModelSpec { source, secret_ref: _, projector, draft, adapters, chat_template: _ } = model;
-    let field = if projector.is_some() {
-        "model.projector"
-    } else if draft.is_some() {
+    let field = if draft.is_some() {
         "model.draft"
     } else if !source.files.is_empty() {
         "model.source.files"
+    } else if projector.as_ref().is_some_and(|projector| !projector.files.is_empty()) {
+        "model.projector.files"
     } else if adapters.iter().any(|adapter| !adapter.source.files.is_empty()) {
         "model.adapters[].source.files"
     } else {

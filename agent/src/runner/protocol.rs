@@ -26,6 +26,8 @@ pub struct RunnerConfig {
     pub served_name: String,
     /// The GGUF file (of a split model: the first part).
     pub model_path: PathBuf,
+    /// Projector (mmproj), for images; loaded with the model.
+    pub projector: Option<PathBuf>,
     /// LoRA adapters, loaded with the model.
     pub adapters: Vec<AdapterFile>,
     /// Jinja template that replaces the file's own.

@@ -2,7 +2,7 @@
 //!
 //! * [`Spec`] describes a model with random weights; [`Spec::write`] writes it, also at realistic sizes, in constant
 //!   memory. Equal specs give equal bytes.
-//! * [`Lora`] writes an adapter with random weights.
+//! * [`Lora`] writes an adapter with random weights, [`Projector`] a projector (mmproj).
 //! * [`BadFile`] writes the files that must be refused: not a GGUF, truncated, corrupt, of an unknown architecture.
 //! * [`toy`] is a trained chat model of two megabytes whose greedy answers are known.
 //!
@@ -12,6 +12,7 @@ mod bad;
 mod gguf;
 mod lora;
 mod mamba;
+mod projector;
 mod spec;
 pub mod toy;
 mod vocab;
@@ -19,6 +20,7 @@ mod weights;
 
 pub use bad::BadFile;
 pub use lora::Lora;
+pub use projector::{Projector, ProjectorKind};
 pub use spec::{Architecture, CHATML, Pooling, Quantization, Spec, Tokenizer};
 
 /// Why a file was not written.

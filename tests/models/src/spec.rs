@@ -23,6 +23,8 @@ pub enum Architecture {
     Llama,
     /// Like llama, with biases on query, key and value, and another rotation.
     Qwen2,
+    /// Like qwen2, with positions in several dimensions (M-RoPE), for images.
+    Qwen2vl,
     /// Sliding-window attention in five layers of six, tied embeddings.
     Gemma3,
     /// An encoder: every token sees every other, no KV cache, positions learnt; needs [`Tokenizer::Wpm`].
@@ -342,6 +344,12 @@ impl Spec {
                 h.u32(&format!("{arch}.pooling_type"), pooling.number());
             }
         }
+        if self.architecture == Architecture::Qwen2vl {
+            // Pairs of a head's elements that turn with time, height and width.
+            let pairs = i32::try_from(self.embd / self.heads / 2).unwrap_or(i32::MAX);
+            let side = pairs / 3;
+            h.i32s(&format!("{arch}.rope.dimension_sections"), [pairs - 2 * side, side, side, 0].into_iter());
+        }
         h.u32(&format!("{arch}.vocab_size"), self.vocab);
         if self.architecture == Architecture::Gemma3 {
             h.u32(&format!("{arch}.attention.sliding_window"), self.sliding_window);
@@ -453,7 +461,7 @@ impl Spec {
             vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
             match self.architecture {
                 Architecture::Llama | Architecture::Bert | Architecture::Mamba => {}
-                Architecture::Qwen2 => {
+                Architecture::Qwen2 | Architecture::Qwen2vl => {
                     vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
                     vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
                     vector(format!("blk.{i}.attn_v.bias"), kv, gain(0.1));
@@ -503,6 +511,7 @@ impl Architecture {
         match self {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
+            Self::Qwen2vl => "qwen2vl",
             Self::Gemma3 => "gemma3",
             Self::Bert => "bert",
             Self::Mamba => "mamba",

@@ -3,7 +3,7 @@
 use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::Value;
 
-use super::{ChatRequest, Prepared};
+use super::{ChatRequest, Prepared, images};
 use crate::api::error::ApiError;
 use crate::api::overflow::{Budget, Fitted, Layout, Part, Reading, Size, Truncation, fit};
 use crate::api::state::ApiState;
@@ -70,6 +70,7 @@ impl Reading for Rendered<'_> {
     }
 
     fn cut(&self, message: usize, size: u32, head: u32, tail: u32) -> String {
-        self.layout.cut(message, self.messages.get(message).map_or("", text), size, head, tail)
+        let text = self.messages.get(message).map_or("", text);
+        images::mend(text, self.layout.cut(message, text, size, head, tail))
     }
 }

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::images::{self, Image};
 use crate::api::error::{ApiError, clip};
 use crate::api::fields::wrong_type;
 
@@ -15,8 +16,8 @@ pub const MAX_CALLS: usize = 128;
 const MAX_NAME_BYTES: usize = 256;
 
 /// Messages in OpenAI's form, checked, and nothing in them that a template does not know: content is one string, the
-/// arguments of calls are JSON text.
-pub(crate) fn read(value: Option<Value>) -> Result<Vec<Value>, ApiError> {
+/// arguments of calls are JSON text. Images are put aside; words stand for them.
+pub(crate) fn read(value: Option<Value>, images: &mut Vec<Image>) -> Result<Vec<Value>, ApiError> {
     let messages = match value {
         None => return Err(ApiError::missing("messages")),
         Some(Value::Array(messages)) => messages,
@@ -26,10 +27,10 @@ pub(crate) fn read(value: Option<Value>) -> Result<Vec<Value>, ApiError> {
         let message = format!("'messages' must have 1 to {MAX_MESSAGES} messages, not {}", messages.len());
         return Err(ApiError::invalid("messages", message));
     }
-    messages.into_iter().enumerate().map(|(at, message)| read_one(at, message)).collect()
+    messages.into_iter().enumerate().map(|(at, message)| read_one(at, message, images)).collect()
 }
 
-fn read_one(at: usize, message: Value) -> Result<Value, ApiError> {
+fn read_one(at: usize, message: Value, images: &mut Vec<Image>) -> Result<Value, ApiError> {
     let name = |field: &str| format!("messages[{at}].{field}");
     let Value::Object(mut fields) = message else {
         return Err(wrong_type(&format!("messages[{at}]"), "an object", &message));
@@ -66,7 +67,7 @@ fn read_one(at: usize, message: Value) -> Result<Value, ApiError> {
     };
     let content = match fields.remove("content") {
         Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => join_parts(&name("content"), &parts)?,
+        Some(Value::Array(parts)) => join_parts(&name("content"), &parts, images)?,
         // OpenAI lets the assistant's content be absent; a template would print "none".
         None | Some(Value::Null) if is_assistant => String::new(),
         None | Some(Value::Null) => {
@@ -163,8 +164,8 @@ fn short_text(name: &str, value: Option<Value>) -> Result<Option<String>, ApiErr
     }
 }
 
-/// Text parts, a line each, as llama-server and vLLM join them.
-fn join_parts(name: &str, parts: &[Value]) -> Result<String, ApiError> {
+/// Parts, a line each, as llama-server and vLLM join them.
+fn join_parts(name: &str, parts: &[Value], images: &mut Vec<Image>) -> Result<String, ApiError> {
     let mut text = String::new();
     for (at, part) in parts.iter().enumerate() {
         let name = format!("{name}[{at}]");
@@ -175,8 +176,9 @@ fn join_parts(name: &str, parts: &[Value]) -> Result<String, ApiError> {
             }
             // What the assistant would not say stands for its content.
             (Some("refusal"), _) => part.get("refusal").and_then(Value::as_str).unwrap_or_default(),
+            (Some("image_url"), _) => &images::take(&name, part, images)?,
             (Some(kind), _) => {
-                let message = format!("'{name}' is of type '{}', but this model reads text only", clip(kind));
+                let message = format!("'{name}' is of type '{}': this server reads text and images", clip(kind));
                 return Err(ApiError::unsupported(name, message));
             }
             (None, _) => {
@@ -209,7 +211,7 @@ mod tests {
             {"role": "tool", "tool_call_id": "c1", "content": "7"},
         ]);
         assert_eq!(
-            read(Some(given)).unwrap(),
+            read(Some(given), &mut Vec::new()).unwrap(),
             [
                 json!({"role": "developer", "content": "Be brief."}),
                 json!({"role": "user", "content": "a\nb", "name": "Ada"}),
@@ -226,7 +228,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let image = json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}]);
+        let part = |part: Value| Some(json!([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]));
+        let address = json!({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}});
         let calls = |calls: Value| Some(json!([{"role": "assistant", "tool_calls": calls}]));
         let call = |function: Value| calls(json!([{"id": "c", "type": "function", "function": function}]));
         let cases = [
@@ -245,7 +248,13 @@ mod tests {
             ),
             (Some(json!([{"role": "user"}])), "messages[0].content", "invalid_value"),
             (Some(json!([{"role": "user", "content": 1}])), "messages[0].content", "invalid_value"),
-            (Some(image), "messages[0].content[1]", "unsupported_parameter"),
+            (part(json!({"type": "input_audio"})), "messages[0].content[1]", "unsupported_parameter"),
+            (
+                part(json!({"type": "image_url", "image_url": {}})),
+                "messages[0].content[1].image_url.url",
+                "invalid_value",
+            ),
+            (part(address), "messages[0].content[1].image_url.url", "unsupported_parameter"),
             (
                 Some(json!([{"role": "user", "content": [{"type": "text"}]}])),
                 "messages[0].content[0].text",
@@ -282,7 +291,7 @@ mod tests {
             (Some(json!(vec![json!({"role": "user", "content": "x"}); 4097])), "messages", "invalid_value"),
         ];
         for (given, param, code) in cases {
-            let error = read(given.clone()).unwrap_err();
+            let error = read(given.clone(), &mut Vec::new()).unwrap_err();
             assert_eq!((error.param.as_deref(), error.code.as_deref()), (Some(param), Some(code)), "{}", error.message);
             assert_eq!(error.status, 400);
         }

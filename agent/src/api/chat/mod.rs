@@ -2,7 +2,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text or text parts |
+//! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text, or parts: text and images (`image_url` with `data:…;base64,…`, where the model has a projector) |
 //! | `tools`, `tool_choice`, `parallel_tool_calls` | functions, at most 128 in 512 KiB; `auto`, `none`, `required` or a function's name. Where a call must come, a grammar sees to it. One call at a time where the template renders no more |
 //! | `response_format` | `text`, `json_object` (any, or its `schema`), `json_schema`; not together with tools that may be called |
 //! | `enable_thinking`, `reasoning_effort` | whether and how hard the model thinks, where its template knows; `reasoning_effort: none` is off |
@@ -18,6 +18,7 @@
 
 mod fit;
 mod grammar;
+mod images;
 mod messages;
 mod parser;
 mod settings;
@@ -40,12 +41,14 @@ use super::params::Params;
 use super::run;
 use super::wire::Shape;
 use crate::engine::chat::{ChatError, ChatFormat, ChatInput, ChatTemplates, Continuation, Rendered};
-use crate::engine::{Grammar, MAX_TOP_LOGPROBS, SamplingParams, Token};
+use crate::engine::{Ability, Grammar, MAX_TOP_LOGPROBS, Media, MediaError, MediaPrompt, SamplingParams, Token};
 use grammar::Demands;
+use images::Image;
 use parser::{ChatParser, Reading};
 use settings::{ReasoningFormat, ResponseFormat, Settings};
 use tools::Tools;
 
+pub use images::{MAX_ALL_PIXELS, MAX_IMAGES, MAX_PIXELS, MAX_RATIO};
 pub use messages::{MAX_CALLS, MAX_MESSAGES};
 pub use settings::MAX_VARIABLES_BYTES;
 pub use tools::{MAX_TOOL_NAME_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES};
@@ -78,9 +81,10 @@ pub(super) async fn converse(
     dialect: Box<dyn Dialect>,
 ) -> Result<Response, ApiError> {
     let (request, prepared, truncation) = state.prepare(move |state| fit::prepare(request, state)).await?;
-    let Prepared { prompt, grammar, stops, preserved, answers } = prepared;
+    let Prepared { prompt, media, grammar, stops, preserved, answers } = prepared;
     let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
     for request in &mut requests {
+        request.media.clone_from(&media);
         if grammar.is_some() {
             request.grammar.clone_from(&grammar);
         }
@@ -99,6 +103,7 @@ pub(crate) struct ChatRequest {
     pub(crate) params: Params,
     pub(crate) logprobs: Option<u32>,
     messages: Vec<Value>,
+    images: Vec<Image>,
     tools: Tools,
     settings: Settings,
 }
@@ -107,6 +112,8 @@ pub(crate) struct ChatRequest {
 pub(crate) struct Prepared {
     /// Tokens of the conversation.
     pub(crate) prompt: Vec<Token>,
+    /// Its images.
+    pub(crate) media: Media,
     /// What the answer must be.
     pub(crate) grammar: Option<Grammar>,
     /// Texts that end the answer, beside the client's own.
@@ -154,8 +161,9 @@ impl ChatRequest {
             return Err(ApiError::unsupported("response_format", message));
         }
         let logprobs = logprobs(&fields)?;
-        let messages = messages::read(fields.take("messages"))?;
-        let request = Self { params, logprobs, messages, tools, settings };
+        let mut images = Vec::new();
+        let messages = messages::read(fields.take("messages"), &mut images)?;
+        let request = Self { params, logprobs, messages, images, tools, settings };
         let asked = request.settings.continuation.is_some_and(|continuation| continuation != Continuation::None);
         if asked && request.continuation() == Continuation::None {
             let message = "'continue_final_message' needs a last message that is the assistant's and calls no tool";
@@ -166,7 +174,7 @@ impl ChatRequest {
 
     /// The prompt as text.
     pub(crate) fn text(&self, state: &ApiState) -> Result<String, ApiError> {
-        let templates = state.templates()?;
+        let templates = self.templates(state)?;
         let parallel = self.tools.parallel.unwrap_or(templates.capabilities().supports_parallel_tool_calls);
         Ok(self.render(templates, parallel)?.0.prompt)
     }
@@ -178,7 +186,7 @@ impl ChatRequest {
 
     /// Renders and tokenises; takes as long as the conversation is.
     pub(crate) fn prepare(&self, state: &ApiState) -> Result<Prepared, ApiError> {
-        let templates = state.templates()?;
+        let templates = self.templates(state)?;
         let capabilities = templates.capabilities();
         if self.tools.may_call() && !capabilities.supports_tools && !capabilities.supports_tool_calls {
             let message =
@@ -194,7 +202,11 @@ impl ChatRequest {
         // Templates write the first token themselves, most of them; the model must not see it twice.
         let model = engine.model();
         let add_special = model.adds_bos && !model.bos_text.is_empty() && !prompt.starts_with(&model.bos_text);
-        let tokens = tokenize(&prompt, add_special)?;
+        let (tokens, media) = if self.images.is_empty() {
+            (tokenize(&prompt, add_special)?, Media::default())
+        } else {
+            self.with_images(state, &prompt, add_special)?
+        };
         let single = |text: &str| tokenize(text, false).ok().filter(|tokens| tokens.len() == 1)?.first().copied();
         let demands = Demands {
             call_first: self.tools.must_call() && self.continuation() == Continuation::None,
@@ -208,11 +220,32 @@ impl ChatRequest {
         }
         Ok(Prepared {
             prompt: tokens,
+            media,
             grammar,
             stops: format.additional_stops.clone(),
             preserved: format.preserved_tokens.iter().filter_map(|text| single(text)).collect(),
             answers: Answers { reading: self.reading(state, &format, parallel), format },
         })
+    }
+
+    /// The model's, if it can read what the messages hold.
+    fn templates<'state>(&self, state: &'state ApiState) -> Result<&'state ChatTemplates, ApiError> {
+        let templates = state.templates()?;
+        match self.images.first() {
+            Some(image) if !state.engine().model().can(Ability::Vision) => Err(image.refused()),
+            _ => Ok(templates),
+        }
+    }
+
+    /// Tokens of a prompt in which words stand for images.
+    fn with_images(&self, state: &ApiState, prompt: &str, add_special: bool) -> Result<(Vec<Token>, Media), ApiError> {
+        let engine = state.engine();
+        let (text, images) = images::find(prompt, &self.images, engine.image_marker().unwrap_or_default())?;
+        let read = engine.read(&text, add_special, &images).map_err(|error| match error {
+            MediaError::TooMany { .. } => ApiError::unavailable("overloaded", error.to_string(), state.retry_after()),
+            MediaError::Invalid(reason) => ApiError::invalid("messages", reason),
+        });
+        read.map(|MediaPrompt { tokens, media }| (tokens, media))
     }
 
     /// The prompt, and the grammar of its answer where it is a schema's alone.

@@ -1,6 +1,5 @@
 //! A KV cache and what computes on it.
 
-use std::ffi::CStr;
 use std::ptr::{self, NonNull};
 use std::sync::{Mutex, PoisonError};
 
@@ -47,6 +46,21 @@ pub(in crate::engine) enum DecodeError {
     Invalid(String),
     /// The device failed; the context cannot be trusted any more.
     Failed(String),
+}
+
+/// Embeddings that stand for tokens of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::engine) struct MediaBatch<'a> {
+    /// One after the other.
+    pub(in crate::engine) embeddings: &'a [f32],
+    /// Of each, section by section.
+    pub(in crate::engine) positions: &'a [i32],
+    /// The sequence.
+    pub(in crate::engine) sequence: i32,
+    /// Each sees those before it; else each sees all.
+    pub(in crate::engine) causal: bool,
+    /// The last one's logits are needed.
+    pub(in crate::engine) output: bool,
 }
 
 /// Log-probabilities of one row.
@@ -135,6 +149,60 @@ impl Context {
         Ok(())
     }
 
+    /// Computes the embeddings of a picture as tokens of a sequence, and waits for it.
+    pub(in crate::engine) fn decode_media(&mut self, media: &MediaBatch<'_>) -> Result<(), DecodeError> {
+        let MediaBatch { embeddings, positions, sequence, causal, output } = *media;
+        // SAFETY: the model is alive.
+        let width = usize::try_from(unsafe { sys::llama_model_n_embd_inp(self.model.raw()) }).unwrap_or(0).max(1);
+        let count = embeddings.len() / width;
+        let most = if causal { self.batch() } else { self.micro_batch() };
+        if count == 0 || count * width != embeddings.len() || count > most as usize {
+            return Err(DecodeError::Invalid(format!("a picture of {count} tokens, where 1 to {most} fit")));
+        }
+        if positions.len() != count * self.model.position_sections() || !self.has_sequence(sequence) {
+            return Err(DecodeError::Invalid("positions or a sequence that there are not".to_owned()));
+        }
+        let mut sequence = sequence;
+        let mut sequences = vec![&raw mut sequence; count];
+        let mut counts = vec![1; count];
+        let mut outputs = vec![0_i8; count];
+        if let Some(last) = outputs.last_mut() {
+            *last = i8::from(output);
+        }
+        let batch = sys::llama_batch {
+            n_tokens: i32::try_from(count).unwrap_or(i32::MAX),
+            token: ptr::null_mut(),
+            embd: embeddings.as_ptr().cast_mut(),
+            pos: positions.as_ptr().cast_mut(),
+            n_seq_id: counts.as_mut_ptr(),
+            seq_id: sequences.as_mut_ptr(),
+            logits: outputs.as_mut_ptr(),
+        };
+        self.output_rows.clear();
+        let mut error = shim::Error::new();
+        let (result, errors) = log::with_errors(|| {
+            // SAFETY: the context is alive, the batch was checked, its arrays live through the call, and llama.cpp only
+            // reads them.
+            unsafe { shim::altiplano_decode_media(self.raw.as_ptr(), &raw const batch, causal, &raw mut error) }
+        });
+        decoded(result, &error, errors)?;
+        self.output_rows.extend_from_slice(&outputs);
+        Ok(())
+    }
+
+    /// llama.cpp's own handle, for what tests do past this type; see [`Self::last_row`].
+    #[cfg(test)]
+    pub(super) fn raw(&mut self) -> *mut llama_context {
+        self.raw.as_ptr()
+    }
+
+    /// Believes that the last batch, which was not ours, had one output, that of its last token.
+    #[cfg(test)]
+    pub(super) fn last_row(&mut self) -> i32 {
+        self.output_rows = vec![1];
+        -1
+    }
+
     /// What llama.cpp would answer with an abort.
     fn check(&self, batch: &Batch) -> Result<(), String> {
         let outputs = batch.outputs().iter().filter(|&&output| output != 0).count();
@@ -161,6 +229,10 @@ impl Context {
     }
 
     fn has_output(&self, row: i32) -> bool {
+        #[cfg(test)]
+        if row == -1 && self.output_rows == [1] {
+            return true;
+        }
         usize::try_from(row).ok().and_then(|row| self.output_rows.get(row)).is_some_and(|&output| output != 0)
     }
 
@@ -326,9 +398,15 @@ impl Context {
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { breakdown(self.raw) };
-        // llama.cpp's breakdown knows no adapters; they lie where the weights do.
+        // llama.cpp's breakdown knows no adapters and no projector; adapters lie where the weights do.
         if let Some(device) = uses.iter_mut().max_by_key(|device| device.weights_bytes) {
             device.weights_bytes += self.model.adapter_bytes();
+        }
+        for projector in self.model.projector_memory() {
+            match uses.iter_mut().find(|device| device.device == projector.device) {
+                Some(device) => device.weights_bytes += projector.weights_bytes,
+                None => uses.push(projector.clone()),
+            }
         }
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.sequences);
         uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
@@ -387,6 +465,10 @@ pub(super) unsafe fn decode(context: NonNull<llama_context>, batch: &sys::llama_
         // SAFETY: as the caller says; the batch lives through the call.
         unsafe { shim::altiplano_decode(context.as_ptr(), batch, &raw mut error) }
     });
+    decoded(result, &error, errors)
+}
+
+fn decoded(result: i32, error: &shim::Error, errors: String) -> Result<(), DecodeError> {
     match result {
         0 => Ok(()),
         1 => Err(DecodeError::NoSlot),
@@ -408,11 +490,9 @@ pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse
     let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
     for entry in entries.iter().take(count) {
         // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
-        let name = if entry.device.is_null() { c"" } else { unsafe { CStr::from_ptr(entry.device) } };
-        let name = name.to_string_lossy();
-        let name = if name.is_empty() { "CPU" } else { &name };
+        let name = unsafe { shim::device_name(entry) };
         let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
-            uses.push(MemoryUse { device: name.to_owned(), ..MemoryUse::default() });
+            uses.push(MemoryUse { device: name, ..MemoryUse::default() });
             uses.len() - 1
         });
         uses[index].weights_bytes += entry.model;
@@ -449,11 +529,7 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
     raw.n_threads_batch = threads;
     raw.offload_kqv = offload;
     raw.op_offload = offload;
-    raw.flash_attn_type = match flash_attention {
-        FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
-        FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    };
+    raw.flash_attn_type = flash_attention_type(flash_attention);
     raw.type_k = ggml_type(key_type);
     raw.type_v = ggml_type(value_type);
     raw.no_perf = true;
@@ -469,6 +545,14 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
         raw.yarn_orig_ctx = original_tokens.and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
     }
     raw
+}
+
+pub(super) fn flash_attention_type(flash_attention: FlashAttention) -> sys::llama_flash_attn_type {
+    match flash_attention {
+        FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
+        FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    }
 }
 
 fn ggml_type(cache: CacheType) -> sys::ggml_type {

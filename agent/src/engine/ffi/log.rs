@@ -32,6 +32,7 @@ pub(super) fn install() {
     // SAFETY: the callbacks are functions of this program, which read no user data and never unwind.
     unsafe {
         llama_cpp_sys_2::llama_log_set(Some(on_log), std::ptr::null_mut());
+        llama_cpp_sys_2::mtmd_helper_log_set(Some(on_log), std::ptr::null_mut());
         // With a callback ggml does not start a debugger to print a backtrace before it aborts.
         llama_cpp_sys_2::ggml_set_abort_callback(Some(on_abort));
     }

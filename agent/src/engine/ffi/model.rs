@@ -16,6 +16,7 @@ use super::backend::backend;
 use super::{log, shim};
 use crate::engine::FimTokens;
 use crate::engine::request::Token;
+use crate::runner::protocol::MemoryUse;
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub(in crate::engine) struct Model {
     dry_run: bool,
     /// Bytes of adapters beside the weights.
     adapter_bytes: u64,
+    /// What the projector takes on each device.
+    projector: Arc<[MemoryUse]>,
 }
 
 impl Model {
@@ -68,7 +71,7 @@ impl Model {
         }
         let (loaded, errors) = log::with_errors(|| LlamaModel::load_from_file(backend, path, &model_params));
         match loaded {
-            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run, adapter_bytes: 0 }),
+            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run, adapter_bytes: 0, projector: Arc::default() }),
             Err(_) if !errors.is_empty() => Err(errors),
             Err(error) => Err(error.to_string()),
         }
@@ -87,6 +90,15 @@ impl Model {
         Self { adapter_bytes, ..self }
     }
 
+    /// The same model, with a projector beside its weights.
+    pub(in crate::engine) fn with_projector(self, memory: Vec<MemoryUse>) -> Self {
+        Self { projector: memory.into(), ..self }
+    }
+
+    pub(super) fn projector_memory(&self) -> &[MemoryUse] {
+        &self.projector
+    }
+
     pub(super) fn adapter_bytes(&self) -> u64 {
         self.adapter_bytes
     }
@@ -94,6 +106,14 @@ impl Model {
     pub(super) fn vocab(&self) -> *const llama_vocab {
         // SAFETY: the model is alive.
         unsafe { llama_cpp_sys_2::llama_model_get_vocab(self.raw()) }
+    }
+
+    /// Numbers in the position of an embedding: four where positions have several dimensions (M-RoPE).
+    pub(super) fn position_sections(&self) -> usize {
+        // SAFETY: the model is alive.
+        let kind = unsafe { llama_cpp_sys_2::llama_model_rope_type(self.raw()) };
+        let several = [llama_cpp_sys_2::LLAMA_ROPE_TYPE_MROPE, llama_cpp_sys_2::LLAMA_ROPE_TYPE_IMROPE];
+        if several.contains(&kind) { 4 } else { 1 }
     }
 
     /// Whether the weights are not there.

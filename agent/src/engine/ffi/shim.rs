@@ -1,8 +1,11 @@
 //! Declarations of `shim.h`.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 
-use llama_cpp_sys_2::{llama_batch, llama_context, llama_context_params, llama_model, llama_sampler, llama_vocab};
+use llama_cpp_sys_2::{
+    llama_batch, llama_context, llama_context_params, llama_flash_attn_type, llama_model, llama_sampler, llama_vocab,
+    mtmd_input_chunk_type, mtmd_input_chunks,
+};
 
 /// Returned when an exception was caught.
 pub(super) const EXCEPTION: i32 = -1000;
@@ -36,6 +39,63 @@ pub(super) struct Memory {
     pub(super) model: u64,
     pub(super) context: u64,
     pub(super) compute: u64,
+}
+
+/// The device of an entry, "CPU" for host memory.
+///
+/// # Safety
+/// The name is null or ends with a zero and is alive.
+pub(super) unsafe fn device_name(entry: &Memory) -> String {
+    // SAFETY: as the caller says.
+    let name = if entry.device.is_null() { c"" } else { unsafe { CStr::from_ptr(entry.device) } };
+    let name = name.to_string_lossy();
+    if name.is_empty() { "CPU".to_owned() } else { name.into_owned() }
+}
+
+/// A projector of `shim_media.cpp`.
+#[repr(C)]
+pub(super) struct Projector {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct ProjectorParams {
+    pub(super) path: *const c_char,
+    pub(super) device: *const c_char,
+    pub(super) marker: *const c_char,
+    pub(super) threads: i32,
+    pub(super) flash_attention: llama_flash_attn_type,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct ProjectorFacts {
+    pub(super) vision: bool,
+    pub(super) audio: bool,
+    pub(super) mrope: bool,
+}
+
+#[repr(C)]
+pub(super) struct ProjectorNeeds {
+    pub(super) most_tokens: i32,
+    pub(super) non_causal: bool,
+}
+
+#[repr(C)]
+pub(super) struct Picture {
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) pixels: *const u8,
+}
+
+#[repr(C)]
+pub(super) struct Piece {
+    pub(super) kind: mtmd_input_chunk_type,
+    pub(super) image: usize,
+    pub(super) tokens: usize,
+    pub(super) positions: i32,
+    pub(super) non_causal: bool,
+    pub(super) text: *const i32,
 }
 
 /// A token and its log-probability.
@@ -114,4 +174,60 @@ unsafe extern "C" {
         sequence: i32,
     ) -> usize;
     pub(super) fn altiplano_memory_breakdown(context: *const llama_context, out: *mut Memory, size: usize) -> usize;
+    pub(super) fn altiplano_projector_new(
+        model: *const llama_model,
+        params: *const ProjectorParams,
+        error: *mut Error,
+    ) -> *mut Projector;
+    pub(super) fn altiplano_projector_free(projector: *mut Projector);
+    pub(super) fn altiplano_projector_facts_of(projector: *const Projector) -> ProjectorFacts;
+    #[cfg(test)]
+    pub(super) fn altiplano_projector_context(projector: *mut Projector) -> *mut llama_cpp_sys_2::mtmd_context;
+    pub(super) fn altiplano_projector_memory(
+        params: *const ProjectorParams,
+        out: *mut Memory,
+        size: usize,
+        needs: *mut ProjectorNeeds,
+        error: *mut Error,
+    ) -> usize;
+    pub(super) fn altiplano_media_split(
+        projector: *const Projector,
+        text: *const c_char,
+        length: usize,
+        add_special: bool,
+        pictures: *const Picture,
+        count: usize,
+        error: *mut Error,
+    ) -> *mut mtmd_input_chunks;
+    pub(super) fn altiplano_media_count(pieces: *const mtmd_input_chunks) -> usize;
+    pub(super) fn altiplano_media_piece(
+        projector: *const Projector,
+        pieces: *const mtmd_input_chunks,
+        index: usize,
+        out: *mut Piece,
+    ) -> bool;
+    pub(super) fn altiplano_media_encode(
+        projector: *mut Projector,
+        pieces: *const mtmd_input_chunks,
+        index: usize,
+        out: *mut f32,
+        size: usize,
+        pause: unsafe extern "C" fn(*mut c_void) -> bool,
+        data: *mut c_void,
+        error: *mut Error,
+    ) -> i32;
+    pub(super) fn altiplano_media_positions(
+        projector: *const Projector,
+        pieces: *const mtmd_input_chunks,
+        index: usize,
+        first: i32,
+        out: *mut i32,
+        size: usize,
+    ) -> bool;
+    pub(super) fn altiplano_decode_media(
+        context: *mut llama_context,
+        batch: *const llama_batch,
+        causal: bool,
+        error: *mut Error,
+    ) -> i32;
 }

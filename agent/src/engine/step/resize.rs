@@ -213,7 +213,7 @@ mod tests {
                 load::load(&config, model, gpu).expect("the context is made");
             let mut executor = Executor::new(model, context, params, Vec::new(), &plan);
             let mut begin = |first: Token| {
-                let (id, resident) = executor.begin(Reuse::Nothing).expect("an id");
+                let (id, resident) = executor.begin(Reuse::Nothing, &[]).expect("an id");
                 assert_eq!(resident, 0);
                 (id, (first..first + 40).collect())
             };

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::super::error::EngineError;
 use super::super::mailbox::Waiting;
+use super::super::media;
 use super::super::prefix::{Choice, Follow, Holder, Patience, Reuse};
 use super::super::sequence::{Sequence, give_up};
 use super::super::sizing::{self, Admission};
@@ -108,7 +109,8 @@ impl Worker {
         if self.executor.needs_snapshots() {
             // Where others have parted from this prompt others will again, and the whole may come again.
             let (prompt, _) = sequence.prompt_tokens();
-            sequence.borders = border.into_iter().chain(prompt.checked_sub(1)).collect();
+            let end = prompt.checked_sub(1).map(|end| media::border(&sequence.tokens, end));
+            sequence.borders = border.into_iter().chain(end).collect();
         }
         if let Reuse::Follow { leader, length } = reuse
             && let Some(leader) = self.running.iter_mut().find(|other| other.serial == leader)
@@ -121,7 +123,9 @@ impl Worker {
             return true;
         }
         let resumed = sequence.saved.take().and_then(|saved| self.executor.resume(saved));
-        let Some((cells, resident)) = resumed.or_else(|| self.executor.begin(reuse)) else { return false };
+        let Some((cells, resident)) = resumed.or_else(|| self.executor.begin(reuse, &sequence.tokens)) else {
+            return false;
+        };
         let first_time = !sequence.begun;
         let followed = sequence.follow.is_some();
         sequence.place(cells, resident);
@@ -140,6 +144,9 @@ impl Worker {
     pub(super) fn look_after_followers(&mut self) {
         for index in 0..self.running.len() {
             let Some(mut follow) = self.running[index].follow else { continue };
+            if self.pictures.encoding() == Some(follow.leader) {
+                continue;
+            }
             let leader = self.running.iter().find(|other| other.serial == follow.leader && other.cells.is_some());
             // One that does not read any more and has not come so far will not.
             let resident = leader.filter(|other| other.is_reading() || other.resident >= follow.length);

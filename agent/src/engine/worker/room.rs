@@ -91,7 +91,7 @@ impl Worker {
             // The pool is empty, so the ids they get are the lowest ones again.
             for sequence in self.running.iter_mut().filter(|sequence| sequence.cells.is_some()) {
                 sequence.unplace();
-                let Some((cells, resident)) = self.executor.begin(Reuse::Nothing) else {
+                let Some((cells, resident)) = self.executor.begin(Reuse::Nothing, &sequence.tokens) else {
                     return Err(EngineError::Internal("more sequences than ids".to_owned()));
                 };
                 sequence.place(cells, resident);

@@ -1,5 +1,6 @@
 //! A model's files: where they come from and how far they are.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use altiplano_crds::model_deployment::{AdapterSpec, ModelSource, ModelSpec};
@@ -12,13 +13,16 @@ use crate::store::StoredModel;
 pub struct Sources {
     /// The model's own file.
     pub model: ModelSource,
+    /// Its projector.
+    pub projector: Option<ModelSource>,
     /// Its LoRA adapters.
     pub adapters: Vec<AdapterSpec>,
 }
 
 impl Sources {
     pub(super) fn of(model: &ModelSpec) -> Self {
-        Self { model: model.source.clone(), adapters: model.adapters.clone() }
+        let ModelSpec { source, projector, adapters, .. } = model;
+        Self { model: source.clone(), projector: projector.clone(), adapters: adapters.clone() }
     }
 }
 
@@ -27,6 +31,8 @@ impl Sources {
 pub struct StoredFiles {
     /// Its own.
     pub model: StoredModel,
+    /// Its projector.
+    pub projector: Option<PathBuf>,
     /// Its adapters, in the order of the spec.
     pub adapters: Vec<AdapterFile>,
 }
