@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_agent::runner::spawn::{Runner, SpawnError};
-use altiplano_test_models::{BadFile, Lora, Spec, toy};
+use altiplano_test_models::{BadFile, Lora, Projector, ProjectorKind, Spec, toy};
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
@@ -102,6 +102,41 @@ async fn a_model_is_served_with_its_adapters() {
     let models: Value = models.json().await.expect("JSON");
     let ids: Vec<_> = models["data"].as_array().expect("models").iter().map(|model| model["id"].as_str()).collect();
     assert_eq!(ids, [Some("toy"), Some("toy:odd"), Some("toy:nothing")]);
+}
+
+/// Fetched with the model and checked, loaded with it, counted with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_served_with_its_projector() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("mmproj.gguf");
+    Projector { layers: 40, ..Projector::of_toy(ProjectorKind::Gemma3) }.write(&path).expect("a projector");
+    let (toy, projector) = (source(&toy::path()), source(&path));
+    let sum = "0".repeat(64);
+    let wrong = format!("{{uri: 'file://{}', sha256: '{sum}'}}", path.display());
+    let deployments = [
+        deployment("eyes", &format!("{{source: {toy}, projector: {projector}}}")),
+        deployment("spoilt", &format!("{{source: {toy}, projector: {wrong}}}")),
+        deployment("none", &format!("{{source: {toy}, projector: {toy}}}")),
+        deployment("toy", &format!("{{source: {toy}}}")),
+    ];
+    let agent = Agent::start_yaml(&[], &["serve"], &deployments, &[], &[]).await;
+    agent.ready("eyes", 1).await;
+    agent.ready("toy", 1).await;
+    agent.check("eyes").await;
+    let line = agent.line("default/spoilt: Failed (", 1).await;
+    assert!(line.contains("ChecksumMismatch") && line.contains("projector") && line.contains(&sum), "{line}");
+    let line = agent.line("default/none: Failed (", 1).await;
+    assert!(line.contains("projector"), "{line}");
+    let image =
+        "data:image/bmp;base64,Qk06AAAAAAAAADYAAAAoAAAAAQAAAAEAAAABABgAAAAAAAQAAAAAAAAAAAAAAAAAAAAAAAAA/wAAAA==";
+    let body = |model: &str| {
+        let part = json!({"type": "image_url", "image_url": {"url": image}});
+        json!({"model": model, "messages": [{"role": "user", "content": [part]}], "max_tokens": 4})
+    };
+    for (model, status) in [("eyes", 200), ("toy", 400)] {
+        let answer = agent.post_at(&agent.base(), &body(model)).await.expect("an answer");
+        assert_eq!(answer.status(), status, "{model}: {}", answer.text().await.unwrap_or_default());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -302,6 +302,23 @@ async fn room_for_images_is_made_and_found() {
     }
 }
 
+/// Of any shape that the API lets through, for every kind of projector.
+#[tokio::test(flavor = "multi_thread")]
+async fn images_of_any_shape() {
+    for kind in KINDS {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = start(folder.path(), kind, context(2), |_| {});
+        let shapes = [(1, 1), (1, 200), (200, 1), (3000, 15), (17, 31), (500, 300), (64, 64)];
+        for ((width, height), seed) in shapes.into_iter().zip(0..) {
+            let request = prompt(&engine, &["See ", "?"], &[picture(seed, width, height)]);
+            let request = GenerateRequest { max_tokens: Some(1), ..request };
+            let (top, usage) = ask(&engine, &request).await;
+            assert!(!top.is_empty() && usage.prompt_tokens as usize == request.prompt.len(), "{kind:?}: {usage:?}");
+        }
+        engine.shutdown(Instant::now());
+    }
+}
+
 /// What stands for images cannot be made up, and a model that reads text only says so.
 #[tokio::test]
 async fn what_is_no_image_is_refused() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use altiplano_test_models::toy;
+use altiplano_test_models::{Projector, ProjectorKind, toy};
 use altiplano_tests::{Proc, node, node_modules, program, python, repository, sandbox, wait_for};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -15,9 +15,10 @@ use tokio::sync::OnceCell;
 /// Longest wait for the agent and for a script; what is usual is a tenth of it.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// The toy model, and the same with a template that has tools.
+/// The toy model, the same with a template that has tools, and with a random projector.
 const TOY: &str = "toy";
 const TOOLS: &str = "tools";
+const EYES: &str = "eyes";
 
 const QUESTION: &str = "What can you do?";
 const ANSWER: &str =
@@ -51,15 +52,18 @@ async fn serve() -> Result<Served> {
     };
     // The toy model's own template has no place for tools.
     let (plain, tools) = (deployment(TOY, json!({})), deployment(TOOLS, json!({"chatTemplate": template})));
+    let projector = folder.join("mmproj.gguf");
+    Projector::of_toy(ProjectorKind::Gemma3).write(&projector)?;
+    let eyes = deployment(EYES, json!({"projector": {"uri": format!("file://{}", projector.display())}}));
     // JSON is YAML.
-    std::fs::write(&models, format!("{plain}\n---\n{tools}\n"))?;
+    std::fs::write(&models, format!("{plain}\n---\n{tools}\n---\n{eyes}\n"))?;
     let mut command = Command::new(program("altiplano-agent")?);
     command.arg("serve").arg(&models).args(["--listen", "127.0.0.1:0", "--state-dir"]).arg(folder.join("state"));
     let proc = Proc::start("clients-agent", command)?;
-    let url = wait_for("both models are ready", PATIENCE, || async {
+    let url = wait_for("all models are ready", PATIENCE, || async {
         let log = proc.log();
         let ready = |name| log.contains(&format!("default/{name}: Ready as"));
-        ensure!(ready(TOY) && ready(TOOLS), "{log}");
+        ensure!([TOY, TOOLS, EYES].into_iter().all(ready), "{log}");
         let line = log.lines().find_map(|line| line.strip_prefix("listening on ")).context("no address")?;
         Ok(line.trim_end_matches("/v1").to_owned())
     })
@@ -78,6 +82,7 @@ async fn runs(script: &str, arguments: &[&str]) -> Result<()> {
         // The SDKs look for proxies and endpoints in the environment.
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
         .kill_on_drop(true)
         .output();
     let output = tokio::time::timeout(PATIENCE, output).await.with_context(|| format!("{} hangs", script.display()))?;
@@ -122,6 +127,14 @@ async fn anthropic_for_python() -> Result<()> {
 #[tokio::test]
 async fn ollama_for_python() -> Result<()> {
     runs("ollama_chat.py", &CHAT).await
+}
+
+#[tokio::test]
+async fn images_for_python() -> Result<()> {
+    for script in ["openai_images.py", "anthropic_images.py", "ollama_images.py"] {
+        runs(script, &[EYES, TOY]).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -69,6 +69,8 @@ pub struct WorkerMetrics {
     resize_seconds: Counter,
     preemptions: IntCounter,
     followed: IntCounter,
+    images: IntCounter,
+    image_seconds: Counter,
     cells_total: Gauge,
     cells_used: Gauge,
     cells_kept: Gauge,
@@ -181,6 +183,8 @@ impl WorkerMetrics {
             resize_seconds: seconds_counter("context_resize_seconds_total", "Seconds of standstill for that.")?,
             preemptions: counter("preemptions_total", "Times that a generation gave its cells to an older one.")?,
             followed: counter("prefix_cache_waits_total", "Generations that waited for an equal prompt to be read.")?,
+            images: counter("images_total", "Images, or parts of them, of which embeddings were made.")?,
+            image_seconds: seconds_counter("image_seconds_total", "Seconds for that, steps of others included.")?,
             cells_total: gauge("context_tokens", "Tokens that the KV cache has cells for.")?,
             cells_used: gauge("context_tokens_used", "Cells of the KV cache that hold a token.")?,
             cells_kept: gauge("context_tokens_kept", "Of these, the cells of prefixes that nobody uses now.")?,
@@ -243,12 +247,14 @@ impl WorkerMetrics {
             (&self.shrinks, stats.shrinks),
             (&self.preemptions, stats.preempted),
             (&self.followed, stats.followed),
+            (&self.images, stats.pictures),
             (&self.embedded_texts, stats.embedded_texts),
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
         }
-        let stood_still = stats.resize_time.as_secs_f64() - self.resize_seconds.get();
-        self.resize_seconds.inc_by(stood_still.max(0.0));
+        for (counter, now) in [(&self.resize_seconds, stats.resize_time), (&self.image_seconds, stats.picture_time)] {
+            counter.inc_by((now.as_secs_f64() - counter.get()).max(0.0));
+        }
         for (gauge, now) in [
             (&self.cells_total, stats.cells_total),
             (&self.cells_used, stats.cells_used),
@@ -356,6 +362,8 @@ mod tests {
             cells_total: 256,
             prompt_tokens: 12,
             shrinks: 3,
+            pictures: 2,
+            picture_time: Duration::from_millis(2500),
             resize_time: Duration::from_millis(1500),
             host_cache_bytes: 4096,
             ..EngineStats::default()
@@ -375,6 +383,8 @@ mod tests {
         assert!(line(&text, "altiplano_context_tokens_used").ends_with(" 64"));
         assert!(line(&text, "altiplano_context_shrinks_total").ends_with(" 3"));
         assert!(line(&text, "altiplano_context_resize_seconds_total").ends_with(" 1.5"));
+        assert!(line(&text, "altiplano_images_total").ends_with(" 2"));
+        assert!(line(&text, "altiplano_image_seconds_total").ends_with(" 2.5"));
         assert!(line(&text, "altiplano_prefix_cache_host_bytes").ends_with(" 4096"));
     }
 }

@@ -284,12 +284,9 @@ impl Executor {
             let (progress, seen) = watch::channel(Progress::default());
             let result = tokio::select! {
                 result = ensure(&store, &source, &progress, &cancel) => result,
-                () = tell_progress(seen, &reports, &uid, &source) => Err(StoreError::Cancelled),
+                () = tell_progress(seen, &reports, &uid, &source) => Err(unstored(None, &StoreError::Cancelled)),
             };
-            let result = result
-                .map(Arc::new)
-                .map_err(|error| Trouble { reason: error.reason().to_owned(), message: chain(&error) });
-            Report { uid, what: Happened::Fetched(source, result) }
+            Report { uid, what: Happened::Fetched(source, result.map(Arc::new)) }
         });
     }
 
@@ -357,24 +354,35 @@ async fn ensure(
     sources: &Sources,
     progress: &watch::Sender<Progress>,
     cancel: &CancellationToken,
-) -> Result<StoredFiles, StoreError> {
+) -> Result<StoredFiles, Trouble> {
     let wanted = |ModelSource { uri, revision, files: _, sha256 }: &ModelSource| Source {
         uri: uri.clone(),
         revision: revision.clone(),
         sha256: sha256.clone(),
     };
-    let model = store.ensure(&wanted(&sources.model), progress, cancel).await?;
+    let model = store.ensure(&wanted(&sources.model), progress, cancel).await;
+    let model = model.map_err(|error| unstored(None, &error))?;
     let projector = match &sources.projector {
-        Some(source) => Some(store.ensure(&wanted(source), &watch::Sender::default(), cancel).await?.path),
         None => None,
+        Some(source) => {
+            let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+            Some(stored.map_err(|error| unstored(Some("projector"), &error))?.path)
+        }
     };
     let mut adapters = Vec::with_capacity(sources.adapters.len());
     for AdapterSpec { name, source, scale_percent } in &sources.adapters {
-        let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await?;
+        let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+        let stored = stored.map_err(|error| unstored(Some(&format!("adapter {name}")), &error))?;
         let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
         adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
     }
     Ok(StoredFiles { model, projector, adapters })
+}
+
+/// Why a file is not there; `what` names one that is not the model's own.
+fn unstored(what: Option<&str>, error: &StoreError) -> Trouble {
+    let message = what.map_or_else(|| chain(error), |what| format!("{what}: {}", chain(error)));
+    Trouble { reason: error.reason().to_owned(), message }
 }
 
 /// Passes on whole steps of progress; never ends.

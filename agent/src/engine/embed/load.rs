@@ -32,6 +32,9 @@ pub(in crate::engine) fn load(
     pooling: Pooling,
     gpu: bool,
 ) -> Result<Loaded, EngineError> {
+    if config.projector.is_some() {
+        return Err(EngineError::UnsupportedModel("projectors are for models that generate text".to_owned()));
+    }
     if !config.adapters.is_empty() {
         return Err(EngineError::UnsupportedModel("adapters are for models that generate text".to_owned()));
     }
