@@ -59,6 +59,9 @@ struct RunnerArgs {
     /// Print what the model would take and end.
     #[arg(long)]
     estimate: bool,
+    /// Print what changes of the context's size cost, for benchmarks
+    #[arg(long, conflicts_with_all = ["estimate", "probe"])]
+    measure_resizes: bool,
 }
 
 impl RunnerArgs {
@@ -66,6 +69,7 @@ impl RunnerArgs {
         match self {
             Self { probe: true, .. } => Mode::Probe,
             Self { estimate: true, .. } => Mode::Estimate,
+            Self { measure_resizes: true, .. } => Mode::MeasureResizes,
             Self { .. } => Mode::Serve,
         }
     }

@@ -14,7 +14,7 @@ use altiplano_agent::engine::{Engine, EngineStats};
 use altiplano_agent::front::{Front, FrontConfig, FrontLimits, PublishedModel, Route};
 use altiplano_agent::metrics::AgentMetrics;
 use altiplano_agent::runner::protocol::RunnerConfig;
-use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, SamplingSpec};
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, RopeScaling, RopeSpec, SamplingSpec};
 use altiplano_test_models::toy;
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -358,6 +358,7 @@ async fn a_stream_that_fails_ends_in_its_apis_own_words() {
     let node = Node::start_with(|config| {
         config.traffic.request_timeout_seconds = 1;
         config.context.max_tokens = Some(8192);
+        config.context.rope = Some(RopeSpec { scaling: RopeScaling::Yarn, factor: 2, original_tokens: None });
     })
     .await;
     let forever = json!({"stream": true, "ignore_eos": true});

@@ -13,7 +13,9 @@ use altiplano_agent::engine::{
     Timings, Token, TokenLogprob, Usage,
 };
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
-use altiplano_crds::model_deployment::{CacheType, ContextSizing, ContextSpec, EngineSpec, FlashAttention};
+use altiplano_crds::model_deployment::{
+    CacheType, ContextSizing, ContextSpec, EngineSpec, FlashAttention, RopeScaling, RopeSpec,
+};
 use altiplano_test_models::{Architecture, BadFile, Quantization, Spec, toy};
 use futures::StreamExt;
 use tempfile::TempDir;
@@ -625,8 +627,15 @@ fn the_estimate_is_what_is_measured() {
 /// A context of fixed size that no machine has memory for is refused with the numbers, before it is made.
 #[test]
 fn a_fixed_context_that_does_not_fit_is_refused_with_numbers() {
-    let spec =
-        Spec { layers: 64, embd: 256, heads: 4, kv_heads: 4, quantization: Quantization::Q4_0, ..Spec::default() };
+    let spec = Spec {
+        layers: 64,
+        embd: 256,
+        heads: 4,
+        kv_heads: 4,
+        context: 1 << 24,
+        quantization: Quantization::Q4_0,
+        ..Spec::default()
+    };
     let (_folder, path) = generated(&spec);
     let devices = engine::probe().expect("a device list").devices;
     let machine = devices.iter().find(|device| device.id == "CPU").expect("a CPU").memory_total_bytes;
@@ -637,6 +646,29 @@ fn a_fixed_context_that_does_not_fit_is_refused_with_numbers() {
     assert_eq!(error.reason(), "InsufficientMemory", "{error}");
     let words = format!("{max_tokens} tokens for each of 4 requests need ");
     assert!(error.to_string().contains(&words) && error.to_string().contains(" are free"), "{error}");
+}
+
+/// More tokens than a model was trained with need a stretched rotation: without one it is refused with the numbers, by the
+/// dry run too, where the operator looks.
+#[test]
+fn positions_that_nobody_trained_need_a_rope() {
+    let (_folder, path) = generated(&Spec::default());
+    let beyond = |rope| config(path.clone(), ContextSpec { rope, ..dynamic(256, 4096, 1) });
+    for error in [
+        Engine::start(&beyond(None), &|_| {}).expect_err("refused"),
+        engine::estimate(&beyond(None)).expect_err("refused"),
+    ] {
+        assert_eq!(error.reason(), "UnsupportedSpec", "{error}");
+        let words = ["maxTokens is 4096", "trained with 2048", "context.rope"];
+        assert!(words.iter().all(|words| error.to_string().contains(words)), "{error}");
+    }
+    for (factor, is_enough) in [(2, true), (1, false)] {
+        let rope = RopeSpec { scaling: RopeScaling::Yarn, factor, original_tokens: None };
+        let engine = start(&beyond(Some(rope)));
+        let notes = engine.report().notes;
+        assert_eq!((engine.report().max_tokens, notes.is_empty()), (4096, is_enough), "{notes:?}");
+        stop(&engine);
+    }
 }
 
 #[test]

@@ -11,6 +11,10 @@ pub(super) struct Traits {
     pub(super) rope_scaling: Option<String>,
     /// `{arch}.rope.scaling.original_context_length`
     pub(super) original_context: Option<u32>,
+    /// `{arch}.context_length`
+    pub(super) trained_context: u32,
+    /// It has rotations for short contexts and for long ones (`LongRoPE`), which not every such file says by its type.
+    pub(super) two_rotations: bool,
 }
 
 /// Where the state of a sequence can be cut, so that another prompt goes on from there.
@@ -37,14 +41,16 @@ pub(super) struct Capability {
 impl Capability {
     /// Judges a model.
     pub(super) fn of(traits: &Traits) -> Self {
-        let Traits { recurrent, sliding_window, ref rope_scaling, original_context } = *traits;
+        let Traits { recurrent, sliding_window, ref rope_scaling, original_context, trained_context, two_rotations } =
+            *traits;
+        let switches = two_rotations || rope_scaling.as_deref() == Some("longrope");
         Self {
             cut: match (recurrent, sliding_window) {
                 (true, _) => Cut::Nowhere,
                 (false, 0) => Cut::Anywhere,
                 (false, window) => Cut::Window(window),
             },
-            rope_switch: original_context.filter(|_| rope_scaling.as_deref() == Some("longrope")),
+            rope_switch: switches.then(|| original_context.unwrap_or(trained_context)),
         }
     }
 
@@ -87,7 +93,11 @@ mod tests {
         let hybrid = Traits { recurrent: true, ..window.clone() };
         let yarn = Traits { rope_scaling: Some("yarn".to_owned()), original_context: Some(4096), ..plain.clone() };
         let long = Traits { rope_scaling: Some("longrope".to_owned()), ..yarn.clone() };
+        let unsaid = Traits { two_rotations: true, rope_scaling: None, ..yarn.clone() };
+        let default = Traits { two_rotations: true, trained_context: 2048, ..plain.clone() };
         let cases = [
+            (unsaid, Cut::Anywhere, Some(4096)),
+            (default, Cut::Anywhere, Some(2048)),
             (plain, Cut::Anywhere, None),
             (window, Cut::Window(512), None),
             (recurrent, Cut::Nowhere, None),

@@ -1,5 +1,7 @@
 //! What can go wrong in the engine.
 
+use altiplano_crds::conditions::reasons;
+
 /// Why the engine cannot start or go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
@@ -31,6 +33,9 @@ pub enum EngineError {
     /// llama.cpp refused the context's settings.
     #[error("cannot make a context: {0}")]
     ContextFailed(String),
+    /// The model cannot have such a context.
+    #[error("{0}")]
+    UnsupportedContext(String),
     /// A setting that makes no sense.
     #[error("invalid configuration: {0}")]
     InvalidConfig(String),
@@ -65,6 +70,8 @@ impl EngineError {
             Self::UnknownDevice(_) => "UnknownDevice",
             Self::InsufficientMemory(_) => "InsufficientMemory",
             Self::ContextFailed(_) => "ContextFailed",
+            // The operator's word for what no node can do.
+            Self::UnsupportedContext(_) => reasons::UNSUPPORTED_SPEC,
             Self::InvalidConfig(_) => "InvalidConfig",
             Self::DecodeFailed(_) => "DecodeFailed",
             Self::QueueTimeout => "QueueTimeout",

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, RopeSpec};
 
 use super::capability::{Capability, Cut, Traits};
 use super::embed;
@@ -90,6 +90,7 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
 
 /// Makes the context of a model that generates and decodes once, so that all memory is taken.
 pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
+    check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
     let (mut plan, params) = plan(config, &model, gpu, needs.together);
     if config.context.sizing == ContextSizing::Fixed {
@@ -133,6 +134,7 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     if let Some(pooling) = embed::pooling(&model) {
         return embed::estimate(config, &model, pooling, gpu);
     }
+    check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
     let (plan, params) = plan(config, &model, gpu, needs.together);
     let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
@@ -237,6 +239,8 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan
         sliding_window: model.sliding_window(),
         rope_scaling: key("rope.scaling.type"),
         original_context: key("rope.scaling.original_context_length").and_then(|value| value.parse().ok()),
+        trained_context: model.trained_context(),
+        two_rotations: ffi::file_has_tensor(&config.model_path, c"rope_factors_long.weight"),
     });
     let context = &config.context;
     let ContextSpec { parallel, key_cache_type, value_cache_type, ref rope, .. } = *context;
@@ -357,6 +361,21 @@ pub(super) fn context_failed(message: String) -> EngineError {
     }
 }
 
+/// Positions that a model was not trained with give poor answers, or none, unless their rotation is stretched.
+fn check_positions(config: &RunnerConfig, model: &Model) -> Result<(), EngineError> {
+    let ContextSpec { max_tokens, ref rope, .. } = config.context;
+    let trained = model.trained_context();
+    let asked = max_tokens.and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
+    // A recurrent model has no positions, and some files do not say.
+    if asked <= trained || trained == 0 || rope.is_some() || model.is_only_recurrent() {
+        return Ok(());
+    }
+    Err(EngineError::UnsupportedContext(format!(
+        "context.maxTokens is {asked}, but the model was trained with {trained} tokens: more than these need context.rope \
+         (scaling, factor, originalTokens)"
+    )))
+}
+
 /// A context of fixed size is there in full or not at all. On a CPU an allocation that is too large does not fail, the
 /// kernel ends the process when the memory is touched: so a dry run says before what it takes.
 fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
@@ -433,11 +452,16 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
 fn notes(config: &RunnerConfig, model: &Model, plan: &Plan) -> Vec<String> {
     let mut notes = Vec::new();
     let trained = model.trained_context();
-    if trained > 0 && plan.limits.max_tokens > trained && config.context.rope.is_none() {
-        notes.push(format!(
-            "maxTokens is {}, but the model was trained with {trained}; answers beyond that may be poor",
-            plan.limits.max_tokens
-        ));
+    if let Some(RopeSpec { factor, original_tokens, .. }) = config.context.rope {
+        let positive = |number: i32| u32::try_from(number).unwrap_or(0);
+        let stretched = original_tokens.map_or(trained, positive).saturating_mul(positive(factor));
+        if plan.limits.max_tokens > stretched && trained > 0 {
+            notes.push(format!(
+                "maxTokens is {}, but context.rope stretches what the model was trained with to {stretched} tokens; \
+                 answers beyond that may be poor",
+                plan.limits.max_tokens
+            ));
+        }
     }
     match plan.capability.cut {
         Cut::Anywhere => {}

@@ -18,6 +18,7 @@ mod grammar;
 mod host;
 mod load;
 mod mailbox;
+mod measure;
 mod media;
 mod pool;
 mod prefix;
@@ -54,7 +55,8 @@ pub use sampling::{
     MAX_SEQUENCE_BREAKERS, Mirostat, SamplerKind, SamplingParams, Triggers, WHOLE_CONTEXT,
 };
 
-use crate::runner::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerReport};
+use crate::runner::grants::Grants;
+use crate::runner::protocol::{EstimateReport, ProbeReport, ResizeReport, RunnerConfig, RunnerReport};
 use chat::{ChatError, ChatTemplates};
 use chooser::Chooser;
 use ffi::{Model, Piece, Projector, Sampler};
@@ -290,6 +292,15 @@ impl Queue {
 impl Engine {
     /// Loads the model, makes the context and warms up. Blocks; `progress` gets 0 to 100.
     pub fn start(config: &RunnerConfig, progress: &(dyn Fn(u8) + Sync)) -> Result<Self, EngineError> {
+        Self::start_with(config, None, progress)
+    }
+
+    /// The same; `grants` is asked before the context of a model that generates grows.
+    pub fn start_with(
+        config: &RunnerConfig,
+        grants: Option<Arc<dyn Grants>>,
+        progress: &(dyn Fn(u8) + Sync),
+    ) -> Result<Self, EngineError> {
         let started = Instant::now();
         let queue = usize::try_from(config.traffic.max_queued).unwrap_or(0);
         let milliseconds = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -302,7 +313,7 @@ impl Engine {
             } else {
                 let mut loaded = load::load(config, model, gpu)?;
                 loaded.report.load_milliseconds = milliseconds();
-                Self::launch(loaded, queue)
+                Self::launch(loaded, queue, grants)
             }
         })?;
         progress(100);
@@ -310,12 +321,12 @@ impl Engine {
     }
 
     /// Starts the thread of a model that generates; `queue` requests may wait.
-    fn launch(loaded: Loaded, queue: usize) -> Result<Self, EngineError> {
+    fn launch(loaded: Loaded, queue: usize, grants: Option<Arc<dyn Grants>>) -> Result<Self, EngineError> {
         let mailbox = Arc::new(Mailbox::new(loaded.plan.parallel as usize, queue));
         let shared = Arc::new(Shared::default());
         let (sender, report) = watch::channel(loaded.report.clone());
         let (model, facts, projector) = (loaded.model.clone(), loaded.facts.clone(), loaded.projector.clone());
-        let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
+        let worker = Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender, grants);
         Self::spawn(model, facts, projector, Queue::Generate(mailbox), shared, report, || worker.run())
     }
 
@@ -585,6 +596,12 @@ pub fn probe() -> Result<ProbeReport, EngineError> {
 /// What [`Engine::start`] would take of the devices that `config` grants, by llama.cpp's dry run: no weights are read.
 pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
     load::estimate(config)
+}
+
+/// What a change of the context's size costs, beside llama.cpp's bare calls: from the size that `config` begins with to
+/// the largest that it allows.
+pub fn measure_resizes(config: &RunnerConfig) -> Result<ResizeReport, EngineError> {
+    measure::resizes(config)
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
+use crate::runner::protocol::MemoryUse;
+
 /// llama.cpp pads a context to a multiple of this.
 pub(super) const CELLS_STEP: u32 = 256;
 
@@ -150,6 +152,14 @@ pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize
     }
 }
 
+/// Cells of a context to make beside the running one before anybody needs it: somebody would not find the next
+/// [`CELLS_STEP`] cells.
+pub(super) fn anticipate(cells: u32, cap: u32, demand: Demand) -> Option<u32> {
+    let Demand { hard, aim } = demand;
+    let to = rung(aim.max(hard)).min(cap);
+    (hard > cells && to > cells).then_some(to)
+}
+
 /// What stands against a step that finds no cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pressure {
@@ -243,6 +253,19 @@ pub(super) fn way(devices: &[DeviceRoom], from: u32, to: u32) -> Result<Way, Str
     Ok(way)
 }
 
+/// Bytes per device that a change of size takes at its height, beyond what is taken now.
+pub(super) fn more(devices: &[DeviceRoom], from: u32, to: u32, way: Way) -> Vec<MemoryUse> {
+    let one = |room: &DeviceRoom| {
+        let new = room.context_bytes / u64::from(from.max(1)) * u64::from(to);
+        let context_bytes = match way {
+            Way::Beside => new,
+            Way::Instead => new.saturating_sub(room.context_bytes),
+        };
+        MemoryUse { device: room.device.clone(), context_bytes, other_bytes: room.staging, ..MemoryUse::default() }
+    };
+    devices.iter().map(one).filter(|more| more.total() > 0).collect()
+}
+
 /// When which size was last needed. The ladder bounds how many there are.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Needs {
@@ -304,6 +327,37 @@ mod tests {
         for (pressure, expected) in cases {
             assert_eq!(relieve(pressure), expected, "{pressure:?}");
         }
+    }
+
+    #[test]
+    fn growth_is_anticipated() {
+        let cases = [
+            // cells, cap, hard, aim, to
+            (1024, 4096, 1024, 2000, None),
+            (1024, 4096, 1025, 1025, Some(1536)),
+            (1024, 4096, 1025, 2000, Some(2048)),
+            (1024, 1280, 1025, 2000, Some(1280)),
+            (1024, 1024, 1100, 2000, None),
+        ];
+        for (cells, cap, hard, aim, expected) in cases {
+            assert_eq!(anticipate(cells, cap, Demand { hard, aim }), expected, "{cells} {cap} {hard} {aim}");
+        }
+    }
+
+    #[test]
+    fn what_a_change_takes_at_its_height() {
+        let room = |device: &str, context_bytes, staging| DeviceRoom {
+            device: device.to_owned(),
+            available: None,
+            context_bytes,
+            staging,
+        };
+        let devices = [room("CPU", 0, 7), room("GPU", 100, 0), room("IDLE", 0, 0)];
+        let bytes = |way| {
+            more(&devices, 10, 20, way).iter().map(|more| (more.device.clone(), more.total())).collect::<Vec<_>>()
+        };
+        assert_eq!(bytes(Way::Beside), [("CPU".to_owned(), 7), ("GPU".to_owned(), 200)]);
+        assert_eq!(bytes(Way::Instead), [("CPU".to_owned(), 7), ("GPU".to_owned(), 100)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod resize;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::adapters::AdapterId;
 use super::capability::{Capability, Cut};
@@ -14,6 +15,7 @@ use super::media::{self, MediaPiece};
 use super::pool::{Pool, SeqId};
 use super::prefix::{self, Candidate, Choice, Holder, May, Reuse};
 use super::request::{CacheKey, Token};
+use crate::runner::grants::Grants;
 use crate::runner::protocol::MemoryUse;
 
 pub(super) use resize::Resized;
@@ -32,6 +34,8 @@ pub(super) struct Executor {
     /// What the state moves through; kept for the next change of size.
     staging: Vec<u8>,
     making: Option<resize::Making>,
+    /// Who is asked before the context grows; `None`: nobody.
+    grants: Option<Arc<dyn Grants>>,
     adapters: Vec<(Adapter, f32)>,
     /// That the next steps are made with.
     adapter: AdapterId,
@@ -64,9 +68,16 @@ impl Executor {
             kept: plan.kept,
             staging: Vec::new(),
             making: None,
+            grants: None,
             adapters,
             adapter: None,
         }
+    }
+
+    /// Asks before it grows.
+    pub(super) fn asks(mut self, grants: Option<Arc<dyn Grants>>) -> Self {
+        self.grants = grants;
+        self
     }
 
     /// Cells of the KV cache.

@@ -37,7 +37,7 @@ async fn who_finds_no_more_cells_waits_and_goes_on() {
     let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
     let mut loaded = load::load(&config, model, gpu).expect("the context is made");
     loaded.plan.limits.cap = 768;
-    let engine = Engine::launch(loaded, 8).expect("the engine starts");
+    let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
     let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
     let request = |question| GenerateRequest {
         prompt: engine.tokenize(&chat(question), true, true).expect("tokens"),
@@ -85,7 +85,7 @@ async fn streams_that_outgrow_the_device_all_end() {
         let mut loaded = load::load(&config, model, gpu).expect("the context is made");
         loaded.plan.limits.cap = 768;
         loaded.plan.host_cache = host_cache;
-        let engine = Engine::launch(loaded, 8).expect("the engine starts");
+        let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
         let chat = |question: &str| format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
         let ask = |salt: &str| {
             let request = GenerateRequest {
@@ -108,6 +108,67 @@ async fn streams_that_outgrow_the_device_all_end() {
     }
 }
 
+/// A ledger that grants so many bytes in all.
+struct Ledger {
+    free: std::sync::atomic::AtomicU64,
+    asked: std::sync::atomic::AtomicU64,
+}
+
+impl Grants for Ledger {
+    fn ask(&self, more: &[crate::runner::protocol::MemoryUse]) -> Result<(), String> {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.asked.fetch_add(1, Relaxed);
+        let bytes: u64 = more.iter().map(crate::runner::protocol::MemoryUse::total).sum();
+        let free = self.free.load(Relaxed);
+        if bytes == 0 || bytes > free { Err(format!("{bytes} are not there, but {free}")) } else { Ok(()) }
+    }
+
+    fn give_back(&self) {}
+}
+
+/// The ledger decides over each growth: while it refuses, requests that need more wait for each other and
+/// nothing is lost; when it grants, the context grows.
+#[tokio::test]
+async fn the_ledger_is_asked_before_the_context_grows() {
+    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::Ordering::Relaxed;
+    let context = ContextSpec { min_tokens: Some(512), max_tokens: Some(512), parallel: 4, ..ContextSpec::default() };
+    let config = RunnerConfig { context, ..config(toy::path()) };
+    let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+    let loaded = load::load(&config, model, gpu).expect("the context is made");
+    let ledger = Arc::new(Ledger { free: AtomicU64::new(0), asked: AtomicU64::new(0) });
+    let engine = Engine::launch(loaded, 8, Some(Arc::clone(&ledger) as Arc<dyn Grants>)).expect("the engine starts");
+    let ask = |salt: &str| {
+        let chat = format!("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", toy::ENDLESS_QUESTION);
+        let request = GenerateRequest {
+            prompt: engine.tokenize(&chat, true, true).expect("tokens"),
+            max_tokens: Some(300),
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            cache: CacheKey { salt: salt.to_owned(), ..CacheKey::default() },
+            ..GenerateRequest::default()
+        };
+        read(engine.submit(request).expect("the request is taken"))
+    };
+    let alone = ask("").await;
+    assert_eq!((alone.1.clone(), ledger.asked.load(Relaxed)), (Ok(300), 0), "one has room, so nobody is asked");
+    for answer in futures::future::join_all(["a", "b", "c", "d"].map(ask)).await {
+        assert_eq!(answer, alone);
+    }
+    let stats = engine.stats();
+    assert!(ledger.asked.load(Relaxed) > 0, "{stats:?}");
+    assert_eq!((stats.cells_total, stats.resizes, stats.failed), (512, 0, 0));
+
+    // What was refused is asked for again after five seconds.
+    ledger.free.store(u64::MAX, Relaxed);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    for answer in futures::future::join_all(["e", "f", "g", "h"].map(ask)).await {
+        assert_eq!(answer, alone);
+    }
+    let stats = engine.stats();
+    assert!(stats.cells_total > 512 && stats.resizes > 0 && stats.failed == 0, "{stats:?}");
+    engine.shutdown(Instant::now());
+}
+
 /// What a burst made large goes back when nobody has needed it for a while, and at once when it is asked for.
 #[tokio::test]
 async fn a_context_shrinks_when_it_is_of_no_use() {
@@ -116,7 +177,7 @@ async fn a_context_shrinks_when_it_is_of_no_use() {
     let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
     let mut loaded = load::load(&config, model, gpu).expect("the context is made");
     loaded.plan.shrink_after = Duration::from_millis(300);
-    let engine = Engine::launch(loaded, 8).expect("the engine starts");
+    let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
     let request = |length: usize| GenerateRequest {
         prompt: vec![300; length],
         max_tokens: Some(20),

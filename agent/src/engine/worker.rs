@@ -22,6 +22,7 @@ use super::sequence::{Sequence, give_up};
 use super::shared::Shared;
 use super::sizing::Needs;
 use super::step::Executor;
+use crate::runner::grants::Grants;
 use crate::runner::protocol::RunnerReport;
 use media::Pictures;
 
@@ -50,6 +51,8 @@ pub(super) struct Worker {
     last_resize: Option<Instant>,
     /// When what size could not be had.
     resize_refused: Option<(Instant, u32)>,
+    /// When a larger context was last wanted before it was needed.
+    anticipated: Option<Instant>,
     // Kept between steps for their memory.
     lanes: Vec<Lane>,
     step: Vec<Chunk>,
@@ -62,11 +65,12 @@ impl Worker {
         mailbox: Arc<Mailbox>,
         shared: Arc<Shared>,
         report: watch::Sender<RunnerReport>,
+        grants: Option<Arc<dyn Grants>>,
     ) -> Self {
         let Loaded { model, context, params, adapters, encoder, projector: _, plan, facts: _, report: _ } = loaded;
         let cells = context.cells();
         Self {
-            executor: Executor::new(model.clone(), context, params, adapters, &plan),
+            executor: Executor::new(model.clone(), context, params, adapters, &plan).asks(grants),
             model,
             plan,
             mailbox,
@@ -82,6 +86,7 @@ impl Worker {
             needs: Needs::default(),
             last_resize: None,
             resize_refused: None,
+            anticipated: None,
             lanes: Vec::new(),
             step: Vec::new(),
             rows: Vec::new(),

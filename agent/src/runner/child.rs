@@ -27,6 +27,8 @@ pub enum Mode {
     Probe,
     /// Print what the model would take.
     Estimate,
+    /// Print what changes of the context's size cost.
+    MeasureResizes,
 }
 
 /// Why a worker ends with a non-zero code.
@@ -99,6 +101,9 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
         Mode::Estimate => {
             read_config().and_then(|config| Ok(engine::estimate(&config)?)).and_then(|report| events.write(&report))
         }
+        Mode::MeasureResizes => read_config()
+            .and_then(|config| Ok(engine::measure_resizes(&config)?))
+            .and_then(|report| events.write(&report)),
         Mode::Serve => {
             volunteer();
             read_config().and_then(|config| serve(&config, &events))
@@ -194,10 +199,8 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
     watch_agent(orphaned_sender, commands, door, events.clone()).map_err(ChildError::System)?;
     let loaded = beat(events.clone()).map_err(ChildError::System)?;
 
-    // The engine does not ask yet.
-    drop(grants);
     let progress = events.clone();
-    let engine = Engine::start(config, &move |percent| {
+    let engine = Engine::start_with(config, Some(Arc::new(grants)), &move |percent| {
         // Every twentieth part is enough for a status.
         if percent.is_multiple_of(5) {
             let _ = progress.say(&RunnerEvent::Loading { percent });

@@ -9,6 +9,9 @@ use super::protocol::{MemoryUse, RunnerCommand, RunnerEvent};
 /// How long the agent has to answer; its loop answers in milliseconds unless it is gone.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long nobody is asked after a question without an answer: streams wait meanwhile.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// Answers that nobody has taken yet.
 const ANSWERS: usize = 16;
 
@@ -25,32 +28,44 @@ pub trait Grants: Send + Sync {
 /// Asks the agent by events, and hears its answers as commands.
 pub(super) struct Agent<T> {
     tell: T,
-    state: Mutex<(u64, Receiver<RunnerCommand>)>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Questions asked.
+    asked: u64,
+    answers: Receiver<RunnerCommand>,
+    /// When a question was last left without an answer.
+    silent: Option<Instant>,
 }
 
 impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Agent<T> {
     /// `tell` says an event to the agent, and whether it could. Commands go into the sender.
     pub(super) fn new(tell: T) -> (Self, SyncSender<RunnerCommand>) {
         let (sender, commands) = sync_channel(ANSWERS);
-        (Self { tell, state: Mutex::new((0, commands)) }, sender)
+        (Self { tell, state: Mutex::new(State { asked: 0, answers: commands, silent: None }) }, sender)
     }
 }
 
 impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Grants for Agent<T> {
     fn ask(&self, more: &[MemoryUse]) -> Result<(), String> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.0 += 1;
-        let asked = state.0;
+        if state.silent.is_some_and(|silent| silent.elapsed() < SILENCE) {
+            return Err("the agent has not answered lately".to_owned());
+        }
+        state.asked += 1;
+        let asked = state.asked;
         if !(self.tell)(&RunnerEvent::Growth { id: asked, memory: more.to_vec() }) {
             return Err("the agent cannot be asked for memory".to_owned());
         }
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match state.1.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match state.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(RunnerCommand::Growth { id, refused }) if id == asked => return refused.map_or(Ok(()), Err),
                 // To an earlier question, which was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    state.silent = Some(Instant::now());
                     self.give_back();
                     return Err("the agent did not answer whether there is memory".to_owned());
                 }

@@ -218,3 +218,23 @@ pub struct EstimateReport {
     /// Tokens that one request may use.
     pub max_tokens: u32,
 }
+
+/// What `altiplano-agent runner --measure-resizes` prints for the [`RunnerConfig`] on its standard input.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ResizeReport {
+    /// Tokens in the context.
+    pub tokens: u32,
+    /// Cells of the small context.
+    pub from: u32,
+    /// Cells of the large one.
+    pub to: u32,
+    /// Microseconds of llama.cpp's bare calls: state out, free, create, state in.
+    pub bare_micros: Vec<u64>,
+    /// Microseconds of the engine's own growth in place.
+    pub resize_micros: Vec<u64>,
+    /// Microseconds of moving the state alone, by the bare calls.
+    pub moving_micros: Vec<u64>,
+    /// Microseconds for which the engine stands still when it takes a context into use that was made beside the other.
+    pub stall_micros: Vec<u64>,
+}

@@ -12,6 +12,7 @@ mod batch;
 mod chat;
 mod context;
 mod embedding;
+mod file;
 mod log;
 mod media;
 mod model;
@@ -24,6 +25,7 @@ pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow, MediaBatch};
 pub(super) use embedding::{EmbeddingContext, Pooling};
+pub(super) use file::file_has_tensor;
 #[cfg(test)]
 pub(super) use media::read_by_helper;
 pub(super) use media::{Encoder, Piece, Pieces, Projector, ProjectorNeeds, ProjectorParams};

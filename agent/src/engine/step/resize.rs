@@ -5,7 +5,8 @@
 //! | yes, and somebody generates | the new one is made by a thread beside the old, then the state moves | get + set |
 //! | no, or nobody generates | the state is taken out, the old context freed, the new one made, the state put in | all of it |
 //!
-//! The buffer that the state moves through is there before anything is freed, so that a failure finds the way back.
+//! Before it grows, the ledger is asked for what it takes at its height; it is free again when the next report says what
+//! was taken, or when nothing came of it. The buffer that the state moves through is there before anything is freed, so that a failure finds the way back.
 
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -38,7 +39,12 @@ impl Executor {
     /// Begins to make a context of `cells` cells beside the running one; `done` is called when it is there. False when
     /// both do not fit, or there is no thread to be had.
     pub(in crate::engine) fn prepare(&mut self, cells: u32, done: impl FnOnce() + Send + 'static) -> bool {
-        if self.making.is_some() || !matches!(self.way(cells), Ok(Way::Beside)) {
+        if self.making.is_some() {
+            return false;
+        }
+        let Ok((Way::Beside, rooms)) = self.way(cells) else { return false };
+        if let Err(reason) = self.ask(&rooms, cells, Way::Beside) {
+            tracing::debug!(cells, reason, "no second context beside the running one");
             return false;
         }
         let (sender, result) = mpsc::sync_channel(1);
@@ -51,6 +57,8 @@ impl Executor {
         });
         if thread.is_ok() {
             self.making = Some(Making { params, result });
+        } else {
+            self.give_back();
         }
         self.making.is_some()
     }
@@ -100,9 +108,25 @@ impl Executor {
 
     /// Gives the context `cells` cells at once.
     pub(in crate::engine) fn resize(&mut self, cells: u32) -> Resized {
-        match self.way(cells) {
-            Ok(_) => self.replace(cells),
+        let allowed = self.way(cells).and_then(|(_, rooms)| self.ask(&rooms, cells, Way::Instead));
+        match allowed {
+            Ok(()) => self.replace(cells),
             Err(reason) => Resized::Refused(reason),
+        }
+    }
+
+    /// Asks the ledger for what a change to `cells` takes; shrinking gives back soon what it takes.
+    fn ask(&self, rooms: &[DeviceRoom], cells: u32, way: Way) -> Result<(), String> {
+        match &self.grants {
+            Some(grants) if cells > self.cells() => grants.ask(&sizing::more(rooms, self.cells(), cells, way)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Nothing came of what the ledger granted.
+    pub(in crate::engine) fn give_back(&self) {
+        if let Some(grants) = &self.grants {
+            grants.give_back();
         }
     }
 
@@ -164,8 +188,8 @@ impl Executor {
         self.staging = Vec::new();
     }
 
-    /// How another size can be had with the memory there is.
-    fn way(&mut self, cells: u32) -> Result<Way, String> {
+    /// How another size can be had with the memory there is, which is told too.
+    fn way(&mut self, cells: u32) -> Result<(Way, Vec<DeviceRoom>), String> {
         let Some(context) = self.context.as_mut() else { return Err("no context".to_owned()) };
         // Other sequences may write more of it before it is moved.
         let state = context.state_size() as u64 / 8 * 9;
@@ -177,7 +201,7 @@ impl Executor {
             device: device.device,
         };
         let devices: Vec<_> = context.memory().into_iter().map(room).collect();
-        sizing::way(&devices, context.cells(), cells)
+        sizing::way(&devices, context.cells(), cells).map(|way| (way, devices))
     }
 }
 

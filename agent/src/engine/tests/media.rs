@@ -39,7 +39,7 @@ async fn images_are_read_as_llama_cpp_itself_reads_them() {
         let loaded = load::load(&config, model.clone(), gpu).expect("the context is made");
         let params = loaded.params.clone();
         let (top, prompt) = {
-            let engine = Engine::launch(loaded, 8).expect("the engine starts");
+            let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
             let marker = engine.image_marker().expect("it reads images").to_owned();
             let text = format!("<|im_start|>user\nThis {marker} or that {marker}?<|im_end|>\n<|im_start|>assistant\n");
             let MediaPrompt { tokens, media } =

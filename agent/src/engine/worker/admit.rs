@@ -55,7 +55,17 @@ impl Worker {
             let (cells, alone) = (self.executor.cells(), self.running.is_empty());
             let (calm, may_resize) = (self.calm(now), self.may_resize());
             match sizing::admit(cells, self.ceiling(demand.hard, now), demand, calm, may_resize, alone) {
-                Admission::Begin => break choice,
+                Admission::Begin => {
+                    let granted = sequence.need.saturating_sub(demand.aim.saturating_sub(cells));
+                    tracing::debug!(
+                        request = sequence.id,
+                        needed = sequence.need,
+                        granted,
+                        pool = cells,
+                        "tokens of context"
+                    );
+                    break choice;
+                }
                 Admission::Grow { to } => self.resize(to)?,
                 Admission::Wait => return Ok(Some(sequence)),
                 Admission::Fail => {

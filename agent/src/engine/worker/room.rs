@@ -13,6 +13,9 @@ use super::Worker;
 /// Least time between two changes of size that are only wished for, and after one that failed.
 const RESIZE_PAUSE: Duration = Duration::from_secs(5);
 
+/// Least time between two looks for room for a context that is not needed yet.
+const ANTICIPATE_PAUSE: Duration = Duration::from_secs(1);
+
 impl Worker {
     /// What the running sequences take and want, with one more, of whose tokens so many will be in others' cells.
     pub(super) fn demand(&self, more: Option<(&Sequence, usize)>) -> Demand {
@@ -107,6 +110,7 @@ impl Worker {
             self.last_resize = Some(now);
         } else {
             self.resize_refused = Some((now, to));
+            self.executor.give_back();
         }
         self.shared.update(|stats| {
             stats.resizes += u64::from(changed && to > from);
@@ -134,7 +138,11 @@ impl Worker {
             return Ok(());
         }
         let cells = self.executor.cells();
-        let Demand { hard, aim } = self.demand(None);
+        let demand = self.demand(None);
+        if self.anticipate(demand, now) {
+            return Ok(());
+        }
+        let Demand { hard, aim } = demand;
         if let Some(target) = self.mailbox.take_shrink() {
             let to = sizing::rung(hard.max(target)).min(self.plan.limits.cap);
             return if to < cells { self.shrink(to) } else { Ok(()) };
@@ -151,6 +159,24 @@ impl Worker {
             self.publish_memory();
         }
         Ok(())
+    }
+
+    /// Begins to make a larger context beside the running one when somebody will soon need it and the device has room for
+    /// both.
+    fn anticipate(&mut self, demand: Demand, now: Instant) -> bool {
+        let Some(to) = sizing::anticipate(self.executor.cells(), self.ceiling(demand.hard, now), demand) else {
+            return false;
+        };
+        if self.anticipated.is_some_and(|last| now.saturating_duration_since(last) < ANTICIPATE_PAUSE) {
+            return false;
+        }
+        self.anticipated = Some(now);
+        let mailbox = Arc::clone(&self.mailbox);
+        let begun = self.executor.prepare(to, move || mailbox.wake());
+        if begun {
+            tracing::debug!(from = self.executor.cells(), to, "a context is made before it is needed");
+        }
+        begun
     }
 
     fn shrink(&mut self, to: u32) -> Result<(), EngineError> {

@@ -1,6 +1,7 @@
 //! The measurements behind `cargo xtask bench NAME`.
 
 mod apply;
+mod context;
 mod engine;
 mod leaks;
 mod logits;
@@ -11,8 +12,12 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 5] = [
+const BENCHES: [(&str, &str); 6] = [
     ("apply", "from apply to Ready and to the first token; memory at rest"),
+    (
+        "context",
+        "a change of the context's size: to the first token beside llama-server, the resize beside the bare calls",
+    ),
     ("engine", "speed, latency and memory beside llama-server and llama-bench; scenarios may be named"),
     ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
     ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
@@ -34,6 +39,7 @@ async fn main() -> ExitCode {
 async fn run(arguments: &[String]) -> Result<()> {
     let report = match arguments.first().map(String::as_str) {
         Some("apply") => apply::run().await?,
+        Some("context") => context::run().await?,
         Some("engine") => engine::run(&arguments[1..]).await?,
         Some("leaks") => leaks::run().await?,
         Some("suite") => {

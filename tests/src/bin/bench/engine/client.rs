@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -69,13 +69,26 @@ pub(crate) async fn ask_all(server: &Server, questions: &[Question]) -> Result<V
 pub(crate) async fn ask_telling(
     server: &Server,
     question: &Question,
+    token: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Answer> {
+    ask_with(server, question, json!({}), token).await
+}
+
+/// The same with more fields of the body.
+pub(crate) async fn ask_with(
+    server: &Server,
+    question: &Question,
+    more: Value,
     mut token: impl FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Answer> {
-    let body = json!({
+    let mut body = json!({
         "model": server.model, "prompt": question.prompt, "max_tokens": question.generate,
         "temperature": 0, "ignore_eos": true, "stream": true,
-    })
-    .to_string();
+    });
+    if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+        body.extend(more);
+    }
+    let body = body.to_string();
     let request = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
          connection: close\r\n\r\n{body}",

@@ -11,7 +11,7 @@ mod overhead;
 mod reuse;
 pub(crate) mod servers;
 mod speed;
-mod turns;
+pub(crate) mod turns;
 
 use std::time::{Duration, Instant};
 
@@ -85,7 +85,7 @@ pub(crate) async fn run(only: &[String]) -> Result<Report> {
 }
 
 /// Large enough that llama.cpp and not the servers decides, small enough for ten minutes.
-fn shape() -> Spec {
+pub(crate) fn shape() -> Spec {
     Spec {
         architecture: Architecture::Llama,
         name: "Altiplano Bench".into(),
@@ -101,7 +101,7 @@ fn shape() -> Spec {
     }
 }
 
-fn load_average() -> String {
+pub(crate) fn load_average() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().unwrap_or("unknown").to_owned()
 }

@@ -74,13 +74,13 @@ impl Series {
 }
 
 /// The middle one, or the mean of the two in the middle.
-pub(super) fn median(figures: &[f64]) -> f64 {
+pub(crate) fn median(figures: &[f64]) -> f64 {
     let negated: Vec<f64> = figures.iter().map(|figure| -figure).collect();
     f64::midpoint(percentile(figures, 50.0), -percentile(&negated, 50.0))
 }
 
 /// The nearest-rank percentile; not a number when there is nothing.
-pub(super) fn percentile(figures: &[f64], percent: f64) -> f64 {
+pub(crate) fn percentile(figures: &[f64], percent: f64) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a rank")]
@@ -88,7 +88,7 @@ pub(super) fn percentile(figures: &[f64], percent: f64) -> f64 {
     sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
 }
 
-fn spread(figures: &[f64]) -> f64 {
+pub(crate) fn spread(figures: &[f64]) -> f64 {
     let most = figures.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
     (most - least).max(0.0)
