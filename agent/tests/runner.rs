@@ -15,7 +15,7 @@ use altiplano_agent::runner::protocol::{
     EstimateReport, MemoryUse, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport,
 };
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention};
-use altiplano_test_models::{BadFile, Spec, toy};
+use altiplano_test_models::{BadFile, Projector, ProjectorKind, Spec, toy};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -293,6 +293,62 @@ fn the_probe_lists_devices() {
     assert_eq!((gpu.id.as_str(), gpu.backend.as_str(), gpu.kind.as_str()), ("Vulkan0", "Vulkan", "GPU"), "{gpu:?}");
     assert!(gpu.memory_total_bytes > 1 << 28 && gpu.memory_free_bytes > 0, "{gpu:?}");
     assert_eq!((cpu.id.as_str(), report.backends.as_slice()), ("CPU", &["Vulkan".to_owned(), "CPU".to_owned()][..]));
+}
+
+/// A projector goes where its model goes, is counted there before and after, and says the same there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_projector_goes_to_a_gpu() {
+    let folder = folder();
+    let path = folder.path().join("mmproj.gguf");
+    let bytes = Projector::of_toy(ProjectorKind::Gemma3).write(&path).expect("a projector");
+    let mut said = Vec::new();
+    for (device, environment) in [("CPU", &[] as &[_]), ("Vulkan0", &VULKAN)] {
+        let config = RunnerConfig {
+            devices: vec![device.to_owned()],
+            projector: Some(path.clone()),
+            engine: EngineSpec {
+                batch_tokens: Some(16),
+                micro_batch_tokens: Some(16),
+                flash_attention: FlashAttention::Off,
+                ..EngineSpec::default()
+            },
+            ..config(folder.path(), toy::path())
+        };
+        let input = serde_json::to_string(&config).expect("JSON");
+        let estimator = Worker::start(folder.path(), &["--estimate"], environment, &input);
+        let line = estimator.line().unwrap_or_else(|| panic!("no estimate: {}", estimator.log()));
+        let estimate: EstimateReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        drop(estimator);
+        let input = serde_json::to_string(&RunnerConfig { projector: None, ..config.clone() }).expect("JSON");
+        let estimator = Worker::start(folder.path(), &["--estimate"], environment, &input);
+        let line = estimator.line().unwrap_or_else(|| panic!("no estimate: {}", estimator.log()));
+        let without: EstimateReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        drop(estimator);
+        let mut worker = Worker::serve(folder.path(), &config, environment);
+        let report = worker.ready();
+        let weights = |memory: &[MemoryUse]| {
+            memory.iter().find(|memory| memory.device == device).map_or(0, |memory| memory.weights_bytes)
+        };
+        assert_eq!(weights(&estimate.memory), weights(&report.memory), "{estimate:?} {report:?}");
+        let projector = weights(&estimate.memory) - weights(&without.memory);
+        assert!(projector > bytes / 2, "{device}: {projector} of {bytes}: {estimate:?} {without:?}");
+
+        let image =
+            "data:image/bmp;base64,Qk06AAAAAAAAADYAAAAoAAAAAQAAAAEAAAABABgAAAAAAAQAAAAAAAAAAAAAAAAAAAAAAAAA/wAAAA==";
+        let part = json!({"type": "image_url", "image_url": {"url": image}});
+        let messages = json!([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]);
+        let body = json!({
+            "model": "test", "temperature": 0, "max_tokens": 1, "logprobs": true, "top_logprobs": 5, "messages": messages,
+        });
+        let (status, answer) = post(&config.socket, "/v1/chat/completions", &body).await;
+        assert_eq!(status, 200, "{answer}; {}", worker.log());
+        let top = answer["choices"][0]["logprobs"]["content"][0]["logprob"].as_f64();
+        said.push(top.unwrap_or_else(|| panic!("{answer}")));
+        check_answer(&config.socket).await;
+        worker.signal(rustix::process::Signal::TERM);
+        assert_eq!(worker.wait().code(), Some(0), "{}", worker.log());
+    }
+    assert!((said[0] - said[1]).abs() < 0.2, "the CPU and the GPU say the same: {said:?}");
 }
 
 /// All layers, and some of them, on a GPU: what was estimated is what is measured, and the answer is right.
