@@ -21,6 +21,7 @@ use tower::ServiceExt;
 const PATIENCE: Duration = Duration::from_mins(2);
 
 const HERMES: &str = include_str!("templates/hermes.jinja");
+const DEEPSEEK: &str = include_str!("templates/deepseek-r1.jinja");
 const QWEN3: &str = include_str!("templates/qwen3.jinja");
 const MISTRAL: &str = include_str!("templates/mistral.jinja");
 
@@ -276,4 +277,55 @@ async fn variables_reach_the_template() {
     ] {
         assert!(prompt_tokens(off.clone()).await > thinking, "{off}");
     }
+}
+
+#[tokio::test]
+async fn reasoning_ends_when_its_budget_does() {
+    // The first template has the model think from its first token, as DeepSeek's; the second leaves it the choice.
+    for (template, begins) in [(DEEPSEEK, true), (QWEN3, false)] {
+        let api = api(Some(template)).await;
+        let body = |more: Value| {
+            let mut body = json!({"messages": question("What can you do?"), "temperature": 0, "max_tokens": 60});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            body
+        };
+        let free = ask(&api, &body(json!({}))).await;
+        for budget in ["reasoning_budget", "thinking_budget_tokens", "reasoning_budget_tokens"] {
+            let asked = body(json!({budget: 5, "reasoning_budget_message": " Enough."}));
+            for choice in [ask(&api, &asked).await, ask_streamed(&api, &asked).await] {
+                let message = &choice["message"];
+                let reasoning = message["reasoning_content"].as_str().unwrap_or_default();
+                if begins {
+                    // The toy never ends to think by itself.
+                    assert!(free["message"]["reasoning_content"].as_str().unwrap().len() > reasoning.len(), "{free}");
+                    assert!(reasoning.ends_with(" Enough."), "{choice}");
+                    assert!(message["content"].as_str().is_some_and(|content| !content.is_empty()), "{choice}");
+                } else {
+                    assert_eq!(message["content"], free["message"]["content"], "it never thought");
+                }
+            }
+        }
+        for off in [json!({"reasoning_budget": 0}), json!({"enable_thinking": false})] {
+            let none = ask(&api, &body(off)).await;
+            assert!(none["message"]["reasoning_content"].as_str().unwrap_or_default().is_empty(), "{none}");
+            assert!(none["message"]["content"].as_str().is_some_and(|content| !content.is_empty()), "{none}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn messages_think_within_their_budget() {
+    let api = api(Some(DEEPSEEK)).await;
+    let body = json!({
+        "max_tokens": 60, "messages": question("What can you do?"), "temperature": 0,
+        "thinking": {"type": "enabled", "budget_tokens": 4},
+    });
+    let request = Request::post("/v1/messages").header("content-type", "application/json");
+    let response = api.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+    assert_eq!(response.status(), 200);
+    let answer: Value = serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap();
+    let kinds: Vec<_> = answer["content"].as_array().unwrap().iter().map(|block| &block["type"]).collect();
+    assert_eq!(kinds, ["thinking", "text"], "{answer}");
+    let thought = answer["content"][0]["thinking"].as_str().unwrap();
+    assert!(!thought.is_empty() && thought.split_whitespace().count() <= 4, "{answer}");
 }

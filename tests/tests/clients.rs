@@ -1,6 +1,6 @@
 //! The official SDKs against one `altiplano-agent serve` with the toy model, whose greedy answers are known: each
-//! endpoint, streaming and not, tools, structured output, errors by their classes. The scripts are in `tests/clients`; each ends with `ok` or with
-//! what it saw instead.
+//! endpoint, streaming and not, tools, thinking, structured output, errors by their classes. The scripts are in
+//! `tests/clients`; each ends with `ok` or with what it saw instead.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,9 +15,10 @@ use tokio::sync::OnceCell;
 /// Longest wait for the agent and for a script; what is usual is a tenth of it.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// The toy model, the same with a template that has tools, and with a random projector.
+/// The toy model, the same with a template that has tools, with one that has it think, and with a random projector.
 const TOY: &str = "toy";
 const TOOLS: &str = "tools";
+const THINKS: &str = "thinks";
 const EYES: &str = "eyes";
 
 const QUESTION: &str = "What can you do?";
@@ -40,7 +41,10 @@ async fn served() -> Result<&'static Served> {
 async fn serve() -> Result<Served> {
     let folder = sandbox::subdir("clients")?;
     let models = folder.join("models.yaml");
-    let template = std::fs::read_to_string(repository().join("agent/tests/templates/hermes.jinja"))?;
+    let template = |name: &str| {
+        let text = std::fs::read_to_string(repository().join("agent/tests/templates").join(name))?;
+        anyhow::Ok(json!({"chatTemplate": text}))
+    };
     let deployment = |name: &str, mut model: Value| {
         model["source"] = json!({"uri": format!("file://{}", toy::path().display())});
         json!({
@@ -51,19 +55,23 @@ async fn serve() -> Result<Served> {
         })
     };
     // The toy model's own template has no place for tools.
-    let (plain, tools) = (deployment(TOY, json!({})), deployment(TOOLS, json!({"chatTemplate": template})));
     let projector = folder.join("mmproj.gguf");
     Projector::of_toy(ProjectorKind::Gemma3).write(&projector)?;
-    let eyes = deployment(EYES, json!({"projector": {"uri": format!("file://{}", projector.display())}}));
+    let all = [
+        deployment(TOY, json!({})),
+        deployment(TOOLS, template("hermes.jinja")?),
+        deployment(THINKS, template("deepseek-r1.jinja")?),
+        deployment(EYES, json!({"projector": {"uri": format!("file://{}", projector.display())}})),
+    ];
     // JSON is YAML.
-    std::fs::write(&models, format!("{plain}\n---\n{tools}\n---\n{eyes}\n"))?;
+    std::fs::write(&models, all.map(|one| one.to_string()).join("\n---\n"))?;
     let mut command = Command::new(program("altiplano-agent")?);
     command.arg("serve").arg(&models).args(["--listen", "127.0.0.1:0", "--state-dir"]).arg(folder.join("state"));
     let proc = Proc::start("clients-agent", command)?;
     let url = wait_for("all models are ready", PATIENCE, || async {
         let log = proc.log();
         let ready = |name| log.contains(&format!("default/{name}: Ready as"));
-        ensure!([TOY, TOOLS, EYES].into_iter().all(ready), "{log}");
+        ensure!([TOY, TOOLS, THINKS, EYES].into_iter().all(ready), "{log}");
         let line = log.lines().find_map(|line| line.strip_prefix("listening on ")).context("no address")?;
         Ok(line.trim_end_matches("/v1").to_owned())
     })
@@ -121,12 +129,14 @@ async fn openai_for_python() -> Result<()> {
 #[tokio::test]
 async fn anthropic_for_python() -> Result<()> {
     runs("anthropic_messages.py", &CHAT).await?;
-    runs("anthropic_tools.py", &[TOOLS]).await
+    runs("anthropic_tools.py", &[TOOLS]).await?;
+    runs("anthropic_thinking.py", &[THINKS]).await
 }
 
 #[tokio::test]
 async fn ollama_for_python() -> Result<()> {
-    runs("ollama_chat.py", &CHAT).await
+    runs("ollama_chat.py", &CHAT).await?;
+    runs("ollama_tools.py", &[TOOLS, THINKS]).await
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
-use super::error::ApiError;
+use super::error::{ApiError, clip};
 
 /// A JSON object; `null` is the same as absent, as with OpenAI.
 #[derive(Debug, PartialEq)]
@@ -61,6 +61,25 @@ pub(crate) fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
         Value::Object(_) => "an object",
     };
     ApiError::invalid(name, format!("'{name}' must be {expected}, not {got}"))
+}
+
+/// Takes the string `field` out of the object that is called `name`.
+pub(crate) fn string(name: &str, field: &str, fields: &mut Map<String, Value>) -> Result<String, ApiError> {
+    let name = format!("{name}.{field}");
+    match fields.remove(field) {
+        Some(Value::String(text)) => Ok(text),
+        Some(other) => Err(wrong_type(&name, "a string", &other)),
+        None => {
+            let message = format!("'{name}' is missing");
+            Err(ApiError::invalid(name, message))
+        }
+    }
+}
+
+/// 400: an object's `type` is one that is not known here.
+pub(crate) fn unsupported_type(name: &str, kind: &str) -> ApiError {
+    let message = format!("'{name}' is of type '{}', which is not supported by this server", clip(kind));
+    ApiError::unsupported(name, message)
 }
 
 fn out_of_range(name: &str, what: &str, low: impl Display, high: impl Display, got: &Value) -> ApiError {

@@ -19,6 +19,7 @@
 //! | `repeat_last_n` | -1 to 2^20 | tokens that these look back; -1: the whole context |
 //! | `dry_multiplier`, `dry_base`, `dry_allowed_length`, `dry_penalty_last_n`, `dry_sequence_breakers` | 0 to 100, 0 to 100, counts to 2^20, 16 texts of 40 bytes | multiplier 0 is off |
 //! | `mirostat`, `mirostat_tau`, `mirostat_eta` | 0, 1, 2; 0 to 100; 0 to 1 | takes the place of `samplers` |
+//! | `adaptive_target`, `adaptive_decay` | -1 to 1, 0 to 0.99 | with `adaptive_p` among the `samplers`: tokens near this probability, over time |
 //! | `samplers` | names as llama-server's, or its letters | the order; one that is not named is not used |
 //! | `logit_bias` | an object, or an array of pairs: token or text, and -100 to 100 or `false` (never) | 1024 entries |
 //! | `response_format` | `text`, `json_object` (may have a `schema`), `json_schema` | valid JSON, whatever the model |
@@ -144,6 +145,7 @@ impl Params {
                     max_tokens: *max_tokens,
                     sampling: SamplingParams { seed, ..sampling.clone() },
                     grammar: grammar.clone(),
+                    reasoning: None,
                     stop: stop.clone(),
                     preserved: Vec::new(),
                     ignore_eos: *ignore_eos,

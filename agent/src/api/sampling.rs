@@ -35,12 +35,14 @@ pub(super) fn read(fields: &Fields, defaults: &SamplingParams) -> Result<Samplin
         mirostat,
         mirostat_tau,
         mirostat_eta,
+        adaptive_target,
+        adaptive_decay,
         samplers,
         seed,
         logit_bias,
         text_bias,
     } = &mut sampling;
-    let numbers: [(&'static str, f64, f64, &mut f32); 14] = [
+    let numbers: [(&'static str, f64, f64, &mut f32); 16] = [
         ("temperature", 0.0, 2.0, temperature),
         ("dynatemp_range", 0.0, 2.0, dynatemp_range),
         ("dynatemp_exponent", 0.0, 10.0, dynatemp_exponent),
@@ -55,6 +57,8 @@ pub(super) fn read(fields: &Fields, defaults: &SamplingParams) -> Result<Samplin
         ("dry_base", 0.0, 100.0, &mut dry.base),
         ("mirostat_tau", 0.0, 100.0, mirostat_tau),
         ("mirostat_eta", 0.0, 1.0, mirostat_eta),
+        ("adaptive_target", -1.0, 1.0, adaptive_target),
+        ("adaptive_decay", 0.0, 0.99, adaptive_decay),
     ];
     for (name, low, high, value) in numbers {
         if let Some(number) = fields.number(name, low..=high)? {
@@ -124,7 +128,7 @@ fn fold_seed(seed: i64) -> Option<u32> {
 /// Names, or llama.cpp's letters.
 fn sampler_order(value: &Value) -> Result<Vec<SamplerKind>, ApiError> {
     const NAME: &str = "samplers";
-    let known = || SamplerKind::DEFAULT_ORDER.map(SamplerKind::name).join(", ");
+    let known = || SamplerKind::ALL.map(SamplerKind::name).join(", ");
     let unknown =
         |name: &str| ApiError::invalid(NAME, format!("'{NAME}' has '{}', which is none of {}", clip(name), known()));
     let order: Vec<SamplerKind> = match value {
@@ -327,7 +331,8 @@ mod tests {
                 "repeat_last_n": -1, "repeat_penalty": 1.5, "frequency_penalty": -2, "presence_penalty": 1.5,
                 "dry_multiplier": 0.5, "dry_base": 2, "dry_allowed_length": 3, "dry_penalty_last_n": 100,
                 "dry_sequence_breakers": [".", "\n"], "mirostat": 2, "mirostat_tau": 4, "mirostat_eta": 0.5,
-                "samplers": ["top_k", "temp", "min-p"], "seed": 42,
+                "adaptive_target": 0.5, "adaptive_decay": 0.75,
+                "samplers": ["top_k", "temp", "min-p", "adaptive-p"], "seed": 42,
                 "logit_bias": {"15": -100, "2": 1.5, "Hello": false}}"#,
         )
         .unwrap();
@@ -357,7 +362,9 @@ mod tests {
             mirostat: Mirostat::V2,
             mirostat_tau: 4.0,
             mirostat_eta: 0.5,
-            samplers: vec![SamplerKind::TopK, SamplerKind::Temperature, SamplerKind::MinP],
+            adaptive_target: 0.5,
+            adaptive_decay: 0.75,
+            samplers: vec![SamplerKind::TopK, SamplerKind::Temperature, SamplerKind::MinP, SamplerKind::AdaptiveP],
             seed: Some(42),
             logit_bias: sampling.logit_bias.clone(),
             text_bias: vec![("Hello".to_owned(), f32::NEG_INFINITY)],
@@ -407,6 +414,8 @@ mod tests {
             (r#"{"dry_sequence_breakers": [""]}"#, "dry_sequence_breakers", "1 to 40 bytes"),
             (r#"{"dry_sequence_breakers": "x"}"#, "dry_sequence_breakers", "an array of strings"),
             (long.as_str(), "dry_sequence_breakers", "1 to 40 bytes"),
+            (r#"{"adaptive_target": 1.5}"#, "adaptive_target", "from -1 to 1"),
+            (r#"{"adaptive_decay": 1}"#, "adaptive_decay", "from 0 to 0.99"),
             (r#"{"mirostat": 3}"#, "mirostat", "from 0 to 2"),
             (r#"{"samplers": ["top_k", "magic"]}"#, "samplers", "'magic', which is none of penalties, dry"),
             (r#"{"samplers": [1]}"#, "samplers", "an array of strings"),

@@ -316,6 +316,8 @@ mod tests {
             "dryBase",
             "mirostatTau",
             "mirostatEta",
+            "adaptiveTarget",
+            "adaptiveDecay",
         ];
         let counts = ["topK", "minKeep", "repeatLastN", "dryAllowedLength", "dryPenaltyLastN", "mirostat", "seed"];
         let mut all: Map<String, Value> = decimals.iter().map(|name| ((*name).to_owned(), json!("0.375"))).collect();
@@ -353,10 +355,12 @@ mod tests {
             mirostat: _,
             mirostat_tau: _,
             mirostat_eta: _,
+            adaptive_target: _,
+            adaptive_decay: _,
             seed: _,
             dry_sequence_breakers: _,
             samplers: _,
         } = spec;
-        assert_eq!(all.len(), 25);
+        assert_eq!(all.len(), 27);
     }
 }

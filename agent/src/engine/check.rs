@@ -1,5 +1,6 @@
 //! What can be said about a request before it waits.
 
+use super::budget::MAX_BUDGET_TEXT_BYTES;
 use super::ffi::Model;
 use super::request::{GenerateRequest, SubmitError};
 use super::sampling::{
@@ -34,6 +35,15 @@ pub(super) fn check(
     if let Some(&token) = text.chain(biased).find(|&&token| !model.has(token)) {
         return Err(SubmitError::InvalidToken { token, n_vocab });
     }
+    if let Some(budget) = &request.reasoning {
+        let texts = budget.ends.iter().chain([&budget.start]);
+        if texts.into_iter().any(|text| text.len() > MAX_BUDGET_TEXT_BYTES) || budget.start.is_empty() {
+            return Err(SubmitError::InvalidParameter("the marks of reasoning are empty or too long"));
+        }
+        if let Some(&token) = budget.forced.iter().find(|&&token| !model.has(token)) {
+            return Err(SubmitError::InvalidToken { token, n_vocab });
+        }
+    }
     sampling(&request.sampling).map_err(SubmitError::InvalidParameter)
 }
 
@@ -59,6 +69,8 @@ fn sampling(params: &SamplingParams) -> Result<(), &'static str> {
         mirostat: _,
         mirostat_tau,
         mirostat_eta,
+        adaptive_target,
+        adaptive_decay,
         ref samplers,
         seed: _,
         ref logit_bias,
@@ -81,12 +93,17 @@ fn sampling(params: &SamplingParams) -> Result<(), &'static str> {
         dry.base,
         mirostat_tau,
         mirostat_eta,
+        adaptive_target,
+        adaptive_decay,
     ];
     if numbers.iter().any(|number| !number.is_finite()) {
         return Err("a sampling parameter is not a finite number");
     }
     if repeat_penalty <= 0.0 || !repeat_penalty.recip().is_finite() {
         return Err("repeat_penalty must be greater than 0");
+    }
+    if !(0.0..=0.99).contains(&adaptive_decay) {
+        return Err("adaptive_decay must be from 0 to 0.99");
     }
     if logit_bias.len() + text_bias.len() > MAX_LOGIT_BIAS {
         return Err("logit_bias has too many entries");

@@ -2,7 +2,8 @@
 
 use llguidance::toktrie::SimpleVob;
 
-use super::ffi::{Context, Sampler};
+use super::budget::Budget;
+use super::ffi::{Context, Model, Sampler};
 use super::grammar::Constraint;
 use super::request::Token;
 
@@ -18,16 +19,23 @@ pub(super) enum ChooseError {
     Engine(String),
 }
 
-/// Sampler and grammar of one sequence.
+/// Sampler, grammar and budget of one sequence.
 #[derive(Default)]
 pub(super) struct Chooser {
     sampler: Sampler,
     constraint: Option<Constraint>,
+    /// With the model, whose tokens it reads.
+    budget: Option<(Budget, Model)>,
 }
 
 impl Chooser {
     pub(super) fn new(sampler: Sampler, constraint: Option<Constraint>) -> Self {
-        Self { sampler, constraint }
+        Self { sampler, constraint, budget: None }
+    }
+
+    /// With a limit on reasoning.
+    pub(super) fn within(self, budget: Budget, model: Model) -> Self {
+        Self { budget: Some((budget, model)), ..self }
     }
 
     /// Tells the sampler of the end of a prompt; a grammar begins after it.
@@ -44,7 +52,36 @@ impl Chooser {
     /// microseconds. Only else the mask of all tokens is computed, and the sampler chooses again among those. Either way
     /// a token's chance is its chance among the allowed ones.
     pub(super) fn choose(&mut self, context: &mut Context, row: i32) -> Result<Token, ChooseError> {
-        let Self { sampler, constraint } = self;
+        let token = match self.forced()? {
+            Some(token) => token,
+            None => self.pick(context, row)?,
+        };
+        if let Some((budget, model)) = &mut self.budget {
+            let mut piece = Vec::new();
+            model.append_piece(token, true, &mut piece).map_err(ChooseError::Engine)?;
+            budget.accept(&piece);
+        }
+        Ok(token)
+    }
+
+    /// What must come because the model has thought for long enough.
+    fn forced(&mut self) -> Result<Option<Token>, ChooseError> {
+        let Self { sampler, constraint, budget } = self;
+        let Some((budget, _)) = budget else { return Ok(None) };
+        let Some(token) = budget.forces() else { return Ok(None) };
+        if let Some(constraint) = constraint {
+            if !constraint.allows(token).map_err(ChooseError::Sequence)? {
+                budget.give_up();
+                return Ok(None);
+            }
+            constraint.accept(token).map_err(ChooseError::Sequence)?;
+        }
+        sampler.accept(token).map_err(ChooseError::Engine)?;
+        Ok(Some(token))
+    }
+
+    fn pick(&mut self, context: &mut Context, row: i32) -> Result<Token, ChooseError> {
+        let Self { sampler, constraint, budget: _ } = self;
         let mut mask = None;
         for _ in 0..ATTEMPTS {
             let allowed = mask.as_ref().map(SimpleVob::as_slice);

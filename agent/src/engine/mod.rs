@@ -5,6 +5,7 @@
 //! unsafe code of the project.
 
 mod adapters;
+mod budget;
 mod capability;
 pub mod chat;
 mod check;
@@ -43,6 +44,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
+pub use budget::{MAX_BUDGET_TEXT_BYTES, ReasoningBudget};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
 pub use media::{MAX_IMAGES_ALIVE, Media, MediaError, MediaPrompt, Picture};
@@ -57,6 +59,7 @@ pub use sampling::{
 
 use crate::runner::grants::Grants;
 use crate::runner::protocol::{EstimateReport, ProbeReport, ResizeReport, RunnerConfig, RunnerReport};
+use budget::Budget;
 use chat::{ChatError, ChatTemplates};
 use chooser::Chooser;
 use ffi::{Model, Piece, Projector, Sampler};
@@ -486,7 +489,10 @@ impl Engine {
         let constraint = request.grammar.as_ref().map(compile).transpose()?;
         let seed = request.sampling.seed.unwrap_or_else(random_seed);
         let sampler = Sampler::new(model, &request.sampling, seed, facts.max_tokens);
-        let chooser = Chooser::new(sampler.map_err(SubmitError::Internal)?, constraint);
+        let mut chooser = Chooser::new(sampler.map_err(SubmitError::Internal)?, constraint);
+        if let Some(budget) = request.reasoning.take() {
+            chooser = chooser.within(Budget::new(budget), model.clone());
+        }
         let mailbox = Arc::clone(mailbox);
         let (sender, events) = mpsc::channel(sequence::CHANNEL + 2);
         mailbox.submit(Waiting { request, chooser, events: sender, submitted: Instant::now() })?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use futures::Stream;
 use tokio::sync::mpsc;
 
+use super::budget::ReasoningBudget;
 use super::error::EngineError;
 use super::mailbox::Mailbox;
 use super::media::Media;
@@ -33,6 +34,8 @@ pub struct GenerateRequest {
     pub sampling: SamplingParams,
     /// What the output must be; the generation ends with `stop` when nothing more may come.
     pub grammar: Option<Grammar>,
+    /// How long the model may think; `None`: as long as it likes.
+    pub reasoning: Option<ReasoningBudget>,
     /// Texts that end the generation; they never appear in the output.
     pub stop: Vec<String>,
     /// Control tokens whose text belongs to the output: marks of reasoning and of tool calls.
@@ -67,6 +70,7 @@ impl Default for GenerateRequest {
             max_tokens: None,
             sampling: SamplingParams::default(),
             grammar: None,
+            reasoning: None,
             stop: Vec::new(),
             preserved: Vec::new(),
             ignore_eos: false,

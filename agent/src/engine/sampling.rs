@@ -63,6 +63,10 @@ pub struct SamplingParams {
     pub mirostat_tau: f32,
     /// How fast Mirostat learns.
     pub mirostat_eta: f32,
+    /// Probability near which [`SamplerKind::AdaptiveP`] looks for tokens, over time; less than 0 is off.
+    pub adaptive_target: f32,
+    /// How slowly it forgets what it chose: 0 at once, 0.99 after about a hundred tokens.
+    pub adaptive_decay: f32,
     /// The samplers in their order, at most [`MAX_SAMPLERS`]; one that is not named is not used.
     pub samplers: Vec<SamplerKind>,
     /// Seed of the random numbers; `None`: another one for each request.
@@ -95,6 +99,8 @@ impl Default for SamplingParams {
             mirostat: Mirostat::Off,
             mirostat_tau: 5.0,
             mirostat_eta: 0.1,
+            adaptive_target: -1.0,
+            adaptive_decay: 0.9,
             samplers: SamplerKind::DEFAULT_ORDER.to_vec(),
             seed: None,
             logit_bias: Vec::new(),
@@ -207,6 +213,8 @@ pub enum SamplerKind {
     Xtc,
     /// [`SamplingParams::temperature`].
     Temperature,
+    /// [`SamplingParams::adaptive_target`]; it chooses, so that it is the last wherever it stands.
+    AdaptiveP,
 }
 
 impl SamplerKind {
@@ -223,6 +231,20 @@ impl SamplerKind {
         Self::Temperature,
     ];
 
+    /// All of them: those of llama.cpp's order, and the one that has to be asked for.
+    pub const ALL: [Self; 10] = [
+        Self::Penalties,
+        Self::Dry,
+        Self::TopNSigma,
+        Self::TopK,
+        Self::TypicalP,
+        Self::TopP,
+        Self::MinP,
+        Self::Xtc,
+        Self::Temperature,
+        Self::AdaptiveP,
+    ];
+
     /// llama-server's word for it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -236,6 +258,7 @@ impl SamplerKind {
             Self::MinP => "min_p",
             Self::Xtc => "xtc",
             Self::Temperature => "temperature",
+            Self::AdaptiveP => "adaptive_p",
         }
     }
 
@@ -250,7 +273,7 @@ impl SamplerKind {
         };
         // "top-k" and "topk" are "top_k" too.
         let plain = |name: &str| name.replace(['_', '-'], "");
-        Self::DEFAULT_ORDER.into_iter().find(|kind| plain(kind.name()) == plain(name))
+        Self::ALL.into_iter().find(|kind| plain(kind.name()) == plain(name))
     }
 
     /// The sampler of llama.cpp's letter (`--sampling-seq`).
@@ -266,6 +289,7 @@ impl SamplerKind {
             'm' => Self::MinP,
             'x' => Self::Xtc,
             't' => Self::Temperature,
+            'a' => Self::AdaptiveP,
             _ => return None,
         })
     }
@@ -353,9 +377,10 @@ mod tests {
 
     #[test]
     fn samplers_have_llama_cpps_names_and_letters() {
-        let letters: Vec<_> = "edskypmxt".chars().filter_map(SamplerKind::from_letter).collect();
-        assert_eq!(letters, SamplerKind::DEFAULT_ORDER);
-        for kind in SamplerKind::DEFAULT_ORDER {
+        let letters: Vec<_> = "edskypmxta".chars().filter_map(SamplerKind::from_letter).collect();
+        assert_eq!(letters, SamplerKind::ALL);
+        assert_eq!(SamplerKind::ALL[..9], SamplerKind::DEFAULT_ORDER);
+        for kind in SamplerKind::ALL {
             assert_eq!(SamplerKind::from_name(kind.name()), Some(kind));
         }
         for (name, kind) in

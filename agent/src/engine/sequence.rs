@@ -96,6 +96,7 @@ impl Sequence {
             max_tokens: wanted,
             sampling: _,
             grammar: _,
+            reasoning: _,
             stop,
             preserved,
             ignore_eos,

@@ -203,3 +203,31 @@ async fn a_context_shrinks_when_it_is_of_no_use() {
     assert!(stats.resize_time > Duration::ZERO, "{stats:?}");
     engine.shutdown(Instant::now());
 }
+
+/// An embedder gives back what a long text took; in the crate's own tests after a second instead of a minute.
+#[tokio::test]
+async fn an_embedder_shrinks_when_nothing_long_comes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("embedder.gguf");
+    altiplano_test_models::Spec::embedder().write(&path).expect("a model");
+    let engine = Engine::start(&config(path), &|_| {}).expect("the engine starts");
+    let embed = async |length: usize| {
+        let texts = vec![vec![300; length]];
+        let request = EmbedRequest { id: String::new(), task: EmbedTask::Embedding, texts, deadline: None };
+        engine.embed(request).expect("the request is taken").await.expect("a vector").vectors
+    };
+    let before = embed(9).await;
+    let first = engine.report().context_tokens;
+    embed(2000).await;
+    assert!(engine.report().context_tokens >= 2000 && first < 2000);
+    let patience = Instant::now() + Duration::from_mins(1);
+    while engine.report().context_tokens > first {
+        assert!(Instant::now() < patience, "{:?}", engine.stats());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!((engine.stats().resizes, engine.stats().shrinks), (1, 1));
+    assert_eq!(embed(9).await, before, "equal calls are equal to the bit");
+    embed(2000).await;
+    assert_eq!(engine.stats().resizes, 2, "it grows again");
+    engine.shutdown(Instant::now());
+}

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use super::super::error::{ApiError, clip};
-use super::super::fields::{Fields, wrong_type};
+use super::super::error::ApiError;
+use super::super::fields::{Fields, string, unsupported_type, wrong_type};
 
 /// Fields of OpenAI's that would change what the answer looks like; Messages has no such thing.
 const DROPPED: [&str; 10] = [
@@ -345,23 +345,6 @@ fn typed(name: &str, value: Value) -> Result<(String, Map<String, Value>), ApiEr
     let Value::Object(mut fields) = value else { return Err(wrong_type(name, "an object", &value)) };
     let kind = string(name, "type", &mut fields)?;
     Ok((kind, fields))
-}
-
-fn string(name: &str, field: &str, fields: &mut Map<String, Value>) -> Result<String, ApiError> {
-    match fields.remove(field) {
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(wrong_type(&format!("{name}.{field}"), "a string", &other)),
-        None => {
-            let name = format!("{name}.{field}");
-            let message = format!("'{name}' is missing");
-            Err(ApiError::invalid(name, message))
-        }
-    }
-}
-
-fn unsupported_type(name: &str, kind: &str) -> ApiError {
-    let message = format!("'{name}' is of type '{}', which is not supported by this server", clip(kind));
-    ApiError::unsupported(name, message)
 }
 
 #[cfg(test)]

@@ -5,9 +5,10 @@
 //! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text, or parts: text and images (`image_url` with `data:…;base64,…`, where the model has a projector) |
 //! | `tools`, `tool_choice`, `parallel_tool_calls` | functions, at most 128 in 512 KiB; `auto`, `none`, `required` or a function's name. Where a call must come, a grammar sees to it. One call at a time where the template renders no more |
 //! | `response_format` | `text`, `json_object` (any, or its `schema`), `json_schema`; not together with tools that may be called |
-//! | `enable_thinking`, `reasoning_effort` | whether and how hard the model thinks, where its template knows; `reasoning_effort: none` is off |
+//! | `enable_thinking`, `reasoning_effort` | whether and how hard the model thinks, where its template knows; `reasoning_effort: none` is off, and ends what a template without the switch begins |
 //! | `reasoning_format` | where its reasoning stands: `auto` and `deepseek`: in `reasoning_content`; `none`: in `content` as the model writes it; `deepseek-legacy`: in both of a whole answer, in `content` of a stream |
-//! | `reasoning_budget_tokens`, `reasoning_budget`, `thinking_budget_tokens` | 0: no reasoning; -1: as much as the model likes |
+//! | `reasoning_budget_tokens`, `reasoning_budget`, `thinking_budget_tokens` | tokens of each block of reasoning, which then has to end; 0: no reasoning; -1: as much as the model likes |
+//! | `reasoning_budget_message` | what is said before such an end |
 //! | `chat_template_kwargs` | variables for the template, at most 64 KiB |
 //! | `continue_final_message` | `true`, `content`, `reasoning_content`: the last message, the assistant's, goes on. Without the field a last message of the assistant goes on too, as with llama-server; `false` ends it |
 //! | `add_generation_prompt` | `false`: the prompt ends with the last message |
@@ -40,8 +41,10 @@ use super::output::{OutputParser, PlainText};
 use super::params::Params;
 use super::run;
 use super::wire::Shape;
-use crate::engine::chat::{ChatError, ChatFormat, ChatInput, ChatTemplates, Continuation, Rendered};
-use crate::engine::{Ability, Grammar, MAX_TOP_LOGPROBS, Media, MediaError, MediaPrompt, SamplingParams, Token};
+use crate::engine::chat::{ChatError, ChatFormat, ChatInput, ChatTemplates, Continuation, Rendered, ThinkingTags};
+use crate::engine::{
+    Ability, Grammar, MAX_TOP_LOGPROBS, Media, MediaError, MediaPrompt, ReasoningBudget, SamplingParams, Token,
+};
 use grammar::Demands;
 use images::Image;
 use parser::{ChatParser, Reading};
@@ -81,13 +84,14 @@ pub(super) async fn converse(
     dialect: Box<dyn Dialect>,
 ) -> Result<Response, ApiError> {
     let (request, prepared, truncation) = state.prepare(move |state| fit::prepare(request, state)).await?;
-    let Prepared { prompt, media, grammar, stops, preserved, answers } = prepared;
+    let Prepared { prompt, media, grammar, reasoning, stops, preserved, answers } = prepared;
     let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
     for request in &mut requests {
         request.media.clone_from(&media);
         if grammar.is_some() {
             request.grammar.clone_from(&grammar);
         }
+        request.reasoning.clone_from(&reasoning);
         request.stop.extend(stops.iter().cloned());
         request.preserved.clone_from(&preserved);
     }
@@ -116,6 +120,8 @@ pub(crate) struct Prepared {
     pub(crate) media: Media,
     /// What the answer must be.
     pub(crate) grammar: Option<Grammar>,
+    /// How long the model may think.
+    pub(crate) reasoning: Option<ReasoningBudget>,
     /// Texts that end the answer, beside the client's own.
     pub(crate) stops: Vec<String>,
     /// Control tokens whose text belongs to the answer.
@@ -222,6 +228,7 @@ impl ChatRequest {
             prompt: tokens,
             media,
             grammar,
+            reasoning: self.budget(&format, tokenize)?,
             stops: format.additional_stops.clone(),
             preserved: format.preserved_tokens.iter().filter_map(|text| single(text)).collect(),
             answers: Answers { reading: self.reading(state, &format, parallel), format },
@@ -246,6 +253,30 @@ impl ChatRequest {
             MediaError::Invalid(reason) => ApiError::invalid("messages", reason),
         });
         read.map(|MediaPrompt { tokens, media }| (tokens, media))
+    }
+
+    /// The limit on reasoning, where there is one and the template knows its marks.
+    fn budget(
+        &self,
+        format: &ChatFormat,
+        tokenize: impl Fn(&str, bool) -> Result<Vec<Token>, ApiError>,
+    ) -> Result<Option<ReasoningBudget>, ApiError> {
+        let Some(tags) = &format.thinking else { return Ok(None) };
+        let begun = ends_within(&format.generation_prompt, tags);
+        let (tokens, message) = match &self.settings.budget {
+            Some((tokens, message)) => (*tokens, message.as_str()),
+            // A template without the switch begins to think all the same.
+            None if begun && !self.settings.enable_thinking && self.continuation() == Continuation::None => (0, ""),
+            None => return Ok(None),
+        };
+        let end = tags.ends.first().map_or("", String::as_str);
+        Ok(Some(ReasoningBudget {
+            tokens,
+            start: tags.start.clone(),
+            ends: tags.ends.clone(),
+            forced: tokenize(&format!("{message}{end}"), false)?,
+            begun,
+        }))
     }
 
     /// The prompt, and the grammar of its answer where it is a schema's alone.
@@ -325,6 +356,12 @@ impl ChatRequest {
     }
 }
 
+/// Whether a prompt ends within reasoning.
+fn ends_within(prompt: &str, tags: &ThinkingTags) -> bool {
+    let begun = prompt.rfind(&tags.start);
+    begun.is_some_and(|at| tags.ends.iter().all(|end| !prompt[at + tags.start.len()..].contains(end.as_str())))
+}
+
 fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.integer("top_logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?;
@@ -344,6 +381,20 @@ mod tests {
 
     fn read(json: &str) -> Result<ChatRequest, ApiError> {
         ChatRequest::read(Fields(parse_object(json.as_bytes()).unwrap()), &SamplingParams::default())
+    }
+
+    #[test]
+    fn a_prompt_may_end_within_reasoning() {
+        let tags = ThinkingTags { start: "<think>".to_owned(), ends: vec!["</think>".to_owned(), "<end>".to_owned()] };
+        for (prompt, within) in [
+            ("assistant\n", false),
+            ("assistant\n<think>\n", true),
+            ("<think>\n\n</think>\n\n", false),
+            ("<think>a<end>", false),
+            ("<think>a</think>b<think>c", true),
+        ] {
+            assert_eq!(ends_within(prompt, &tags), within, "{prompt}");
+        }
     }
 
     #[test]

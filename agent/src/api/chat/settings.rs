@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::api::error::{ApiError, clip};
 use crate::api::fields::{Fields, wrong_type};
+use crate::engine::MAX_BUDGET_TEXT_BYTES;
 use crate::engine::chat::Continuation;
 
 /// Bytes of `chat_template_kwargs` as JSON.
@@ -41,6 +42,8 @@ pub(super) enum ResponseFormat {
 pub(super) struct Settings {
     pub(super) reasoning_format: ReasoningFormat,
     pub(super) enable_thinking: bool,
+    /// Tokens that each block of reasoning may have, and what is said before its end where they are too few.
+    pub(super) budget: Option<(u32, String)>,
     pub(super) response_format: ResponseFormat,
     pub(super) variables: Map<String, Value>,
     pub(super) add_generation_prompt: bool,
@@ -50,6 +53,13 @@ pub(super) struct Settings {
 
 impl Settings {
     pub(super) fn read(fields: &mut Fields) -> Result<Self, ApiError> {
+        let continuation = continuation(fields)?;
+        let goes_on = continuation.is_some_and(|continuation| continuation != Continuation::None);
+        let add_generation_prompt = fields.boolean("add_generation_prompt")?;
+        if goes_on && add_generation_prompt == Some(true) {
+            let message = "'add_generation_prompt' begins a message, and 'continue_final_message' goes on with one: send one of them";
+            return Err(ApiError::invalid("add_generation_prompt", message));
+        }
         let mut variables = variables(fields)?;
         let budget = budget(fields)?;
         let effort = effort(fields)?;
@@ -66,20 +76,18 @@ impl Settings {
             }
             None => {}
         }
-        if let Some((name, 1..)) = budget {
-            return Err(ApiError::unsupported(name, format!("'{name}' can be 0 or -1 here")));
-        }
-        enable_thinking &= budget.is_none();
+        enable_thinking &= budget != Some(0);
         if variables.get("enable_thinking").is_none_or(Value::is_boolean) {
             variables.insert("enable_thinking".to_owned(), enable_thinking.into());
         }
         Ok(Self {
             reasoning_format: reasoning_format(fields)?,
             enable_thinking,
+            budget: budget.map(|tokens| Ok((tokens, budget_message(fields)?))).transpose()?,
             response_format: response_format(fields)?,
             variables,
-            add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
-            continuation: continuation(fields)?,
+            add_generation_prompt: add_generation_prompt.unwrap_or(true),
+            continuation,
         })
     }
 }
@@ -100,14 +108,27 @@ fn variables(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
     Ok(variables)
 }
 
-fn budget(fields: &Fields) -> Result<Option<(&'static str, u32)>, ApiError> {
+fn budget(fields: &Fields) -> Result<Option<u32>, ApiError> {
     for name in BUDGETS {
         if let Some(budget) = fields.integer(name, -1..=i64::from(i32::MAX))? {
             // llama-server's -1 is "no limit".
-            return Ok(u32::try_from(budget).ok().map(|budget| (name, budget)));
+            return Ok(u32::try_from(budget).ok());
         }
     }
     Ok(None)
+}
+
+/// llama-server's words before an end of reasoning that was forced.
+fn budget_message(fields: &mut Fields) -> Result<String, ApiError> {
+    const NAME: &str = "reasoning_budget_message";
+    match fields.take(NAME) {
+        None => Ok(String::new()),
+        Some(Value::String(text)) if text.len() <= MAX_BUDGET_TEXT_BYTES => Ok(text),
+        Some(Value::String(_)) => {
+            Err(ApiError::invalid(NAME, format!("'{NAME}' may have at most {MAX_BUDGET_TEXT_BYTES} bytes")))
+        }
+        Some(other) => Err(wrong_type(NAME, "a string", &other)),
+    }
 }
 
 fn effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
@@ -217,6 +238,7 @@ mod tests {
             (json!({"reasoning_effort": "high"}), true),
             (json!({"reasoning_budget": 0}), false),
             (json!({"reasoning_budget_tokens": -1}), true),
+            (json!({"thinking_budget_tokens": 7}), true),
         ];
         for (given, enabled) in cases {
             let settings = read(&given).unwrap();
@@ -224,6 +246,11 @@ mod tests {
             assert_eq!(settings.variables["enable_thinking"], enabled, "{given}");
         }
         assert_eq!(read(&json!({"reasoning_effort": "high"})).unwrap().variables["reasoning_effort"], "high");
+        let budget = |given: &Value| read(given).unwrap().budget;
+        assert_eq!(budget(&json!({"reasoning_budget": -1, "reasoning_budget_message": "x"})), None);
+        assert_eq!(budget(&json!({"reasoning_budget": 0})), Some((0, String::new())));
+        let spoken = json!({"thinking_budget_tokens": 7, "reasoning_budget_message": "Enough."});
+        assert_eq!(budget(&spoken), Some((7, "Enough.".to_owned())));
         let format = |word: &str| read(&json!({"reasoning_format": word})).unwrap().reasoning_format;
         assert_eq!(format("none"), ReasoningFormat::None);
         assert_eq!((format("auto"), format("deepseek")), (ReasoningFormat::Apart, ReasoningFormat::Apart));
@@ -275,6 +302,8 @@ mod tests {
             (json!({"reasoning_format": "loud"}), "reasoning_format"),
             (json!({"reasoning_budget": -2}), "reasoning_budget"),
             (json!({"thinking_budget_tokens": "all"}), "thinking_budget_tokens"),
+            (json!({"reasoning_budget": 1, "reasoning_budget_message": 1}), "reasoning_budget_message"),
+            (json!({"reasoning_budget": 1, "reasoning_budget_message": "x".repeat(5000)}), "reasoning_budget_message"),
             (json!({"response_format": "json"}), "response_format"),
             (json!({"response_format": {}}), "response_format.type"),
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
@@ -286,6 +315,7 @@ mod tests {
             (json!({"response_format": {"type": "json_object", "schema": 1}}), "response_format.schema"),
             (json!({"continue_final_message": "tail"}), "continue_final_message"),
             (json!({"add_generation_prompt": 1}), "add_generation_prompt"),
+            (json!({"add_generation_prompt": true, "continue_final_message": true}), "add_generation_prompt"),
         ];
         for (given, param) in cases {
             let error = read(&given).unwrap_err();

@@ -237,6 +237,8 @@ pub(super) fn settings(params: &Params) -> Map<String, Value> {
         ("mirostat", mirostat.into()),
         ("mirostat_tau", number(sampling.mirostat_tau)),
         ("mirostat_eta", number(sampling.mirostat_eta)),
+        ("adaptive_target", number(sampling.adaptive_target)),
+        ("adaptive_decay", number(sampling.adaptive_decay)),
         ("stop", params.stop.clone().into()),
         ("n_predict", n_predict.into()),
         ("max_tokens", n_predict.into()),

@@ -48,8 +48,11 @@ pub(super) fn chat(fields: &mut Fields) -> Result<Option<Fields>, ApiError> {
         Some(other) => return Err(wrong_type("messages", "an array of messages", &other)),
     };
     let mut openai = common(fields)?;
-    if let Some(tools) = fields.take("tools") {
-        openai.insert("tools".to_owned(), tools);
+    // Ollama's clients cannot say the last two; who can is understood.
+    for name in ["tools", "tool_choice", "parallel_tool_calls"] {
+        if let Some(value) = fields.take(name) {
+            openai.insert(name.to_owned(), value);
+        }
     }
     openai.insert("messages".to_owned(), translate(messages)?.into());
     Ok(Some(Fields(openai)))

@@ -3,8 +3,8 @@
 use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::{Map, Value, json};
 
-use super::super::error::{ApiError, clip};
-use super::super::fields::{Fields, wrong_type};
+use super::super::error::ApiError;
+use super::super::fields::{Fields, string, unsupported_type, wrong_type};
 use super::super::overflow;
 
 /// Fields of chat completions that Responses says otherwise, or not at all.
@@ -306,23 +306,6 @@ fn text(fields: &mut Fields) -> Result<(), ApiError> {
     };
     fields.0.insert("response_format".to_owned(), format);
     Ok(())
-}
-
-fn string(name: &str, field: &str, fields: &mut Map<String, Value>) -> Result<String, ApiError> {
-    let name = format!("{name}.{field}");
-    match fields.remove(field) {
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(wrong_type(&name, "a string", &other)),
-        None => {
-            let message = format!("'{name}' is missing");
-            Err(ApiError::invalid(name, message))
-        }
-    }
-}
-
-fn unsupported_type(name: &str, kind: &str) -> ApiError {
-    let message = format!("'{name}' is of type '{}', which is not supported by this server", clip(kind));
-    ApiError::unsupported(name, message)
 }
 
 #[cfg(test)]

@@ -1,4 +1,6 @@
-//! Pure: how large the context is, and what a larger one would take.
+//! Pure: how large the context is, what a larger one would take, and when a smaller one will do.
+
+use std::time::{Duration, Instant};
 
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, FlashAttention};
 
@@ -7,6 +9,9 @@ use crate::runner::protocol::MemoryUse;
 
 /// Host bytes of the outputs of a usual call: llama.cpp keeps room for logits of every token of an encoder.
 const OUTPUT_BYTES: u64 = 256 << 20;
+
+/// A context that was larger than needed for all of this time shrinks. In the crate's own tests not for so long.
+pub(super) const CALM: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 60 });
 
 /// Tokens of calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +40,39 @@ impl Sizes {
     /// Room for a text of `length` tokens.
     pub(super) fn grown(&self, length: u32) -> u32 {
         sizing::rung(length).min(self.max).max(length)
+    }
+}
+
+/// The longest call of late.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lately {
+    since: Instant,
+    longest: u32,
+}
+
+impl Lately {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { since: now, longest: 0 }
+    }
+
+    /// A call has so many tokens.
+    pub(super) fn call(&mut self, tokens: u32) {
+        self.longest = self.longest.max(tokens);
+    }
+
+    /// When it is to be looked at next.
+    pub(super) fn next_look(&self) -> Instant {
+        self.since + CALM
+    }
+
+    /// The size to which a context of `capacity` tokens shrinks, if it does; then the time begins anew.
+    pub(super) fn shrunk(&mut self, sizes: &Sizes, capacity: u32, now: Instant) -> Option<u32> {
+        if now < self.next_look() {
+            return None;
+        }
+        let needed = sizes.initial.max(sizes.grown(self.longest));
+        *self = Self::new(now);
+        (needed < capacity).then_some(needed)
     }
 }
 
@@ -74,6 +112,23 @@ mod tests {
         }
         let sizes = Sizes::new(&dynamic, 5000, 512, 512, 120_000);
         assert_eq!([513, 700, 4097, 5000].map(|length| sizes.grown(length)), [768, 768, 5000, 5000]);
+    }
+
+    #[test]
+    fn a_context_shrinks_when_nothing_long_came_for_a_while() {
+        let sizes = Sizes { initial: 512, usual: 512, max: 8192 };
+        let start = Instant::now();
+        let later = |times: u32| start + CALM * times;
+        let mut lately = Lately::new(start);
+        lately.call(3000);
+        assert_eq!(lately.shrunk(&sizes, 3072, later(0)), None, "not at once");
+        assert_eq!(lately.shrunk(&sizes, 3072, later(1)), None, "it was needed in this time");
+        lately.call(700);
+        assert_eq!(lately.shrunk(&sizes, 3072, later(2)), Some(768), "to what is needed");
+        assert_eq!(lately.shrunk(&sizes, 768, later(3)), Some(512), "not below the first size");
+        assert_eq!(lately.shrunk(&sizes, 512, later(4)), None);
+        lately.call(3000);
+        assert_eq!(lately.shrunk(&sizes, 3072, later(5)), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::load::Loaded;
 use super::pack::{self, Room};
-use super::size::{self, Sizes};
+use super::size::{self, Lately, Sizes};
 use super::{EmbedRequest, Embedded, Waiting};
 use crate::engine::error::EngineError;
 use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Pooling, available_bytes};
@@ -32,6 +32,8 @@ pub(in crate::engine) struct Worker {
     shared: Arc<Shared>,
     report: watch::Sender<RunnerReport>,
     running: Vec<Running>,
+    /// How long texts were of late.
+    lately: Lately,
     /// The request whose text is the next call's first.
     first: usize,
 }
@@ -72,6 +74,7 @@ impl Worker {
             report,
             running: Vec::new(),
             first: 0,
+            lately: Lately::new(Instant::now()),
         }
     }
 
@@ -92,6 +95,7 @@ impl Worker {
         loop {
             let now = Instant::now();
             self.drop_cancelled();
+            self.shrink(now)?;
             self.admit(now);
             let drained = match self.mailbox.phase() {
                 Phase::Draining(deadline) => Some(deadline),
@@ -102,7 +106,8 @@ impl Worker {
                 return Ok(());
             }
             if idle {
-                let next = [self.mailbox.next_deadline(), drained].into_iter().flatten().min();
+                let look = (self.capacity() > self.sizes.initial).then(|| self.lately.next_look());
+                let next = [self.mailbox.next_deadline(), drained, look].into_iter().flatten().min();
                 self.mailbox.wait(next.map_or(IDLE, |next| next.saturating_duration_since(now)).min(IDLE));
             } else {
                 self.step()?;
@@ -149,6 +154,7 @@ impl Worker {
             taken[request] += 1;
         }
         let tokens = u32::try_from(texts.iter().map(|text| text.len()).sum::<usize>()).unwrap_or(u32::MAX);
+        self.lately.call(tokens);
         if tokens > self.capacity() {
             // One text alone: others are packed into what there is.
             return self.grow(tokens, picks.first().copied().unwrap_or(0));
@@ -211,38 +217,59 @@ impl Worker {
 
     /// Makes the context large enough for a text of `length` tokens, or fails the request that has it.
     fn grow(&mut self, length: u32, request: usize) -> Result<(), EngineError> {
-        let Some(old) = self.context.take() else { return Err(EngineError::DecodeFailed("no context".to_owned())) };
+        let Some(old) = &self.context else { return Err(EngineError::DecodeFailed("no context".to_owned())) };
         let (from, to) = (old.capacity(), self.sizes.grown(length));
-        let started = Instant::now();
-        if let Err(reason) = self.has_room(&old, from, to) {
-            tracing::warn!(from, to, reason, "the context does not grow");
-            self.context = Some(old);
-            self.fail(request, EngineError::ContextFull(reason));
-            return Ok(());
-        }
-        drop(old);
-        let params = ContextParams { cells: to, batch: to, ..self.params.clone() };
-        match EmbeddingContext::new(&self.model, &params, self.pooling) {
-            Ok(context) => {
-                let milliseconds = started.elapsed().as_millis();
-                tracing::info!(from, to, milliseconds, "the context has grown");
-                self.params = params;
-                let (tokens, memory) = (context.capacity(), context.memory());
-                self.context = Some(context);
-                self.shared.update(|stats| stats.resizes += 1);
-                self.report.send_modify(|report| {
-                    report.context_tokens = tokens;
-                    report.memory = memory;
-                });
-            }
+        let made = match self.has_room(old, from, to) {
+            Ok(()) => self.resize(to)?,
+            Err(reason) => Err(reason),
+        };
+        match made {
+            Ok(()) => self.shared.update(|stats| stats.resizes += 1),
             Err(reason) => {
                 tracing::warn!(from, to, reason, "the context does not grow");
-                let old = EmbeddingContext::new(&self.model, &self.params, self.pooling);
-                self.context = Some(old.map_err(EngineError::InsufficientMemory)?);
                 self.fail(request, EngineError::ContextFull(reason));
             }
         }
         Ok(())
+    }
+
+    /// Gives back what long texts took, when none came for a while.
+    fn shrink(&mut self, now: Instant) -> Result<(), EngineError> {
+        let capacity = self.capacity();
+        let Some(to) = self.lately.shrunk(&self.sizes, capacity, now) else { return Ok(()) };
+        match self.resize(to)? {
+            Ok(()) => self.shared.update(|stats| stats.shrinks += 1),
+            Err(reason) => tracing::warn!(from = capacity, to, reason, "the context does not shrink"),
+        }
+        Ok(())
+    }
+
+    /// Makes a context for `to` tokens in place of the one there is, which stays if that fails; why it did is returned.
+    fn resize(&mut self, to: u32) -> Result<Result<(), String>, EngineError> {
+        let started = Instant::now();
+        let from = self.capacity();
+        // Both at once might be too much.
+        self.context = None;
+        let params = ContextParams { cells: to, batch: to, ..self.params.clone() };
+        match EmbeddingContext::new(&self.model, &params, self.pooling) {
+            Ok(context) => {
+                let milliseconds = started.elapsed().as_millis();
+                tracing::info!(from, to, milliseconds, "the context has another size");
+                self.params = params;
+                let (tokens, memory) = (context.capacity(), context.memory());
+                self.context = Some(context);
+                self.report.send_modify(|report| {
+                    report.context_tokens = tokens;
+                    report.memory = memory;
+                });
+                Ok(Ok(()))
+            }
+            Err(reason) => {
+                let old = EmbeddingContext::new(&self.model, &self.params, self.pooling);
+                self.context = Some(old.map_err(EngineError::InsufficientMemory)?);
+                Ok(Err(reason))
+            }
+        }
     }
 
     /// On a CPU an allocation does not fail; the kernel ends the process when the memory is touched. So ask before.

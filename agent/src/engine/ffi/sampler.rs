@@ -102,6 +102,10 @@ impl Sampler {
         unsafe {
             match params.mirostat {
                 Mirostat::Off if greedy => chain.add(sys::llama_sampler_init_greedy())?,
+                Mirostat::Off if has(SamplerKind::AdaptiveP) => {
+                    let (target, decay) = (params.adaptive_target, params.adaptive_decay);
+                    chain.add(sys::llama_sampler_init_adaptive_p(target, decay, seed))?;
+                }
                 Mirostat::Off => chain.add(sys::llama_sampler_init_dist(seed))?,
                 Mirostat::V1 => {
                     chain.add(sys::llama_sampler_init_temp(params.temperature))?;

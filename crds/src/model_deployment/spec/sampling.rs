@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("!has(self.dryMultiplier) || (double(self.dryMultiplier) >= 0.0 && double(self.dryMultiplier) <= 100.0)").message("dryMultiplier must be from 0 to 100"),
     validation = Rule::new("!has(self.dryBase) || (double(self.dryBase) >= 0.0 && double(self.dryBase) <= 100.0)").message("dryBase must be from 0 to 100"),
     validation = Rule::new("!has(self.mirostatTau) || (double(self.mirostatTau) >= 0.0 && double(self.mirostatTau) <= 100.0)").message("mirostatTau must be from 0 to 100"),
-    validation = Rule::new("!has(self.mirostatEta) || (double(self.mirostatEta) >= 0.0 && double(self.mirostatEta) <= 1.0)").message("mirostatEta must be from 0 to 1")
+    validation = Rule::new("!has(self.mirostatEta) || (double(self.mirostatEta) >= 0.0 && double(self.mirostatEta) <= 1.0)").message("mirostatEta must be from 0 to 1"),
+    validation = Rule::new("!has(self.adaptiveDecay) || double(self.adaptiveDecay) <= 0.99").message("adaptiveDecay must be at most 0.99")
 )]
 pub struct SamplingSpec {
     /// Temperature, such as "0.7"; "0" is greedy. At most 2.
@@ -133,6 +134,16 @@ pub struct SamplingSpec {
     #[schemars(length(max = 16), regex(pattern = r"^[0-9]+(\.[0-9]+)?$"))]
     pub mirostat_eta: Option<String>,
 
+    /// Probability near which the sampler `adaptive_p`, where it is among `samplers`, looks for tokens, over time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^(0(\.[0-9]+)?|1(\.0+)?)$"))]
+    pub adaptive_target: Option<String>,
+
+    /// How slowly it forgets what it chose, such as "0.9". At most 0.99.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^0(\.[0-9]+)?$"))]
+    pub adaptive_decay: Option<String>,
+
     /// Seed of requests that name none: they all get the same answer, as far as the schedule allows. Default: another one
     /// for each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,4 +185,6 @@ pub enum Sampler {
     Xtc,
     /// `temperature`.
     Temperature,
+    /// `adaptiveTarget`; not used unless it is named.
+    AdaptiveP,
 }

@@ -5,18 +5,50 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use altiplano_test_models::toy;
+use altiplano_test_models::{Spec, toy};
 use altiplano_tests::{free_port, program, repository, sandbox};
 use anyhow::{Context as _, Result, ensure};
+
+/// Templates of llama.cpp's repository that the tests ask for, and ours of the same format, which stand for them: the
+/// package of llama.cpp's source leaves them out.
+const TEMPLATES: [(&str, &str); 13] = [
+    ("Qwen-QwQ-32B", "deepseek-r1.jinja"),
+    ("Qwen-Qwen3-0.6B", "qwen3.jinja"),
+    ("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "hermes.jinja"),
+    ("NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "hermes.jinja"),
+    ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-r1.jinja"),
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "deepseek-r1.jinja"),
+    ("llama-cpp-deepseek-r1", "deepseek-r1.jinja"),
+    ("meetkai-functionary-medium-v3.1", "functionary.jinja"),
+    ("meetkai-functionary-medium-v3.2", "functionary.jinja"),
+    ("meta-llama-Llama-3.1-8B-Instruct", "llama3.jinja"),
+    ("meta-llama-Llama-3.2-3B-Instruct", "llama3.jinja"),
+    ("meta-llama-Llama-3.3-70B-Instruct", "llama3.jinja"),
+    ("mistralai-Mistral-Nemo-Instruct-2407", "mistral.jinja"),
+];
 
 /// Runs them, with more arguments for pytest, and writes `target/bench/suite.md`. Returns its path.
 pub(crate) async fn run(arguments: &[String]) -> Result<PathBuf> {
     let dir = sandbox::subdir("suite")?;
-    let tests = dir.join("tests");
+    // As deep as in llama.cpp's repository, beside whose folders they look for templates.
+    let tests = dir.join("tools/server/tests");
+    std::fs::create_dir_all(dir.join("tools/server"))?;
     let source = xtask::llama_server_dir().join("tests");
     // They write beside themselves.
     let copied = tokio::process::Command::new("cp").arg("-r").arg(&source).arg(&tests).status().await?;
     ensure!(copied.success(), "could not copy {}", source.display());
+    let ours_templates = repository().join("agent/tests/templates");
+    let templates = dir.join("models/templates");
+    std::fs::create_dir_all(&templates)?;
+    for (theirs, ours) in TEMPLATES {
+        std::fs::copy(ours_templates.join(ours), templates.join(format!("{theirs}.jinja")))?;
+    }
+    let model = |name: &str, spec: Spec| -> Result<PathBuf> {
+        let path = dir.join(name);
+        spec.write(&path)?;
+        Ok(path)
+    };
+    let wide = Spec { context: 4096, ..Spec::default() };
     let (ours, results) = (repository().join("tests/peers"), dir.join("results"));
     let agent = program("altiplano-agent")?;
     let python = xtask::llama_server_python().context("the tests' Python packages are not there")?;
@@ -29,6 +61,10 @@ pub(crate) async fn run(arguments: &[String]) -> Result<PathBuf> {
         .env("LLAMA_SERVER_BIN_PATH", ours.join("as_llama_server.py"))
         .env("ALTIPLANO_BIN_DIR", agent.parent().context("the agent has no folder")?)
         .env("ALTIPLANO_SUITE_MODEL", toy::path())
+        .env("ALTIPLANO_SUITE_INFILL", model("infill.gguf", Spec { infill: true, ..wide })?)
+        .env("ALTIPLANO_SUITE_EMBEDDER", model("embedder.gguf", Spec::embedder())?)
+        .env("ALTIPLANO_SUITE_RERANKER", model("reranker.gguf", Spec::reranker())?)
+        .env("ALTIPLANO_SUITE_TEMPLATES", &ours_templates)
         .env("ALTIPLANO_SUITE_RESULTS", &results)
         .env("PORT", free_port()?.to_string());
     // Failures are what the table is for.
