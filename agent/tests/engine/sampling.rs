@@ -67,6 +67,13 @@ async fn each_sampler_takes_away_what_it_should() {
     assert!(kept.contains(&first) && kept.contains(&second), "{kept:?} of {first} and {second}");
     let never = SamplingParams { xtc_threshold: 0.6, ..xtc };
     assert_eq!(tokens(&engine, SamplingParams { top_k: 1, ..never }).await, greedy_tokens, "above 0.5 is off");
+    // Of two tokens, one all but certain, the one nearer to the target comes, where the sampler is named.
+    let order = vec![SamplerKind::AdaptiveP, SamplerKind::TopK, SamplerKind::Temperature];
+    let adaptive =
+        |target, samplers| SamplingParams { top_k: 2, temperature: 1e-5, adaptive_target: target, samplers, ..hot(1) };
+    assert_eq!(tokens(&engine, adaptive(0.0, order.clone())).await[0], second);
+    assert_eq!(tokens(&engine, adaptive(1.0, order)).await[0], first);
+    assert_eq!(tokens(&engine, adaptive(0.0, SamplerKind::DEFAULT_ORDER.to_vec())).await[0], first);
     // The most typical token is one, whatever the seed.
     let typical = |seed| SamplingParams { typical_p: 1e-6, ..hot(seed) };
     assert_eq!(tokens(&engine, typical(1)).await, tokens(&engine, typical(2)).await);
