@@ -3,7 +3,7 @@
 mod support;
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -137,6 +137,30 @@ async fn a_model_is_served_with_its_projector() {
         let answer = agent.post_at(&agent.base(), &body(model)).await.expect("an answer");
         assert_eq!(answer.status(), status, "{model}: {}", answer.text().await.unwrap_or_default());
     }
+}
+
+/// Fetched with the model, loaded with it; what it guessed is told, and one that cannot guess is refused with the reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_served_with_a_draft_model() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (poor, stranger) = (folder.path().join("poor.gguf"), folder.path().join("stranger.gguf"));
+    toy::write_poor(&poor).expect("a model file");
+    Spec::default().write(&stranger).expect("a model file");
+    let model = |draft: &Path| format!("{{source: {}, draft: {}}}", source(&toy::path()), source(draft));
+    let deployments = [deployment("toy", &model(&poor)), deployment("odd", &model(&stranger))];
+    let agent = Agent::start_yaml(&[], &["serve"], &deployments, &[], &[]).await;
+    agent.ready("toy", 1).await;
+    agent.check("toy").await;
+    let (status, answer) = agent.ask("default/toy", toy::LONG_QUESTION).await;
+    assert_eq!(status, 200, "{answer}");
+    let timing = |name: &str| answer["timings"][name].as_u64().unwrap_or_default();
+    assert!(timing("draft_n") > 0 && timing("draft_n") >= timing("draft_n_accepted"), "{answer}");
+    let line = agent.line("default/odd: Failed (DraftUnfit): ", 1).await;
+    assert!(line.contains("its vocabulary has 512 tokens, the model's 1024"), "{line}");
+    let metrics = agent.client.get(format!("http://{}/metrics", agent.shared)).send().await.expect("an answer");
+    let metrics = metrics.text().await.expect("text");
+    let drafted = metrics.lines().find(|line| line.starts_with("altiplano_spec_decode_num_draft_tokens_total{"));
+    assert!(drafted.is_some_and(|line| !line.ends_with(" 0")), "{drafted:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

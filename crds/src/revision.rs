@@ -142,6 +142,7 @@ mod tests {
             "context: {keyCacheType: Q8_0}",
             "engine: {gpu: Never}",
             "engine: {gpuLayers: 3}",
+            "engine: {speculative: {type: NGram}}",
             "engine: {sampling: {temperature: '0.5'}}",
         ];
         for change in other {
@@ -151,6 +152,7 @@ mod tests {
             "model: {source: {uri: 'https://example.com/n.gguf'}}",
             "model: {source: {uri: 'https://example.com/m.gguf', revision: v2}}",
             "model: {source: {uri: 'https://example.com/m.gguf'}, chatTemplate: x}",
+            "model: {source: {uri: 'https://example.com/m.gguf'}, draft: {uri: 'https://example.com/d.gguf'}}",
         ];
         for yaml in other_model {
             assert_ne!(of(&spec(yaml)), of(&spec(BASE)), "{yaml} needs a new worker");

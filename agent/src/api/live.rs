@@ -72,6 +72,8 @@ impl Live {
             prefill: if prompt.processed > prompt.cached { prompt.elapsed } else { Duration::ZERO },
             time_to_first_token: since(first, self.begun),
             decode: first.map_or(Duration::ZERO, |first| since(last, first)),
+            // Known at the end.
+            ..Timings::default()
         };
         Some(wire::totals(&[(usage, timings)], 1).1)
     }

@@ -199,6 +199,12 @@ pub(crate) struct TimingsBody {
     pub(crate) predicted_ms: f64,
     pub(crate) predicted_per_token_ms: f64,
     pub(crate) predicted_per_second: f64,
+    /// Tokens that were guessed and checked; absent where none were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) draft_n: Option<u64>,
+    /// Of these, the ones that were right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) draft_n_accepted: Option<u64>,
 }
 
 /// Sums of one request: a prompt counts once however many choices it has, times are those of the slowest choice.
@@ -206,6 +212,7 @@ pub(crate) fn totals(choices: &[(Usage, Timings)], per_prompt: usize) -> (UsageB
     let mut usage = UsageBody::default();
     let mut computed = 0_u64;
     let mut between = 0_u64;
+    let (mut drafted, mut accepted) = (0_u64, 0_u64);
     let mut slowest = Timings::default();
     let mut first_token = None::<Duration>;
     for (at, (tokens, times)) in choices.iter().enumerate() {
@@ -216,6 +223,8 @@ pub(crate) fn totals(choices: &[(Usage, Timings)], per_prompt: usize) -> (UsageB
         usage.completion_tokens += u64::from(tokens.completion_tokens);
         computed += u64::from(tokens.prompt_tokens.saturating_sub(tokens.cached_tokens));
         between += u64::from(tokens.completion_tokens.saturating_sub(1));
+        drafted += u64::from(times.drafted);
+        accepted += u64::from(times.accepted);
         slowest.queue = slowest.queue.max(times.queue);
         slowest.prefill = slowest.prefill.max(times.prefill);
         slowest.decode = slowest.decode.max(times.decode);
@@ -236,6 +245,8 @@ pub(crate) fn totals(choices: &[(Usage, Timings)], per_prompt: usize) -> (UsageB
         predicted_ms,
         predicted_per_token_ms: each(predicted_ms, between),
         predicted_per_second: rate(between, predicted_ms),
+        draft_n: (drafted > 0).then_some(drafted),
+        draft_n_accepted: (drafted > 0).then_some(accepted),
     };
     (usage, timings)
 }
@@ -347,7 +358,8 @@ mod tests {
 
     fn times(queue: u64, prefill: u64, first: u64, decode: u64) -> Timings {
         let ms = Duration::from_millis;
-        Timings { queue: ms(queue), prefill: ms(prefill), time_to_first_token: ms(first), decode: ms(decode) }
+        let (queue, prefill, time_to_first_token, decode) = (ms(queue), ms(prefill), ms(first), ms(decode));
+        Timings { queue, prefill, time_to_first_token, decode, ..Timings::default() }
     }
 
     #[test]
@@ -366,6 +378,15 @@ mod tests {
         );
         let (two_prompts, _) = totals(&choices, 1);
         assert_eq!(two_prompts.prompt_tokens, 20);
+    }
+
+    #[test]
+    fn guesses_are_summed() {
+        let guessed = |drafted, accepted| Timings { drafted, accepted, ..times(0, 20, 20, 10) };
+        let choices =
+            [(tokens(10, 0, 9), guessed(8, 6)), (tokens(10, 9, 9), guessed(0, 0)), (tokens(10, 9, 9), guessed(4, 1))];
+        let body = to_value(totals(&choices, 3).1).unwrap();
+        assert_eq!((&body["draft_n"], &body["draft_n_accepted"]), (&json!(12), &json!(7)));
     }
 
     #[test]

@@ -64,6 +64,17 @@ impl Capability {
         self.rope_switch.is_none_or(|limit| (from > limit) == (to > limit))
     }
 
+    /// Whether the tokens that a sequence has just got can be taken away again, so that they may be guesses.
+    pub(super) fn can_speculate(self) -> bool {
+        self.cut != Cut::Nowhere
+    }
+
+    /// Whether that holds only where all of a step is computed at once: what a sliding window has left behind is written
+    /// over with every micro-batch.
+    pub(super) fn speculates_in_one_piece(self) -> bool {
+        matches!(self.cut, Cut::Window(_))
+    }
+
     /// Whether copies of the state have to be made on the way.
     pub(super) fn needs_snapshots(self) -> bool {
         self.cut != Cut::Anywhere
@@ -107,6 +118,19 @@ mod tests {
         ];
         for (traits, cut, rope_switch) in cases {
             assert_eq!(Capability::of(&traits), Capability { cut, rope_switch }, "{traits:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_can_be_cut_speculates() {
+        let with = |cut| Capability { cut, rope_switch: None };
+        let cases = [(Cut::Anywhere, true, false), (Cut::Window(512), true, true), (Cut::Nowhere, false, false)];
+        for (cut, can, in_one_piece) in cases {
+            assert_eq!(
+                (with(cut).can_speculate(), with(cut).speculates_in_one_piece()),
+                (can, in_one_piece),
+                "{cut:?}"
+            );
         }
     }
 

@@ -36,6 +36,9 @@ pub enum EngineError {
     /// The model cannot have such a context.
     #[error("{0}")]
     UnsupportedContext(String),
+    /// The draft model cannot guess for the model.
+    #[error("the draft model does not fit the model: {0}")]
+    DraftUnfit(String),
     /// A setting that makes no sense.
     #[error("invalid configuration: {0}")]
     InvalidConfig(String),
@@ -72,6 +75,7 @@ impl EngineError {
             Self::ContextFailed(_) => "ContextFailed",
             // The operator's word for what no node can do.
             Self::UnsupportedContext(_) => reasons::UNSUPPORTED_SPEC,
+            Self::DraftUnfit(_) => "DraftUnfit",
             Self::InvalidConfig(_) => "InvalidConfig",
             Self::DecodeFailed(_) => "DecodeFailed",
             Self::QueueTimeout => "QueueTimeout",

@@ -1,5 +1,7 @@
 //! From a worker's configuration to a loaded model and its context; the dry run and the device list are here too.
 
+mod draft;
+
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::mpsc;
 use std::thread;
@@ -17,10 +19,13 @@ use super::ffi::{
 use super::host;
 use super::sampling::SamplingParams;
 use super::sizing::Limits;
+use super::speculative::{Kind, Settings};
 use super::{Ability, ModelFacts};
 use crate::runner::protocol::{
     AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport,
 };
+
+pub(super) use draft::LoadedDraft;
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
@@ -42,6 +47,7 @@ pub(super) struct Loaded {
     pub(super) model: Model,
     pub(super) context: Context,
     pub(super) params: ContextParams,
+    pub(super) draft: Option<LoadedDraft>,
     pub(super) adapters: Vec<(Adapter, f32)>,
     /// Reads prompts with images.
     pub(super) projector: Option<Projector>,
@@ -59,6 +65,10 @@ pub(super) struct Plan {
     pub(super) limits: Limits,
     /// Sequences generated at the same time.
     pub(super) parallel: u32,
+    /// Rows with logits in one step at most.
+    pub(super) outputs: u32,
+    /// How tokens are guessed, where the model's state can be cut.
+    pub(super) speculative: Option<Settings>,
     /// Finished sequences whose cells are kept.
     pub(super) kept: u32,
     /// All sequences share the cells; else each has its own.
@@ -92,7 +102,7 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
 pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loaded, EngineError> {
     check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
-    let (mut plan, params) = plan(config, &model, gpu, needs.together);
+    let (mut plan, params) = plan(config, &model, gpu, needs.together)?;
     if config.context.sizing == ContextSizing::Fixed {
         check_fixed(config, &plan, &params)?;
     }
@@ -105,22 +115,29 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     if plan.capability.cut != Cut::Nowhere {
         plan.capability = plan.capability.tested(can_cut);
     }
+    if !plan.capability.can_speculate() {
+        plan.speculative = None;
+    }
+    let draft = draft::load(config, &model, &plan, &params)?;
+    let mut memory = context.memory();
+    add(&mut memory, draft.as_ref().map(|draft| draft.context.memory()).unwrap_or_default());
     let report = RunnerReport {
         context_tokens: context.cells(),
         max_tokens: plan.limits.max_tokens,
         parallel: plan.parallel,
         layers_offloaded: plan.layers_offloaded,
         layers_total: plan.layers_total,
-        memory: context.memory(),
+        memory,
         load_milliseconds: 0,
         notes: notes(config, &model, &plan),
     };
     let facts = facts(config, &model, plan.limits.max_tokens);
     let names = config.adapters.iter().map(|adapter| adapter.name.clone());
     let sees = projector.as_ref().is_some_and(Projector::sees).then_some(Ability::Vision);
-    let abilities = [Ability::Completion].into_iter().chain(sees).collect();
-    let facts = ModelFacts { abilities, adapters: names.collect(), ..facts };
-    Ok(Loaded { model, context, params, adapters, projector, encoder, plan, facts, report })
+    let (speculative, abilities) =
+        (plan.speculative.is_some(), [Ability::Completion].into_iter().chain(sees).collect());
+    let facts = ModelFacts { abilities, speculative, adapters: names.collect(), ..facts };
+    Ok(Loaded { model, context, params, draft, adapters, projector, encoder, plan, facts, report })
 }
 
 /// llama.cpp's dry run: what [`load`] would take, without reading weights.
@@ -136,12 +153,14 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     }
     check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
-    let (plan, params) = plan(config, &model, gpu, needs.together);
+    let (plan, params) = plan(config, &model, gpu, needs.together)?;
     let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
     check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
+    let mut memory = context.memory();
+    add(&mut memory, draft::estimate(config, &model, &plan, &params)?);
     Ok(EstimateReport {
-        memory: context.memory(),
+        memory,
         layers_offloaded: plan.layers_offloaded,
         layers_total: plan.layers_total,
         context_tokens: context.cells(),
@@ -231,7 +250,7 @@ fn load_model(
 }
 
 /// `together`: tokens of an image that have to fit into one micro-batch.
-fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan, ContextParams) {
+fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Result<(Plan, ContextParams), EngineError> {
     let architecture = model.metadata("general.architecture").unwrap_or_default();
     let key = |name: &str| model.metadata(&format!("{architecture}.{name}"));
     let capability = Capability::of(&Traits {
@@ -264,10 +283,17 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan
     let micro_batch = micro_batch.clamp(sequences, batch);
 
     let (layers_offloaded, layers_total) = layers(config, model, gpu);
+    let speculative = Settings::new(config.engine.speculative.as_ref(), config.draft_path.is_some())
+        .map_err(|reason| EngineError::InvalidConfig(format!("engine.speculative: {reason}")))?
+        .filter(|_| capability.can_speculate());
+    let guesses = speculative.map_or(0, |settings| settings.rows(parallel as usize));
+    let outputs = parallel.saturating_add(u32::try_from(guesses).unwrap_or(0)).max(sequences).min(batch);
     let host_cache = host::limit(ffi::available_bytes("CPU"));
     let plan = Plan {
         limits,
         parallel,
+        outputs,
+        speculative,
         kept,
         unified,
         host_cache,
@@ -281,6 +307,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan
         batch,
         micro_batch,
         sequences,
+        outputs,
         unified,
         threads: config.threads.max(1),
         offload: gpu,
@@ -289,7 +316,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> (Plan
         value_type: value_cache_type,
         rope: rope.clone(),
     };
-    (plan, params)
+    Ok((plan, params))
 }
 
 /// How the projector is loaded: on the first of the devices that the model is on.
@@ -382,15 +409,18 @@ fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Re
     check_books(plan, params)?;
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
     let model = load_model(config, devices, true, &|_| {})?;
-    for device in new_context(&model, params)?.memory() {
+    let mut memory = new_context(&model, params)?.memory();
+    add(&mut memory, draft::estimate(config, &model, plan, params)?);
+    for device in memory {
         check_room(plan, &device.device, device.context_bytes + device.compute_bytes + device.other_bytes)?;
     }
     Ok(())
 }
 
-/// Even a dry run keeps books of the cells, in host memory.
+/// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.
 fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
-    check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES))
+    let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.kind == Kind::Draft));
+    check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES * contexts))
 }
 
 fn check_room(plan: &Plan, device: &str, needed: u64) -> Result<(), EngineError> {
@@ -434,6 +464,7 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
         max_tokens,
         embedding_width: model.embedding_width(),
         abilities: Vec::new(),
+        speculative: false,
         adapters: Vec::new(),
         bos: model.bos(),
         bos_text: text(model.bos()),
@@ -473,10 +504,30 @@ fn notes(config: &RunnerConfig, model: &Model, plan: &Plan) -> Vec<String> {
             notes.push("the model's state cannot be cut: prompts go on from copies of it".to_owned());
         }
     }
+    if plan.speculative.is_none() && (config.engine.speculative.is_some() || config.draft_path.is_some()) {
+        notes.push(
+            "the model's state cannot be cut, so nothing is guessed: engine.speculative has no effect".to_owned(),
+        );
+    }
     if config.engine.gpu_layers.is_some_and(|layers| i64::from(layers) > i64::from(plan.layers_total)) {
         notes.push(format!("gpuLayers is more than the model's {} layers", plan.layers_total));
     }
     notes
+}
+
+/// Adds what another context takes.
+pub(super) fn add(memory: &mut Vec<MemoryUse>, more: Vec<MemoryUse>) {
+    for use_ in more {
+        match memory.iter_mut().find(|known| known.device == use_.device) {
+            Some(known) => {
+                known.weights_bytes += use_.weights_bytes;
+                known.context_bytes += use_.context_bytes;
+                known.compute_bytes += use_.compute_bytes;
+                known.other_bytes += use_.other_bytes;
+            }
+            None => memory.push(use_),
+        }
+    }
 }
 
 /// Bytes on all devices together.

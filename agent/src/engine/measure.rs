@@ -31,13 +31,15 @@ pub(super) fn resizes(config: &RunnerConfig) -> Result<ResizeReport, EngineError
     let sized = |cells| ContextParams { cells, ..params.clone() };
     let create = |cells| Context::new(&model, &sized(cells)).map_err(load::context_failed);
 
-    let mut executor = Executor::new(model.clone(), create(from)?, params.clone(), Vec::new(), &plan);
+    let mut executor = Executor::new(model.clone(), create(from)?, params.clone(), None, Vec::new(), &plan);
     let (id, _) = executor.begin(Reuse::Nothing, &tokens).ok_or_else(|| lost("beginning"))?;
     let mut batch = Batch::new(params.batch);
     for (number, chunk) in tokens.chunks(params.batch as usize).enumerate() {
         let start = number * params.batch as usize;
         let mut rows = Vec::new();
-        executor.decode(std::iter::once((id, chunk, start, true)), &mut rows).map_err(|_| lost("computing"))?;
+        executor
+            .decode(std::iter::once((id, chunk, start, true, &[][..])), &mut rows)
+            .map_err(|_| lost("computing"))?;
         batch.clear();
         for (at, &token) in (start..).zip(chunk) {
             batch.add(token, i32::try_from(at).unwrap_or(i32::MAX), 0, at + 1 == start + chunk.len());

@@ -32,6 +32,7 @@ mod shared;
 #[cfg(test)]
 mod simulation;
 mod sizing;
+mod speculative;
 mod step;
 mod stop;
 mod trigger;
@@ -124,6 +125,8 @@ pub struct ModelFacts {
     pub embedding_width: u32,
     /// What the model can be asked for.
     pub abilities: Vec<Ability>,
+    /// Whether tokens are guessed ahead.
+    pub speculative: bool,
     /// Names of its LoRA adapters.
     pub adapters: Vec<String>,
     /// Token that begins a text.
@@ -194,6 +197,10 @@ pub struct EngineStats {
     pub cached_prompt_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens that were guessed and checked.
+    pub drafted_tokens: u64,
+    /// Of these, the ones that were right.
+    pub accepted_tokens: u64,
     /// Texts of which a vector or a score was made.
     pub embedded_texts: u64,
     /// Requests that ended with `stop`, or with their embeddings.

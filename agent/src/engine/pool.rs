@@ -118,8 +118,22 @@ impl Pool {
 
     /// Keeps the first `length` cells of a sequence.
     pub(super) fn cut(&mut self, id: SeqId, length: u32) {
+        let Some(sequence) = self.get(id) else { return };
+        let gone = sequence.length().saturating_sub(length);
+        let last = sequence.chain.last().filter(|last| sequence.open && last.length > gone).copied();
+        let holds_more = |link: &Link, last: Link| link.segment == last.segment && link.length > last.length - gone;
+        let is_own = |last: &Link| {
+            let held = self.sequences.iter().flat_map(|sequence| &sequence.chain);
+            held.filter(|link| holds_more(link, *last)).count() == 1
+        };
+        let own = last.filter(|last| gone > 0 && is_own(last));
         let Some(sequence) = self.get_mut(id) else { return };
-        if length < sequence.length() {
+        if let Some(last) = sequence.chain.last_mut().filter(|_| own.is_some()) {
+            // Wrong guesses, with every step: the segment stays its own, or the chain would grow with each.
+            last.length -= gone;
+            sequence.forget_runs(length);
+            self.used -= gone;
+        } else if gone > 0 {
             sequence.chain = sequence.first(length);
             sequence.open = false;
             sequence.forget_runs(length);
@@ -318,6 +332,22 @@ mod tests {
         // 2 and 3 run: 1 and 4 are next to them, 0 is not.
         assert_eq!((pool.take(), pool.take(), pool.take(), pool.take()), (Some(1), Some(0), Some(4), None));
         assert!(!pool.has_spare());
+    }
+
+    #[test]
+    fn wrong_guesses_leave_no_trace() {
+        let mut pool = Pool::new(2, true);
+        let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
+        pool.append(a, 100);
+        pool.share(a, b, 100);
+        for round in 0..50 {
+            pool.append(a, 4);
+            pool.cut(a, 100 + 2 * (round + 1));
+        }
+        assert_eq!((pool.used(), pool.length(a), pool.get(a).unwrap().chain.len()), (200, 200, 1));
+        // What another holds too stays.
+        pool.cut(a, 50);
+        assert_eq!((pool.used(), pool.length(a), pool.length(b)), (100, 50, 100));
     }
 
     #[test]

@@ -204,6 +204,10 @@ pub struct Timings {
     pub time_to_first_token: Duration,
     /// From the first token to the last.
     pub decode: Duration,
+    /// Tokens that were guessed and checked.
+    pub drafted: u32,
+    /// Of these, the ones that were right.
+    pub accepted: u32,
 }
 
 /// Why a request was not taken.

@@ -16,6 +16,8 @@ pub(super) struct Lane {
     pub(super) piece: u32,
     /// It takes no part: its reader is behind, or it waits for the cells of another.
     pub(super) parked: bool,
+    /// Tokens guessed to follow the one that it generates from; 0 where it reads a prompt.
+    pub(super) draft: u32,
 }
 
 /// What a step may be.
@@ -38,6 +40,8 @@ pub(super) struct Chunk {
     pub(super) count: u32,
     /// The last token's logits are needed.
     pub(super) output: bool,
+    /// Guessed tokens behind those; the logits of each are needed.
+    pub(super) draft: u32,
 }
 
 /// The size of a step in which some generate and others read is a multiple of this.
@@ -53,9 +57,19 @@ pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
             return;
         }
         outputs -= 1;
-        step.push(Chunk { lane, count: 1, output: true });
+        step.push(Chunk { lane, count: 1, output: true, draft: 0 });
     }
     let decoding = u32::try_from(step.len()).unwrap_or(u32::MAX);
+    // Guesses leave room for the end of every prompt, and half of the batch for reading them.
+    let prompts = lanes.iter().filter(|lane| lane.todo > 1 && !lane.parked).count();
+    let room = outputs.saturating_sub(u32::try_from(prompts).unwrap_or(u32::MAX)).min((batch - decoding) / 2);
+    let mut guesses = 0;
+    for chunk in &mut *step {
+        chunk.draft = lanes[chunk.lane].draft.min(room - guesses);
+        guesses += chunk.draft;
+    }
+    outputs -= guesses;
+    let decoding = decoding + guesses;
     let mut room = match decoding {
         0 => batch,
         // A small batch or many streams still leave a prompt something.
@@ -85,7 +99,7 @@ pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
             continue;
         }
         outputs -= u32::from(output);
-        step.push(Chunk { lane, count, output });
+        step.push(Chunk { lane, count, output, draft: 0 });
     }
     step.sort_unstable_by_key(|chunk| chunk.lane);
 }
@@ -149,9 +163,13 @@ mod tests {
     /// Name, tokens to compute, and of the step's chunks the lane, the tokens and whether there is an output.
     type Case<'a> = (&'a str, &'a [i32], &'a [(usize, u32, bool)]);
 
+    /// Name, lanes, and of the step's chunks the tokens and the guesses.
+    type Guesses<'a> = (&'a str, Vec<Lane>, &'a [(u32, u32)]);
+
     /// Negative: parked.
     fn lanes(todos: &[i32]) -> Vec<Lane> {
-        let lane = |&todo: &i32| Lane { todo: todo.unsigned_abs(), piece: todo.unsigned_abs(), parked: todo < 0 };
+        let lane =
+            |&todo: &i32| Lane { todo: todo.unsigned_abs(), piece: todo.unsigned_abs(), parked: todo < 0, draft: 0 };
         todos.iter().map(lane).collect()
     }
 
@@ -194,8 +212,33 @@ mod tests {
 
     #[test]
     fn a_piece_ends_where_the_state_is_looked_at() {
-        let border = [Lane { todo: 900, piece: 100, parked: false }, Lane { todo: 2, piece: 1, parked: false }];
+        let border = [
+            Lane { todo: 900, piece: 100, parked: false, draft: 0 },
+            Lane { todo: 2, piece: 1, parked: false, draft: 0 },
+        ];
         assert_eq!(planned(&border, LIMITS), [(0, 100, false), (1, 1, false)]);
+    }
+
+    #[test]
+    fn guesses_take_what_is_left() {
+        let decoding = |draft| Lane { todo: 1, piece: 1, parked: false, draft };
+        let prompt = |todo| Lane { todo, piece: todo, parked: false, draft: 0 };
+        let cases: [Guesses<'_>; 5] = [
+            ("alone", vec![decoding(5)], &[(1, 5)]),
+            ("no more than there are outputs", vec![decoding(20)], &[(1, 7)]),
+            ("the oldest first", vec![decoding(4), decoding(4)], &[(1, 4), (1, 2)]),
+            ("a prompt's end has its output", vec![decoding(9), prompt(40), prompt(90)], &[(1, 5), (40, 0), (82, 0)]),
+            ("many streams", vec![decoding(1); 8], &[(1, 0); 8]),
+        ];
+        for (name, lanes, expected) in cases {
+            let mut step = Vec::new();
+            plan(&lanes, LIMITS, &mut step);
+            let found: Vec<_> = step.iter().map(|chunk| (chunk.count, chunk.draft)).collect();
+            assert_eq!(found, expected, "{name}");
+        }
+        let mut step = Vec::new();
+        plan(&[decoding(40), prompt(900)], Limits { batch: 32, outputs: 64, mixed: 32 }, &mut step);
+        assert_eq!(step.iter().map(|chunk| chunk.count + chunk.draft).collect::<Vec<_>>(), [16, 16], "half the batch");
     }
 
     #[test]
@@ -227,10 +270,12 @@ mod tests {
 
     /// A lane; its piece ends at `border` if that is not beyond it.
     fn lane() -> impl Strategy<Value = Lane> {
-        (0u32..1500, 1u32..2000, proptest::bool::weighted(0.2)).prop_map(|(todo, border, parked)| Lane {
+        let todo = prop_oneof![0u32..1500, Just(1)];
+        (todo, 1u32..2000, proptest::bool::weighted(0.2), 0u32..65).prop_map(|(todo, border, parked, draft)| Lane {
             todo,
             piece: border.min(todo),
             parked,
+            draft: if todo == 1 { draft } else { 0 },
         })
     }
 
@@ -245,13 +290,14 @@ mod tests {
             let limits = Limits { batch, outputs, mixed };
             let mut step = Vec::new();
             plan(&lanes, limits, &mut step);
-            prop_assert!(step.iter().map(|chunk| chunk.count).sum::<u32>() <= batch);
-            prop_assert!(step.iter().filter(|chunk| chunk.output).count() <= outputs as usize);
+            prop_assert!(step.iter().map(|chunk| chunk.count + chunk.draft).sum::<u32>() <= batch);
+            prop_assert!(step.iter().map(|chunk| u32::from(chunk.output) + chunk.draft).sum::<u32>() <= outputs);
             prop_assert!(step.is_sorted_by(|left, right| left.lane < right.lane), "one chunk for each lane");
             for chunk in &step {
                 let lane = lanes[chunk.lane];
                 prop_assert!(!lane.parked && chunk.count > 0 && chunk.count <= lane.piece);
                 prop_assert_eq!(chunk.output, chunk.count == lane.todo);
+                prop_assert!(chunk.draft <= lane.draft);
             }
             let runnable = lanes.iter().any(|lane| lane.todo > 0 && !lane.parked);
             prop_assert_eq!(runnable, !step.is_empty(), "somebody moves while anybody can");
@@ -259,9 +305,14 @@ mod tests {
 
         /// Every prompt is read in the end, whatever else there is, and no room is wasted.
         #[test]
-        fn nobody_starves(todos in proptest::collection::vec(2u32..3000, 1..12), streams in 0usize..6, mixed in 64u32..512) {
+        fn nobody_starves(
+            todos in proptest::collection::vec(2u32..3000, 1..12), streams in 0usize..6, mixed in 64u32..512, draft in 0u32..65,
+        ) {
             let mut lanes = lanes(&vec![1; streams]);
-            lanes.extend(todos.iter().map(|&todo| Lane { todo, piece: todo, parked: false }));
+            for lane in &mut lanes {
+                lane.draft = draft;
+            }
+            lanes.extend(todos.iter().map(|&todo| Lane { todo, piece: todo, parked: false, draft: 0 }));
             let total: u32 = todos.iter().sum();
             let mut step = Vec::new();
             let mut left = todos.len();

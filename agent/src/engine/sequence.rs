@@ -17,6 +17,7 @@ use super::request::{
     Usage,
 };
 use super::sizing::CELLS_STEP;
+use super::speculative::Speculation;
 use super::step::Saved;
 use super::stop::TextAssembler;
 
@@ -57,6 +58,8 @@ pub(super) struct Sequence {
     pub(super) logprobs: Option<u32>,
     /// Tokens to aim for, prompt and answer.
     pub(super) need: u32,
+    /// What it guesses.
+    pub(super) speculation: Speculation,
     prompt: usize,
     /// Tokens at most, prompt and answer.
     limit: usize,
@@ -127,6 +130,7 @@ impl Sequence {
             adapter,
             logprobs,
             need,
+            speculation: Speculation::default(),
             prompt: prompt.len(),
             limit,
             cached: 0,
@@ -161,6 +165,7 @@ impl Sequence {
     /// Its cells are gone; all tokens have to be read again.
     pub(super) fn unplace(&mut self) -> Option<SeqId> {
         self.resident = 0;
+        self.speculation.draft.clear();
         self.cells.take()
     }
 
@@ -206,6 +211,27 @@ impl Sequence {
     /// The position of the token at a place that is not within a picture.
     pub(super) fn position_of(&self, place: usize) -> usize {
         self.media.position(place)
+    }
+
+    /// Tokens that may be guessed behind the one that it generates from: each may come with an event, the one after the
+    /// last guess too, and where the state is to be looked at nothing may be guessed.
+    pub(super) fn guessable(&self) -> usize {
+        let left = self.limit.saturating_sub(self.tokens.len() + 1);
+        let generates = self.first_token.is_some()
+            && self.todo() == 1
+            && self.borders.iter().all(|&border| border <= self.resident);
+        if generates { left.min(self.events.capacity().saturating_sub(1)) } else { 0 }
+    }
+
+    /// Pictures are among its tokens.
+    pub(super) fn has_pictures(&self) -> bool {
+        !self.media.is_empty()
+    }
+
+    /// Of `drafted` guessed tokens, which are in the cache behind its own, the first `right` are its own now.
+    pub(super) fn settle(&mut self, drafted: usize, right: usize, price: f64) {
+        self.resident += right;
+        self.speculation.record.settle(drafted, right, price);
     }
 
     /// The state is to be looked at now.
@@ -310,6 +336,8 @@ impl Sequence {
             prefill: first_token - self.started,
             time_to_first_token: first_token - self.submitted,
             decode: now - first_token,
+            drafted: self.speculation.record.drafted,
+            accepted: self.speculation.record.accepted,
         };
         done_permit.send(GenerateEvent::Done { finish_reason, stop, usage, timings });
     }

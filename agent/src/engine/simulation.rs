@@ -158,7 +158,7 @@ impl Simulation {
         loop {
             let lane = |job: &Job| {
                 let todo = job.tokens - job.resident;
-                Lane { todo, piece: todo, parked: false }
+                Lane { todo, piece: todo, parked: false, draft: 0 }
             };
             let lanes: Vec<_> = self.running.iter().map(lane).collect();
             let limits = schedule::Limits { batch: 512, outputs: 64, mixed: 128 };

@@ -1,5 +1,6 @@
 //! Does what was decided to the llama.cpp context. Nothing else changes it.
 
+mod draft;
 mod resize;
 
 use std::ops::Range;
@@ -8,9 +9,10 @@ use std::sync::Arc;
 use super::adapters::AdapterId;
 use super::capability::{Capability, Cut};
 use super::chooser::{ChooseError, Chooser};
+use super::error::EngineError;
 use super::ffi::{Adapter, Batch, Context, ContextParams, DecodeError, LogprobRow, MediaBatch, Model, available_bytes};
 use super::host::{self, HostCache};
-use super::load::{Plan, total_context_bytes};
+use super::load::{self, LoadedDraft, Plan, total_context_bytes};
 use super::media::{self, MediaPiece};
 use super::pool::{Pool, SeqId};
 use super::prefix::{self, Candidate, Choice, Holder, May, Reuse};
@@ -18,6 +20,7 @@ use super::request::{CacheKey, Token};
 use crate::runner::grants::Grants;
 use crate::runner::protocol::MemoryUse;
 
+pub(super) use draft::Wish;
 pub(super) use resize::Resized;
 
 /// The context and the books that are kept of it.
@@ -36,6 +39,8 @@ pub(super) struct Executor {
     making: Option<resize::Making>,
     /// Who is asked before the context grows; `None`: nobody.
     grants: Option<Arc<dyn Grants>>,
+    /// The smaller model that guesses.
+    drafter: Option<draft::Drafter>,
     adapters: Vec<(Adapter, f32)>,
     /// That the next steps are made with.
     adapter: AdapterId,
@@ -53,6 +58,7 @@ impl Executor {
         model: Model,
         context: Context,
         params: ContextParams,
+        draft: Option<LoadedDraft>,
         adapters: Vec<(Adapter, f32)>,
         plan: &Plan,
     ) -> Self {
@@ -69,6 +75,7 @@ impl Executor {
             staging: Vec::new(),
             making: None,
             grants: None,
+            drafter: draft.map(draft::Drafter::new),
             adapters,
             adapter: None,
         }
@@ -90,6 +97,16 @@ impl Executor {
         self.context.as_ref().map_or(0, Context::batch)
     }
 
+    /// Tokens computed at once at most.
+    pub(super) fn micro_batch_tokens(&self) -> u32 {
+        self.context.as_ref().map_or(0, Context::micro_batch)
+    }
+
+    /// Whether guesses can be taken away only from a step that is computed at once.
+    pub(super) fn speculates_in_one_piece(&self) -> bool {
+        self.capability.speculates_in_one_piece()
+    }
+
     /// Who holds which cells.
     pub(super) fn pool(&self) -> &Pool {
         &self.pool
@@ -100,9 +117,10 @@ impl Executor {
         &self.host
     }
 
-    /// Bytes per device; the buffer for changes of size is among the host's.
+    /// Bytes per device, the draft model's counted; the buffer for changes of size is among the host's.
     pub(super) fn memory(&self) -> Vec<MemoryUse> {
         let mut memory = self.context.as_ref().map(Context::memory).unwrap_or_default();
+        load::add(&mut memory, self.drafter.as_ref().map(draft::Drafter::memory).unwrap_or_default());
         if let Some(host) = memory.iter_mut().find(|device| device.device == "CPU") {
             host.other_bytes += self.staging_bytes();
         }
@@ -170,6 +188,9 @@ impl Executor {
                 }
                 if self.context.as_mut()?.share(from, to, positions(tokens, length)) {
                     self.pool.share(from, to, cells);
+                    if let Some(drafter) = &mut self.drafter {
+                        drafter.share(from, to, length);
+                    }
                     self.pool.touch(from);
                     return Some((to, length));
                 }
@@ -229,30 +250,36 @@ impl Executor {
         self.adapter = adapter;
     }
 
-    /// Computes tokens: for each entry the sequence, its tokens, the position of the first one, and whether the last
-    /// one's logits are needed. `rows` gets the row of those logits for each entry.
+    /// Computes tokens: for each entry the sequence, its tokens, the position of the first one, whether the last one's
+    /// logits are needed, and guessed tokens behind it, whose logits all are. `rows` gets the row of the first of those
+    /// logits for each entry; the others follow it.
     pub(super) fn decode<'a>(
         &mut self,
-        work: impl Iterator<Item = (SeqId, &'a [Token], usize, bool)> + Clone,
+        work: impl Iterator<Item = (SeqId, &'a [Token], usize, bool, &'a [Token])> + Clone,
         rows: &mut Vec<i32>,
     ) -> Result<(), DecodeError> {
         self.batch.clear();
         rows.clear();
-        for (id, tokens, start, output) in work.clone() {
+        let too_large = || DecodeError::Invalid("the step is larger than the batch".to_owned());
+        for (id, tokens, start, output, draft) in work.clone() {
             let mut row = None;
             for (index, &token) in tokens.iter().enumerate() {
                 let position = i32::try_from(start + index).unwrap_or(i32::MAX);
                 row = self.batch.add(token, position, id, output && index + 1 == tokens.len());
             }
-            rows.push(row.ok_or_else(|| DecodeError::Invalid("the step is larger than the batch".to_owned()))?);
+            rows.push(row.ok_or_else(too_large)?);
+            for (index, &token) in draft.iter().enumerate() {
+                let position = i32::try_from(start + tokens.len() + index).unwrap_or(i32::MAX);
+                self.batch.add(token, position, id, true).ok_or_else(too_large)?;
+            }
         }
         let context = self.context.as_mut().ok_or_else(|| DecodeError::Failed("no context".to_owned()))?;
         // Each time, because a context that was just made has none; llama.cpp sees when nothing changes.
         let adapter = self.adapter.and_then(|number| self.adapters.get(number));
         context.adapt(adapter.map(|(adapter, scale)| (adapter, *scale)));
         context.decode(&mut self.batch)?;
-        for (id, tokens, _, _) in work {
-            self.pool.append(id, u32::try_from(tokens.len()).unwrap_or(u32::MAX));
+        for (id, tokens, _, _, draft) in work {
+            self.pool.append(id, u32::try_from(tokens.len() + draft.len()).unwrap_or(u32::MAX));
         }
         Ok(())
     }
@@ -288,6 +315,34 @@ impl Executor {
         Ok(())
     }
 
+    /// Takes the last `count` tokens of a sequence away, which were guessed wrong; `length` stay, up to `position`.
+    pub(super) fn retract(
+        &mut self,
+        id: SeqId,
+        length: usize,
+        position: usize,
+        count: usize,
+    ) -> Result<(), EngineError> {
+        let cells = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
+        if count == 0 {
+            return Ok(());
+        }
+        if !self.context.as_mut().is_some_and(|context| context.remove(id, cells(position))) {
+            // Tried when the model was loaded.
+            return Err(EngineError::DecodeFailed("llama.cpp does not take guessed tokens away".to_owned()));
+        }
+        self.pool.cut(id, cells(length));
+        Ok(())
+    }
+
+    /// Has the draft model guess what follows; see [`draft::Drafter::guess`].
+    pub(super) fn draft(&mut self, wishes: &mut [Wish<'_>], piece: u32, min_probability: f32) {
+        let Self { drafter, model, .. } = self;
+        if let Some(drafter) = drafter {
+            drafter.guess(wishes, piece, min_probability, model);
+        }
+    }
+
     /// The next token after a row of the last step.
     pub(super) fn sample(&mut self, chooser: &mut Chooser, row: i32) -> Result<Token, ChooseError> {
         let context = self.context.as_mut().ok_or_else(|| ChooseError::Engine("no context".to_owned()))?;
@@ -313,6 +368,9 @@ impl Executor {
     pub(super) fn release(&mut self, id: SeqId) {
         if let Some(context) = &mut self.context {
             context.remove(id, 0);
+        }
+        if let Some(drafter) = &mut self.drafter {
+            drafter.release(id);
         }
         self.pool.release(id);
     }

@@ -79,8 +79,10 @@ async fn who_finds_no_more_cells_waits_and_goes_on() {
 #[tokio::test]
 async fn streams_that_outgrow_the_device_all_end() {
     let context = ContextSpec { min_tokens: Some(256), max_tokens: Some(1024), parallel: 4, ..ContextSpec::default() };
-    for host_cache in [1 << 30, 0] {
-        let config = RunnerConfig { context: context.clone(), ..config(toy::path()) };
+    // With a draft model they guess besides.
+    for (host_cache, draft_path) in [(1 << 30, None), (0, None), (1 << 30, Some(toy::path())), (0, Some(toy::path()))] {
+        let guesses = draft_path.is_some();
+        let config = RunnerConfig { context: context.clone(), draft_path, ..config(toy::path()) };
         let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
         let mut loaded = load::load(&config, model, gpu).expect("the context is made");
         loaded.plan.limits.cap = 768;
@@ -104,6 +106,7 @@ async fn streams_that_outgrow_the_device_all_end() {
         }
         let stats = engine.stats();
         assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
+        assert_eq!(stats.accepted_tokens > 0, guesses, "{stats:?}");
         engine.shutdown(Instant::now());
     }
 }

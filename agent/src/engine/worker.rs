@@ -3,6 +3,7 @@
 mod admit;
 mod media;
 mod room;
+mod speculate;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use super::schedule::{self, Chunk, Lane, Pace};
 use super::sequence::{Sequence, give_up};
 use super::shared::Shared;
 use super::sizing::Needs;
+use super::speculative::Price;
 use super::step::Executor;
 use crate::runner::grants::Grants;
 use crate::runner::protocol::RunnerReport;
@@ -42,6 +44,7 @@ pub(super) struct Worker {
     /// Without cells, because there is no room: preempted, or next to begin. They go before everybody in the queue.
     preempted: Vec<Sequence>,
     pace: Pace,
+    price: Price,
     turns: Turns,
     pictures: Pictures,
     next_serial: Serial,
@@ -67,10 +70,11 @@ impl Worker {
         report: watch::Sender<RunnerReport>,
         grants: Option<Arc<dyn Grants>>,
     ) -> Self {
-        let Loaded { model, context, params, adapters, encoder, projector: _, plan, facts: _, report: _ } = loaded;
+        let Loaded { model, context, params, draft, adapters, encoder, projector: _, plan, facts: _, report: _ } =
+            loaded;
         let cells = context.cells();
         Self {
-            executor: Executor::new(model.clone(), context, params, adapters, &plan).asks(grants),
+            executor: Executor::new(model.clone(), context, params, draft, adapters, &plan).asks(grants),
             model,
             plan,
             mailbox,
@@ -79,6 +83,7 @@ impl Worker {
             running: Vec::new(),
             preempted: Vec::new(),
             pace: Pace::default(),
+            price: Price::default(),
             turns: Turns::default(),
             pictures: Pictures::new(encoder),
             next_serial: 0,
@@ -125,9 +130,12 @@ impl Worker {
                 self.wait(now);
             } else {
                 self.shared.step_begins();
-                let result = match picture {
-                    Some(lane) => self.read_picture(lane),
-                    None => self.make_step(),
+                let started = Instant::now();
+                let result = if let Some(lane) = picture {
+                    self.read_picture(lane)
+                } else {
+                    self.speculate();
+                    self.make_step(started)
                 };
                 self.shared.step_ends();
                 result?;
@@ -207,23 +215,27 @@ impl Worker {
             todo: count(sequence.todo()),
             piece: count(sequence.piece()),
             parked: !sequence.is_ready() || sequence.adapter != turn || sequence.picture().is_some(),
+            draft: count(sequence.speculation.draft.len()),
         }));
         let batch = self.executor.batch_tokens();
-        let limits = schedule::Limits { batch, outputs: self.plan.parallel, mixed: self.pace.mixed(batch) };
+        let limits = schedule::Limits { batch, outputs: self.plan.outputs, mixed: self.pace.mixed(batch) };
         schedule::plan(&self.lanes, limits, &mut self.step);
         // llama.cpp computes neighbouring ids together.
         let running = &self.running;
         self.step.sort_by_key(|chunk| running[chunk.lane].cells);
     }
 
-    fn make_step(&mut self) -> Result<(), EngineError> {
+    /// `begun`: when the guesses for it were begun.
+    fn make_step(&mut self, begun: Instant) -> Result<(), EngineError> {
         loop {
-            let tokens: u32 = self.step.iter().map(|chunk| chunk.count).sum();
+            let tokens: u32 = self.step.iter().map(|chunk| chunk.count + chunk.draft).sum();
             if tokens == 0 {
                 return Ok(());
             }
             if self.executor.pool().used().saturating_add(tokens) > self.executor.cells() {
-                self.make_room()?;
+                if !self.forget_drafts() {
+                    self.make_room()?;
+                }
                 self.schedule();
                 continue;
             }
@@ -233,13 +245,16 @@ impl Worker {
                 let sequence = &running[chunk.lane];
                 let end = sequence.resident + chunk.count as usize;
                 let position = sequence.position_of(sequence.resident);
-                Some((sequence.cells?, &sequence.tokens[sequence.resident..end], position, chunk.output))
+                let draft = &sequence.speculation.draft[..chunk.draft as usize];
+                Some((sequence.cells?, &sequence.tokens[sequence.resident..end], position, chunk.output, draft))
             });
             match self.executor.decode(work, &mut self.rows) {
                 Ok(()) => {}
                 Err(DecodeError::NoSlot) => {
                     // The cells of a sliding window or of a shared prefix may lie so that the books say otherwise.
-                    self.make_room()?;
+                    if !self.forget_drafts() {
+                        self.make_room()?;
+                    }
                     self.schedule();
                     continue;
                 }
@@ -250,8 +265,7 @@ impl Worker {
                 }
                 Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
             }
-            let sequences = u32::try_from(self.step.len()).unwrap_or(u32::MAX);
-            self.pace.observe(tokens, sequences, started.elapsed());
+            self.observe(tokens, started, begun);
             return self.advance();
         }
     }
@@ -271,30 +285,54 @@ impl Worker {
     fn sample(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         let mut ended: Vec<(usize, Result<FinishReason, EngineError>)> = Vec::new();
-        let mut generated = 0;
+        let (mut generated, mut drafted, mut accepted) = (0, 0, 0);
         for (chunk, &row) in self.step.iter().zip(&self.rows).filter(|(chunk, _)| chunk.output) {
             let sequence = &mut self.running[chunk.lane];
-            let token = match self.executor.sample(&mut sequence.chooser, row) {
-                Ok(token) => token,
-                Err(ChooseError::Sequence(reason)) => {
-                    ended.push((chunk.lane, Err(EngineError::GrammarFailed(reason))));
-                    continue;
+            let mut draft = std::mem::take(&mut sequence.speculation.draft);
+            draft.truncate(chunk.draft as usize);
+            let mut right = 0;
+            // The row of its last token, then one for each guess, of which each is right where all before it were.
+            for row in row.. {
+                let token = match self.executor.sample(&mut sequence.chooser, row) {
+                    Ok(token) => token,
+                    Err(ChooseError::Sequence(reason)) => {
+                        ended.push((chunk.lane, Err(EngineError::GrammarFailed(reason))));
+                        break;
+                    }
+                    Err(ChooseError::Engine(reason)) => return Err(EngineError::DecodeFailed(reason)),
+                };
+                let logprobs = match sequence.logprobs {
+                    None => None,
+                    Some(top) => Some(self.executor.logprobs(row, token, top).map_err(EngineError::DecodeFailed)?),
+                };
+                generated += 1;
+                let end =
+                    sequence.accept(&self.model, token, logprobs.as_ref(), now).map_err(EngineError::DecodeFailed)?;
+                let is_right = draft.get(right) == Some(&token);
+                right += usize::from(is_right);
+                if let Some(reason) = end {
+                    ended.push((chunk.lane, Ok(reason)));
+                    break;
                 }
-                Err(ChooseError::Engine(reason)) => return Err(EngineError::DecodeFailed(reason)),
-            };
-            let logprobs = match sequence.logprobs {
-                None => None,
-                Some(top) => Some(self.executor.logprobs(row, token, top).map_err(EngineError::DecodeFailed)?),
-            };
-            generated += 1;
-            let end = sequence.accept(&self.model, token, logprobs.as_ref(), now).map_err(EngineError::DecodeFailed)?;
-            if let Some(reason) = end {
-                ended.push((chunk.lane, Ok(reason)));
+                if !is_right {
+                    break;
+                }
+            }
+            if !draft.is_empty() {
+                drafted += draft.len() as u64;
+                accepted += right as u64;
+                sequence.settle(draft.len(), right, self.price.of_a_guess());
+                if let Some(id) = sequence.cells {
+                    let (length, position) = (sequence.resident, sequence.position_of(sequence.resident));
+                    self.executor.retract(id, length, position, draft.len() - right)?;
+                }
             }
         }
         self.shared.update(|stats| {
             stats.generated_tokens += generated;
             stats.step_sequences += self.step.len() as u64;
+            stats.drafted_tokens += drafted;
+            stats.accepted_tokens += accepted;
         });
         ended.sort_unstable_by_key(|(lane, _)| std::cmp::Reverse(*lane));
         for (lane, end) in ended {
@@ -308,6 +346,11 @@ impl Worker {
     }
 
     fn finish(&mut self, mut sequence: Sequence, reason: FinishReason) {
+        let record = sequence.speculation.record;
+        if record.drafted > 0 {
+            let (drafted, accepted) = (record.drafted, record.accepted);
+            tracing::debug!(request = sequence.id, drafted, accepted, "guessed");
+        }
         self.release(&mut sequence);
         // Before its reader knows, so that who asks next finds the slot free.
         self.mailbox.ended();

@@ -307,7 +307,7 @@ impl Executor {
             return None;
         };
         let wanted = &model.assignment;
-        let StoredFiles { model: StoredModel { path, .. }, projector, adapters } = stored.as_ref();
+        let StoredFiles { model: StoredModel { path, .. }, projector, draft, adapters } = stored.as_ref();
         let layers = if devices.is_empty() { Some(0) } else { wanted.engine.gpu_layers };
         Some(RunnerConfig {
             uid: wanted.uid.clone(),
@@ -317,6 +317,7 @@ impl Executor {
             served_name: wanted.served_name.clone(),
             model_path: path.clone(),
             projector: projector.clone(),
+            draft_path: draft.as_ref().map(|draft| draft.path.clone()),
             adapters: adapters.clone(),
             chat_template: wanted.model.chat_template.clone(),
             socket: self.socket(worker),
@@ -348,7 +349,8 @@ fn threads(engine: &EngineSpec, default: u32) -> u32 {
     engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
 }
 
-/// Sees to the model's own file, whose progress is told, and then to its projector and its adapters, which are small.
+/// Sees to the model's own file, whose progress is told, and then to its projector, draft model and adapters, which are
+/// smaller.
 async fn ensure(
     store: &Store,
     sources: &Sources,
@@ -369,6 +371,13 @@ async fn ensure(
             Some(stored.map_err(|error| unstored(Some("projector"), &error))?.path)
         }
     };
+    let draft = match &sources.draft {
+        None => None,
+        Some(source) => {
+            let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+            Some(stored.map_err(|error| unstored(Some("draft"), &error))?)
+        }
+    };
     let mut adapters = Vec::with_capacity(sources.adapters.len());
     for AdapterSpec { name, source, scale_percent } in &sources.adapters {
         let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
@@ -376,7 +385,7 @@ async fn ensure(
         let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
         adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
     }
-    Ok(StoredFiles { model, projector, adapters })
+    Ok(StoredFiles { model, projector, draft, adapters })
 }
 
 /// Why a file is not there; `what` names one that is not the model's own.
@@ -430,11 +439,16 @@ async fn estimate(
 
 /// Everything that an estimate depends on; `None` for a file that is gone.
 async fn cache_key(config: &RunnerConfig) -> Option<String> {
-    let metadata = tokio::fs::metadata(&config.model_path).await.ok()?;
-    let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-    let RunnerConfig { model_path, projector, adapters, context, engine, devices, gpu_layers, threads, .. } = config;
-    let file = (model_path, metadata.len(), modified.to_string());
-    let parts = (file, projector, adapters, context, engine, devices, gpu_layers, threads);
+    let RunnerConfig {
+        model_path, projector, draft_path, adapters, context, engine, devices, gpu_layers, threads, ..
+    } = config;
+    let mut files = Vec::new();
+    for path in std::iter::once(model_path).chain(projector).chain(draft_path) {
+        let metadata = tokio::fs::metadata(path).await.ok()?;
+        let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+        files.push((path, metadata.len(), modified.to_string()));
+    }
+    let parts = (files, adapters, context, engine, devices, gpu_layers, threads);
     serde_json::to_string(&parts).ok()
 }
 

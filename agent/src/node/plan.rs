@@ -517,8 +517,8 @@ fn after_failure(model: &Model, verdict: Verdict) -> Verdict {
 fn unsupported(model: &ModelSpec) -> Option<String> {
     // No `..`: whoever adds a field says here whether it is read.
     let ModelSpec { source, secret_ref: _, projector, draft, adapters, chat_template: _ } = model;
-    let field = if draft.is_some() {
-        "model.draft"
+    let field = if draft.as_ref().is_some_and(|draft| !draft.files.is_empty()) {
+        "model.draft.files"
     } else if !source.files.is_empty() {
         "model.source.files"
     } else if projector.as_ref().is_some_and(|projector| !projector.files.is_empty()) {

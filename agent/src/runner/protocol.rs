@@ -28,6 +28,8 @@ pub struct RunnerConfig {
     pub model_path: PathBuf,
     /// Projector (mmproj), for images; loaded with the model.
     pub projector: Option<PathBuf>,
+    /// The GGUF file of a smaller model that guesses for it.
+    pub draft_path: Option<PathBuf>,
     /// LoRA adapters, loaded with the model.
     pub adapters: Vec<AdapterFile>,
     /// Jinja template that replaces the file's own.

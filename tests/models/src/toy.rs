@@ -2,7 +2,7 @@
 //!
 //! `toy/README.md` says how it was made.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -40,6 +40,23 @@ pub const ENDLESS_QUESTION: &str = "Sing forever.";
 #[must_use]
 pub fn path() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/toy/altiplano-toy.gguf"))
+}
+
+/// Writes the toy model as one that knows less of where a token stands: a poor guesser with the same vocabulary, right now
+/// and then.
+///
+/// # Errors
+/// What the disk says, or that the model file is not what it was.
+pub fn write_poor(path: &Path) -> Result<(), crate::Error> {
+    const KEY: &[u8] = b"llama.rope.freq_base";
+    let mut bytes = std::fs::read(self::path())?;
+    // The key is followed by its type and the number, 10000.
+    let place = bytes.windows(KEY.len()).position(|window| window == KEY).map(|place| place + KEY.len() + 4);
+    let number = place.and_then(|place| bytes.get_mut(place..place + 4));
+    let number = number.ok_or_else(|| crate::Error::Invalid("the toy model has no rope.freq_base".to_owned()))?;
+    number.copy_from_slice(&500.0_f32.to_le_bytes());
+    std::fs::write(path, bytes)?;
+    Ok(())
 }
 
 /// SHA-256 of the model file, lower-case hexadecimal.

@@ -23,7 +23,7 @@ pub(in crate::api) async fn props(State(state): State<ApiState>) -> Result<Respo
         "default_generation_settings": {
             "id": 0,
             "n_ctx": report.max_tokens,
-            "speculative": false,
+            "speculative": facts.speculative,
             "is_processing": state.engine().stats().running > 0,
             "params": settings(&params),
         },
@@ -71,10 +71,10 @@ pub(in crate::api) async fn slots(
     Query(query): Query<SlotsQuery>,
 ) -> Result<Response, ApiError> {
     let (report, running) = (state.engine().report(), state.engine().stats().running);
+    let speculative = state.engine().model().speculative;
     if query.fail_on_no_slot != 0 && running >= report.parallel {
         return Err(ApiError::unavailable("no_slot", "no slot available", state.retry_after()));
     }
-    let slot =
-        |id: u32| json!({"id": id, "n_ctx": report.max_tokens, "speculative": false, "is_processing": id < running});
+    let slot = |id: u32| json!({"id": id, "n_ctx": report.max_tokens, "speculative": speculative, "is_processing": id < running});
     Ok(Json((0..report.parallel).map(slot).collect::<Vec<Value>>()).into_response())
 }

@@ -228,6 +228,7 @@ mod tests {
             prefill: milliseconds(20),
             time_to_first_token: milliseconds(21),
             decode: milliseconds(30),
+            ..Timings::default()
         };
         tally.end(0, End { finish, stop: None, usage, timings });
         tally

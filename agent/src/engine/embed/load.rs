@@ -102,6 +102,7 @@ fn plan(config: &RunnerConfig, model: &Model, pooling: Pooling, gpu: bool) -> (S
         batch: sizes.initial,
         micro_batch: (if outputs_all { sizes.usual } else { micro_batch }).clamp(sequences, sizes.initial),
         sequences,
+        outputs: sequences,
         unified: true,
         threads: config.threads.max(1),
         offload: gpu,

@@ -39,6 +39,11 @@ impl Batch {
         self.outputs.clear();
     }
 
+    /// Whether there is nothing to compute.
+    pub(in crate::engine) fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
     /// Adds a token and returns its row; `None` when the batch is full.
     pub(in crate::engine) fn add(&mut self, token: i32, position: i32, sequence: i32, output: bool) -> Option<i32> {
         if self.tokens.len() == self.capacity {

@@ -21,6 +21,8 @@ pub(in crate::engine) struct ContextParams {
     pub(in crate::engine) micro_batch: u32,
     /// Sequence ids there are.
     pub(in crate::engine) sequences: u32,
+    /// Rows with logits in one call at most; at least one for each sequence.
+    pub(in crate::engine) outputs: u32,
     /// One pool of cells for all sequences; else each has a part of its own, of equal size.
     pub(in crate::engine) unified: bool,
     /// CPU threads.
@@ -79,6 +81,7 @@ pub(in crate::engine) struct Context {
     /// Which rows of the last batch have logits.
     output_rows: Vec<i8>,
     sequences: u32,
+    outputs: u32,
     unified: bool,
     /// The weights; kept alive for as long as the context.
     model: Model,
@@ -99,8 +102,8 @@ impl Context {
             unsafe { sys::llama_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
-        let ContextParams { sequences, unified, .. } = *params;
-        Ok(Self { raw, memory, output_rows: Vec::new(), sequences, unified, model: model.clone() })
+        let ContextParams { sequences, outputs, unified, .. } = *params;
+        Ok(Self { raw, memory, output_rows: Vec::new(), sequences, outputs, unified, model: model.clone() })
     }
 
     /// Cells of the KV cache.
@@ -209,8 +212,8 @@ impl Context {
         if batch.tokens().is_empty() || batch.tokens().len() > self.batch() as usize {
             return Err(format!("a batch of {} tokens, where 1 to {} fit", batch.tokens().len(), self.batch()));
         }
-        if outputs > self.sequences as usize {
-            return Err(format!("{outputs} outputs, where {} fit", self.sequences));
+        if outputs > self.outputs as usize {
+            return Err(format!("{outputs} outputs, where {} fit", self.outputs));
         }
         if let Some(id) = batch.sequences().iter().find(|&&id| !self.has_sequence(id)) {
             return Err(format!("sequence {id} of {}", self.sequences));
@@ -408,7 +411,7 @@ impl Context {
                 None => uses.push(projector.clone()),
             }
         }
-        let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.sequences);
+        let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
         uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
         uses
     }
@@ -428,6 +431,12 @@ impl Drop for Context {
 pub(super) fn check_sizes(params: &ContextParams) -> Result<(), String> {
     if params.sequences == 0 || params.sequences > 256 {
         return Err(format!("{} sequences are not between 1 and 256", params.sequences));
+    }
+    if params.outputs < params.sequences || params.outputs > params.batch {
+        return Err(format!(
+            "{} outputs are not between {} sequences and a batch of {}",
+            params.outputs, params.sequences, params.batch
+        ));
     }
     if params.cells < params.sequences || params.micro_batch < params.sequences {
         // A batch must have room for a token of each sequence.
@@ -508,6 +517,7 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
         batch,
         micro_batch,
         sequences,
+        outputs,
         unified,
         threads,
         offload,
@@ -524,7 +534,7 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
     raw.n_ubatch = micro_batch;
     raw.n_seq_max = sequences;
     // Else llama.cpp reserves logits for a whole micro-batch.
-    raw.n_outputs_max = sequences;
+    raw.n_outputs_max = outputs;
     raw.n_threads = threads;
     raw.n_threads_batch = threads;
     raw.offload_kqv = offload;

@@ -272,6 +272,37 @@ impl Model {
         unsafe { llama_cpp_sys_2::llama_vocab_type(self.vocab()) }
     }
 
+    /// Why tokens of `other` are not tokens of this model, as llama.cpp's `common_speculative_are_compatible` judges; `None`:
+    /// they are.
+    pub(in crate::engine) fn vocabulary_differs(&self, other: &Self) -> Option<String> {
+        /// By how much the sizes may differ, and how many tokens of the beginning may: llama.cpp's own.
+        const MAX_DIFFERENCE: u32 = 128;
+        const FIRST: u32 = 5;
+        let kinds = (self.vocab_type(), other.vocab_type());
+        if kinds.0 != kinds.1 {
+            return Some(format!("its vocabulary is of kind {}, the model's of kind {}", kinds.1, kinds.0));
+        }
+        let begins = |model: &Self| model.adds_bos().then(|| model.inner.vocab().bos().0);
+        let ends = |model: &Self| model.adds_eos().then(|| model.inner.vocab().eos().0);
+        for (what, own, others) in [("begins", begins(self), begins(other)), ("ends", ends(self), ends(other))] {
+            if own != others {
+                return Some(format!("a text {what} with token {others:?}, with the model's {own:?}"));
+            }
+        }
+        let sizes = (self.n_vocab(), other.n_vocab());
+        if sizes.0.abs_diff(sizes.1) > MAX_DIFFERENCE {
+            return Some(format!("its vocabulary has {} tokens, the model's {}", sizes.1, sizes.0));
+        }
+        let text = |model: &Self, token: u32| Token::try_from(token).ok().and_then(|token| model.token_text(token));
+        (FIRST..sizes.0.min(sizes.1)).find_map(|token| {
+            let (own, others) = (text(self, token), text(other, token));
+            (own != others).then(|| {
+                let quoted = |text: Option<String>| text.unwrap_or_default().chars().take(40).collect::<String>();
+                format!("its token {token} is {:?}, the model's {:?}", quoted(others), quoted(own))
+            })
+        })
+    }
+
     /// Whether the token ends a generation.
     pub(in crate::engine) fn is_end(&self, token: Token) -> bool {
         self.has(token) && self.inner.vocab().is_eog(LlamaToken(token))

@@ -32,7 +32,7 @@ pub(in crate::engine) enum Resized {
 /// A context that is being made beside the running one.
 pub(super) struct Making {
     params: ContextParams,
-    result: Receiver<Result<Context, String>>,
+    result: Receiver<Result<(Context, Option<Context>), String>>,
 }
 
 impl Executor {
@@ -50,9 +50,14 @@ impl Executor {
         let (sender, result) = mpsc::sync_channel(1);
         let params = ContextParams { cells, ..self.params.clone() };
         let (model, wanted) = (self.model.clone(), params.clone());
+        let draft = self.drafter.as_ref().and_then(|drafter| drafter.recipe(cells));
         let thread = thread::Builder::new().name("context".to_owned()).spawn(move || {
+            let made = Context::new(&model, &wanted).and_then(|context| {
+                let draft = draft.map(|(model, wanted)| Context::new(&model, &wanted)).transpose()?;
+                Ok((context, draft))
+            });
             // Nobody waits any more when the engine has ended: then the context goes again.
-            let _ = sender.send(Context::new(&model, &wanted));
+            let _ = sender.send(made);
             done();
         });
         if thread.is_ok() {
@@ -79,7 +84,14 @@ impl Executor {
         };
         let params = self.making.take()?.params;
         Some(match made {
-            Ok(context) => self.swap(context, params),
+            Ok((context, draft)) => {
+                let resized = self.swap(context, params);
+                let changed = matches!(resized, Resized::Moved | Resized::Emptied);
+                if let Some((drafter, draft)) = self.drafter.as_mut().zip(draft).filter(|_| changed) {
+                    drafter.swap(draft, &mut self.staging);
+                }
+                resized
+            }
             Err(reason) => Resized::Refused(reason),
         })
     }
@@ -90,7 +102,7 @@ impl Executor {
         let occupied = self.pool.used() > 0;
         if !self.capability.state_survives(old.cells(), params.cells) {
             self.host.clear();
-            self.pool.clear();
+            self.clear();
             (self.context, self.params) = (Some(context), params);
             return if occupied { Resized::Emptied } else { Resized::Moved };
         }
@@ -165,7 +177,10 @@ impl Executor {
         };
         self.context = Some(context);
         if !moved {
-            self.pool.clear();
+            self.clear();
+        }
+        if let Some(drafter) = self.drafter.as_mut().filter(|_| refused.is_none()) {
+            drafter.replace(cells);
         }
         if !survives && refused.is_none() {
             self.host.clear();
@@ -175,6 +190,14 @@ impl Executor {
             (None, false) => Resized::Emptied,
             (Some(reason), true) => Resized::Refused(reason),
             (Some(reason), false) => Resized::RefusedEmptied(reason),
+        }
+    }
+
+    /// Nobody has cells any more.
+    fn clear(&mut self) {
+        self.pool.clear();
+        if let Some(drafter) = &mut self.drafter {
+            drafter.clear();
         }
     }
 
@@ -200,8 +223,9 @@ impl Executor {
             staging: if device.device == "CPU" { staging } else { 0 },
             device: device.device,
         };
-        let devices: Vec<_> = context.memory().into_iter().map(room).collect();
-        sizing::way(&devices, context.cells(), cells).map(|way| (way, devices))
+        let from = context.cells();
+        let devices: Vec<_> = self.memory().into_iter().map(room).collect();
+        sizing::way(&devices, from, cells).map(|way| (way, devices))
     }
 }
 
@@ -235,7 +259,7 @@ mod tests {
             let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
             let load::Loaded { model, context, params, plan, .. } =
                 load::load(&config, model, gpu).expect("the context is made");
-            let mut executor = Executor::new(model, context, params, Vec::new(), &plan);
+            let mut executor = Executor::new(model, context, params, None, Vec::new(), &plan);
             let mut begin = |first: Token| {
                 let (id, resident) = executor.begin(Reuse::Nothing, &[]).expect("an id");
                 assert_eq!(resident, 0);
@@ -252,7 +276,7 @@ mod tests {
                 .sequences
                 .iter()
                 .zip(&self.resident)
-                .map(|((id, tokens), &from)| (*id, &tokens[from..], from, true))
+                .map(|((id, tokens), &from)| (*id, &tokens[from..], from, true, &[][..]))
                 .collect();
             self.executor.decode(work.into_iter(), &mut rows).expect("a step");
             let mut said = Vec::new();

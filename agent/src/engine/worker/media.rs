@@ -88,7 +88,7 @@ impl Worker {
             Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
         }
         self.step.clear();
-        self.step.push(Chunk { lane, count: cells, output });
+        self.step.push(Chunk { lane, count: cells, output, draft: 0 });
         self.rows.clear();
         self.rows.push(i32::try_from(count - 1).unwrap_or(i32::MAX));
         self.advance()
@@ -154,7 +154,7 @@ impl Worker {
         self.schedule();
         self.shared.step_begins();
         if !self.step.is_empty() {
-            self.make_step()?;
+            self.make_step(Instant::now())?;
             self.publish_cells();
         }
         Ok(())

@@ -15,14 +15,17 @@ pub struct Sources {
     pub model: ModelSource,
     /// Its projector.
     pub projector: Option<ModelSource>,
+    /// The smaller model that guesses for it.
+    pub draft: Option<ModelSource>,
     /// Its LoRA adapters.
     pub adapters: Vec<AdapterSpec>,
 }
 
 impl Sources {
     pub(super) fn of(model: &ModelSpec) -> Self {
-        let ModelSpec { source, projector, adapters, .. } = model;
-        Self { model: source.clone(), projector: projector.clone(), adapters: adapters.clone() }
+        let ModelSpec { source, projector, draft, adapters, .. } = model;
+        let (projector, draft, adapters) = (projector.clone(), draft.clone(), adapters.clone());
+        Self { model: source.clone(), projector, draft, adapters }
     }
 }
 
@@ -33,6 +36,8 @@ pub struct StoredFiles {
     pub model: StoredModel,
     /// Its projector.
     pub projector: Option<PathBuf>,
+    /// Of the smaller model that guesses for it.
+    pub draft: Option<StoredModel>,
     /// Its adapters, in the order of the spec.
     pub adapters: Vec<AdapterFile>,
 }

@@ -390,7 +390,7 @@ pub(super) fn stored() -> Arc<StoredFiles> {
         needed_bytes: 1,
     };
     let model = StoredModel { path: "/models/m.gguf".into(), size_bytes: 1, sha256: None, header };
-    Arc::new(StoredFiles { model, projector: None, adapters: Vec::new() })
+    Arc::new(StoredFiles { model, projector: None, draft: None, adapters: Vec::new() })
 }
 
 macro_rules! scenarios {

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::sampling::SamplingSpec;
+use super::speculative::SpeculativeSpec;
 
 /// How llama.cpp runs the model.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
@@ -52,6 +53,11 @@ pub struct EngineSpec {
     /// Sampling parameters for requests that name none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<SamplingSpec>,
+
+    /// Speculative decoding: several tokens are guessed and then checked by the model in one step. What is answered
+    /// stays the same, it comes faster where the guesses are good. Default: with `model.draft` Draft, else none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speculative: Option<SpeculativeSpec>,
 }
 
 /// Whether a GPU is used.

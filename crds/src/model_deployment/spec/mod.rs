@@ -11,6 +11,7 @@ mod engine;
 mod model;
 mod placement;
 mod sampling;
+mod speculative;
 mod traffic;
 mod unload;
 
@@ -19,6 +20,7 @@ pub use engine::*;
 pub use model::*;
 pub use placement::*;
 pub use sampling::*;
+pub use speculative::*;
 pub use traffic::*;
 pub use unload::*;
 
@@ -63,7 +65,9 @@ use super::status::ModelDeploymentStatus;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.engine) || !has(self.engine.flashAttention) || self.engine.flashAttention != 'Off' || !has(self.context) || !has(self.context.valueCacheType) || self.context.valueCacheType == 'F16'")
-        .message("context.valueCacheType other than F16 needs flash attention: engine.flashAttention must not be Off")
+        .message("context.valueCacheType other than F16 needs flash attention: engine.flashAttention must not be Off"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.speculative) || (self.engine.speculative.type == 'Draft') == has(self.model.draft)")
+        .message("engine.speculative.type Draft and model.draft need each other; the other types have no draft model")
 )]
 pub struct ModelDeploymentSpec {
     /// The model: its file, and what goes with it.

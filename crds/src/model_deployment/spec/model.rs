@@ -20,7 +20,7 @@ pub struct ModelSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projector: Option<ModelSource>,
 
-    /// Smaller model of the same vocabulary, for speculative decoding.
+    /// Smaller model of the same vocabulary, for speculative decoding; `engine.speculative` says how it is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<ModelSource>,
 

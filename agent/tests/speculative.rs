@@ -1,0 +1,459 @@
+//! Speculative decoding on real llama.cpp: whoever guesses, however well, the answer is the model's own.
+
+#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use altiplano_agent::engine::{
+    self, Engine, EngineError, FinishReason, GenerateEvent, GenerateRequest, Generation, Grammar, SamplingParams,
+    Timings, Token, TokenLogprob, Usage,
+};
+use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, EngineSpec, SpeculativeSpec, SpeculativeType};
+use altiplano_test_models::{Architecture, Spec, toy};
+use futures::StreamExt as _;
+use tempfile::TempDir;
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Who guesses.
+#[derive(Clone, Debug)]
+struct Guesser {
+    name: &'static str,
+    spec: Option<SpeculativeSpec>,
+    draft: Option<PathBuf>,
+    _folder: Option<std::sync::Arc<TempDir>>,
+}
+
+fn spec(kind: SpeculativeType, max_tokens: i32) -> SpeculativeSpec {
+    let max_tokens = Some(max_tokens);
+    SpeculativeSpec { kind, max_tokens, min_tokens: None, min_probability: None, match_tokens: None }
+}
+
+fn nobody() -> Guesser {
+    Guesser { name: "nobody", spec: None, draft: None, _folder: None }
+}
+
+fn past() -> Guesser {
+    let spec = SpeculativeSpec { match_tokens: Some(3), ..spec(SpeculativeType::NGram, 16) };
+    Guesser { name: "the past", spec: Some(spec), draft: None, _folder: None }
+}
+
+/// The toy model itself: right each time.
+fn itself() -> Guesser {
+    let spec = spec(SpeculativeType::Draft, 5);
+    Guesser { name: "itself", spec: Some(spec), draft: Some(toy::path()), _folder: None }
+}
+
+/// A model that is often wrong.
+fn poor() -> Guesser {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("poor.gguf");
+    toy::write_poor(&path).expect("a model file");
+    // Not even the spec says more than that there is one.
+    Guesser { name: "a poor model", spec: None, draft: Some(path), _folder: Some(std::sync::Arc::new(folder)) }
+}
+
+/// The same, asked only for what it is sure of, and heard only when that is something.
+fn careful() -> Guesser {
+    let wanted = spec(SpeculativeType::Draft, 6);
+    let spec = SpeculativeSpec { min_tokens: Some(2), min_probability: Some("0.6".to_owned()), ..wanted };
+    Guesser { name: "a careful model", spec: Some(spec), ..poor() }
+}
+
+fn all() -> [Guesser; 4] {
+    [past(), itself(), poor(), careful()]
+}
+
+fn config(model_path: PathBuf, context: ContextSpec, guesser: &Guesser) -> RunnerConfig {
+    let engine = EngineSpec { speculative: guesser.spec.clone(), ..EngineSpec::default() };
+    RunnerConfig {
+        model_path,
+        draft_path: guesser.draft.clone(),
+        context,
+        engine,
+        threads: 2,
+        ..RunnerConfig::default()
+    }
+}
+
+fn dynamic(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {
+    ContextSpec { min_tokens: Some(min_tokens), max_tokens: Some(max_tokens), parallel, ..ContextSpec::default() }
+}
+
+fn start(context: ContextSpec, guesser: &Guesser) -> Engine {
+    Engine::start(&config(toy::path(), context, guesser), &|_| {}).expect("the engine starts")
+}
+
+fn chat(question: &str) -> String {
+    format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, ..SamplingParams::default() }
+}
+
+fn request(engine: &Engine, prompt: &str) -> GenerateRequest {
+    let prompt = engine.tokenize(prompt, true, true).expect("tokens");
+    GenerateRequest { id: "test".to_owned(), prompt, sampling: greedy(), ..GenerateRequest::default() }
+}
+
+/// A whole answer.
+#[derive(Debug)]
+struct Answer {
+    text: String,
+    tokens: Vec<Token>,
+    logprobs: Vec<TokenLogprob>,
+    stop: Option<String>,
+    end: Result<(FinishReason, Usage, Timings), EngineError>,
+}
+
+impl Answer {
+    fn timings(&self) -> Timings {
+        self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text)).2
+    }
+
+    /// All that does not depend on the clock.
+    fn said(&self) -> (&str, &[Token], Option<&str>, FinishReason, u32) {
+        let (reason, usage, _) = self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text));
+        (&self.text, &self.tokens, self.stop.as_deref(), *reason, usage.completion_tokens)
+    }
+}
+
+async fn next(generation: &mut Generation) -> Option<GenerateEvent> {
+    tokio::time::timeout(PATIENCE, generation.next()).await.expect("the next event comes within a minute")
+}
+
+async fn read(mut generation: Generation) -> Answer {
+    let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
+    loop {
+        match next(&mut generation).await.expect("an end") {
+            GenerateEvent::Progress(progress) => panic!("nobody asked for {progress:?}"),
+            GenerateEvent::Token { text: piece, token, logprob } => {
+                text.push_str(&piece);
+                tokens.push(token);
+                logprobs.extend(logprob);
+            }
+            GenerateEvent::Done { finish_reason, stop, usage, timings } => {
+                return Answer { text, tokens, logprobs, stop, end: Ok((finish_reason, usage, timings)) };
+            }
+            GenerateEvent::Failed(error) => return Answer { text, tokens, logprobs, stop: None, end: Err(error) },
+        }
+    }
+}
+
+async fn ask(engine: &Engine, request: GenerateRequest) -> Answer {
+    read(engine.submit(request).expect("the request is taken")).await
+}
+
+async fn until(engine: &Engine, what: &str, done: impl Fn(&engine::EngineStats) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done(&engine.stats()) {
+        assert!(Instant::now() < deadline, "{what}: {:?}", engine.stats());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn stop(engine: &Engine) {
+    engine.shutdown(Instant::now());
+}
+
+fn questions(count: usize) -> Vec<(String, String)> {
+    let single = toy::questions().into_iter().filter(|question| question.messages.len() == 1);
+    single.take(count).map(|question| (chat(&question.messages[0].content), question.answer)).collect()
+}
+
+/// Alone and several at once, in one pool and in parts.
+#[tokio::test]
+async fn greedy_answers_are_the_same_whoever_guesses() {
+    let base = start(dynamic(1024, 2048, 1), &nobody());
+    let long = ask(&base, request(&base, &chat(toy::LONG_QUESTION))).await;
+    let endless =
+        |engine: &Engine| GenerateRequest { max_tokens: Some(200), ..request(engine, &chat(toy::ENDLESS_QUESTION)) };
+    let expected = ask(&base, endless(&base)).await;
+    assert_eq!((base.stats().drafted_tokens, long.timings().drafted), (0, 0));
+    stop(&base);
+    for guesser in all() {
+        for sizing in [ContextSizing::Dynamic, ContextSizing::Fixed] {
+            let engine = start(ContextSpec { sizing, ..dynamic(1024, 1024, 4) }, &guesser);
+            let alone = ask(&engine, endless(&engine)).await;
+            let name = guesser.name;
+            assert_eq!(alone.said(), expected.said(), "{name}");
+            let stats = engine.stats();
+            assert!(stats.accepted_tokens > 0 && stats.drafted_tokens >= stats.accepted_tokens, "{name}: {stats:?}");
+            assert_eq!(u64::from(alone.timings().drafted), stats.drafted_tokens, "{name}");
+            assert_eq!(u64::from(alone.timings().accepted), stats.accepted_tokens, "{name}");
+            assert!(stats.steps < stats.generated_tokens, "{name}: steps are saved: {stats:?}");
+            assert_eq!(ask(&engine, request(&engine, &chat(toy::LONG_QUESTION))).await.said(), long.said(), "{name}");
+
+            let questions = questions(16);
+            let generations: Vec<_> = questions
+                .iter()
+                .map(|(question, _)| engine.submit(request(&engine, question)).expect("the request is taken"))
+                .collect();
+            let answers = futures::future::join_all(generations.into_iter().map(read)).await;
+            for ((question, expected), answer) in questions.iter().zip(&answers) {
+                assert_eq!(&answer.text, expected, "{name}: {question}");
+            }
+            let stats = engine.stats();
+            assert_eq!((stats.failed, stats.cells_used), (0, stats.cells_kept), "{name}: {stats:?}");
+            stop(&engine);
+        }
+    }
+}
+
+/// Each place is sampled with the state after those before it.
+#[tokio::test]
+async fn whatever_shapes_an_answer_shapes_it_the_same() {
+    let cases = |engine: &Engine| -> Vec<(&'static str, GenerateRequest)> {
+        let song = GenerateRequest { max_tokens: Some(80), ..request(engine, &chat(toy::ENDLESS_QUESTION)) };
+        let with = |sampling| GenerateRequest { sampling, ..song.clone() };
+        let long = request(engine, &chat(toy::LONG_QUESTION));
+        let gbnf = |source: &str| Some(Grammar::Gbnf { source: source.to_owned(), lazy: None, prefix: String::new() });
+        vec![
+            ("a penalty", with(SamplingParams { repeat_penalty: 1.3, ..greedy() })),
+            ("one candidate", with(SamplingParams { top_k: 1, temperature: 1.0, seed: Some(7), ..greedy() })),
+            ("a stop text", GenerateRequest { stop: vec!["la la la la la la la ".to_owned()], ..song.clone() }),
+            ("a stop text over tokens", GenerateRequest { stop: vec!["la la l".to_owned()], ..song.clone() }),
+            (
+                "a grammar",
+                GenerateRequest { grammar: gbnf("root ::= (\" la\" \" la\" \" lo\"? \".\"?)+"), ..song.clone() },
+            ),
+            ("a grammar that ends", GenerateRequest { grammar: gbnf("root ::= (\" la\"){24} \"!\""), ..song.clone() }),
+            ("a limit", GenerateRequest { max_tokens: Some(29), ..song.clone() }),
+            ("every token", GenerateRequest { every_token: true, ..song }),
+            ("its own end", long.clone()),
+            ("beyond its end", GenerateRequest { ignore_eos: true, max_tokens: Some(500), ..long }),
+        ]
+    };
+    let base = start(dynamic(1024, 1024, 2), &nobody());
+    let mut expected = Vec::new();
+    for (name, request) in cases(&base) {
+        expected.push((name, ask(&base, request).await));
+    }
+    stop(&base);
+    for guesser in all() {
+        let engine = start(dynamic(1024, 1024, 2), &guesser);
+        for ((name, expected), (_, request)) in expected.iter().zip(cases(&engine)) {
+            assert_eq!(ask(&engine, request).await.said(), expected.said(), "{}: {name}", guesser.name);
+        }
+        assert!(engine.stats().accepted_tokens > 0, "{}: {:?}", guesser.name, engine.stats());
+        // Nobody knows what they say, but they say all of it.
+        let hot = SamplingParams { temperature: 1.5, seed: Some(3), ..SamplingParams::default() };
+        let hot =
+            GenerateRequest { sampling: hot, ignore_eos: true, max_tokens: Some(100), ..request(&engine, "Llamas") };
+        let answer = ask(&engine, hot).await;
+        assert_eq!(answer.said().4, 100, "{}: {answer:?}", guesser.name);
+        stop(&engine);
+    }
+}
+
+#[tokio::test]
+async fn log_probabilities_come_with_each_token() {
+    let run = |engine: &Engine| GenerateRequest {
+        logprobs: Some(2),
+        max_tokens: Some(100),
+        ..request(engine, &chat(toy::ENDLESS_QUESTION))
+    };
+    let base = start(dynamic(1024, 1024, 1), &nobody());
+    let expected = ask(&base, run(&base)).await;
+    stop(&base);
+    for guesser in [past(), itself()] {
+        let engine = start(dynamic(1024, 1024, 1), &guesser);
+        let answer = ask(&engine, run(&engine)).await;
+        assert_eq!(answer.said(), expected.said());
+        assert!(answer.timings().accepted > 0, "{}", guesser.name);
+        for (found, expected) in answer.logprobs.iter().zip(&expected.logprobs) {
+            // Other company in the batch moves logits by some hundredths.
+            assert!((found.logprob - expected.logprob).abs() < 0.1, "{}: {found:?} {expected:?}", guesser.name);
+            assert_eq!(found.top[0].token, expected.top[0].token);
+        }
+        stop(&engine);
+    }
+}
+
+#[tokio::test]
+async fn a_cancelled_guess_leaves_nothing() {
+    for guesser in [past(), itself()] {
+        let engine = start(dynamic(1024, 1024, 2), &guesser);
+        for taken in [3, 17, 40] {
+            let mut endless = engine.submit(request(&engine, &chat(toy::ENDLESS_QUESTION))).expect("it is taken");
+            for _ in 0..taken {
+                assert!(matches!(next(&mut endless).await, Some(GenerateEvent::Token { .. })));
+            }
+            drop(endless);
+            until(&engine, "the slot is free", |stats| stats.running == 0).await;
+        }
+        until(&engine, "only kept cells are left", |stats| stats.cells_used == stats.cells_kept).await;
+        let (question, expected) = questions(1).remove(0);
+        assert_eq!(ask(&engine, request(&engine, &question)).await.text, expected);
+        // What was kept goes on rightly.
+        let song = GenerateRequest { max_tokens: Some(40), ..request(&engine, &chat(toy::ENDLESS_QUESTION)) };
+        let answer = ask(&engine, song).await;
+        assert!(answer.text.starts_with(" la la la") || answer.text.contains("la la la la"), "{answer:?}");
+        let stats = engine.stats();
+        assert_eq!((stats.cancelled, stats.failed), (3, 0), "{stats:?}");
+        stop(&engine);
+    }
+}
+
+/// A slow reader parks its sequence, with no more tokens under way than its channel holds.
+#[tokio::test]
+async fn a_slow_reader_misses_no_token() {
+    for guesser in [past(), itself()] {
+        let engine = start(dynamic(1024, 1024, 2), &guesser);
+        let song = GenerateRequest { max_tokens: Some(400), ..request(&engine, &chat(toy::ENDLESS_QUESTION)) };
+        let expected = ask(&engine, song.clone()).await;
+        let before = engine.stats().generated_tokens;
+        let slow = engine.submit(song).expect("it is taken");
+        until(&engine, "it is parked", |stats| stats.generated_tokens >= before + 64).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(engine.stats().generated_tokens, before + 64, "{}", guesser.name);
+        assert_eq!(read(slow).await.said(), expected.said(), "{}", guesser.name);
+        stop(&engine);
+    }
+}
+
+/// The context, and that of the draft model, grow under running streams.
+#[tokio::test]
+async fn growth_does_not_disturb_guesses() {
+    let long = chat(toy::LONG_QUESTION);
+    let counting = chat("Count from one to forty.");
+    let base = start(dynamic(2048, 1024, 2), &nobody());
+    let expected = ask(&base, request(&base, &long)).await;
+    let counted = ask(&base, request(&base, &counting)).await;
+    stop(&base);
+    for guesser in all() {
+        let engine = start(dynamic(256, 1024, 2), &guesser);
+        let before = engine.report();
+        assert_eq!(before.context_tokens, 256);
+        let both =
+            futures::future::join(ask(&engine, request(&engine, &long)), ask(&engine, request(&engine, &counting)));
+        let (answer, count) = both.await;
+        assert_eq!(answer.said(), expected.said(), "{}", guesser.name);
+        assert_eq!(count.said(), counted.said(), "{}", guesser.name);
+        let (stats, after) = (engine.stats(), engine.report());
+        assert!(stats.resizes >= 1 && stats.cells_total >= 512 && stats.accepted_tokens > 0, "{stats:?}");
+        // Both contexts are counted: the toy model's takes 256 bytes a layer and cell, keys and values.
+        let contexts = 1 + u64::from(guesser.draft.is_some());
+        let bytes = |cells: u32| u64::from(cells) * 4 * 2 * 64 * 2 * contexts;
+        assert_eq!(before.memory[0].context_bytes, bytes(256), "{}", guesser.name);
+        assert_eq!(after.memory[0].context_bytes, bytes(stats.cells_total), "{}", guesser.name);
+        // And they shrink together.
+        let mut report = engine.watch();
+        engine.shrink(0);
+        let shrunk = report.wait_for(|report| report.context_tokens == 256);
+        tokio::time::timeout(PATIENCE, shrunk).await.expect("soon").expect("the engine runs");
+        assert_eq!(engine.report().memory[0].context_bytes, bytes(256), "{}", guesser.name);
+        let again = ask(&engine, request(&engine, &counting)).await;
+        assert_eq!(again.said(), counted.said(), "{}", guesser.name);
+        stop(&engine);
+    }
+}
+
+/// A prompt whose beginning is in the cache: the draft model reads what it lacks, and guesses again.
+#[tokio::test]
+async fn a_conversation_goes_on_with_guesses() {
+    for guesser in [past(), itself(), poor()] {
+        let engine = start(dynamic(1024, 2048, 2), &guesser);
+        let mut conversation = String::new();
+        for (question, answer) in questions(6) {
+            conversation.push_str(&question);
+            let found = ask(&engine, request(&engine, &conversation)).await;
+            assert!(!found.text.is_empty() && matches!(found.end, Ok((FinishReason::Stop, ..))), "{found:?}");
+            conversation.push_str(&answer);
+            conversation.push_str("<|im_end|>\n");
+        }
+        let stats = engine.stats();
+        assert!(stats.cached_prompt_tokens > stats.prompt_tokens / 2, "{stats:?}");
+        let song = format!("{conversation}{}{}", chat(toy::ENDLESS_QUESTION), " la".repeat(12));
+        let answer = ask(&engine, GenerateRequest { max_tokens: Some(60), ..request(&engine, &song) }).await;
+        assert!(answer.text.contains("la la la") && answer.timings().accepted > 0, "{}: {answer:?}", guesser.name);
+        stop(&engine);
+    }
+}
+
+/// A sliding window is cut by no more than a step's own tokens; a recurrent state cannot be cut, so nothing is guessed.
+#[tokio::test]
+async fn what_cannot_be_cut_does_not_guess() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = GenerateRequest {
+        prompt: [40, 41, 42, 43].repeat(40),
+        ignore_eos: true,
+        max_tokens: Some(150),
+        sampling: SamplingParams { logit_bias: vec![(40, 100.0)], ..greedy() },
+        ..GenerateRequest::default()
+    };
+    for (architecture, guesses) in [(Architecture::Gemma3, true), (Architecture::Mamba, false)] {
+        let path = folder.path().join(format!("{architecture:?}.gguf"));
+        let spec = Spec { architecture, layers: 6, sliding_window: 64, endless: true, ..Spec::default() };
+        spec.write(&path).expect("a model file");
+        let config = config(path, dynamic(1024, 1024, 2), &past());
+        let engine = Engine::start(&config, &|_| {}).expect("the engine starts");
+        let noted = engine.report().notes.iter().any(|note| note.contains("nothing is guessed"));
+        assert_eq!(noted, !guesses, "{:?}", engine.report());
+        let answer = ask(&engine, run.clone()).await;
+        assert_eq!(answer.tokens, [40; 150], "{architecture:?}");
+        let timings = answer.timings();
+        assert_eq!(timings.accepted > 0, guesses, "{architecture:?}: {timings:?}");
+        stop(&engine);
+    }
+}
+
+#[tokio::test]
+async fn a_draft_model_that_does_not_fit_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, spec: Spec| {
+        let path = folder.path().join(name);
+        spec.write(&path).expect("a model file");
+        path
+    };
+    let plain = Spec::default();
+    let cases = [
+        ("its vocabulary has", write("large.gguf", Spec { vocab: 2048, ..plain.clone() })),
+        ("its token", write("other.gguf", Spec { vocab: 1024, ..plain.clone() })),
+        (
+            "its vocabulary is of kind",
+            write("spm.gguf", Spec { tokenizer: altiplano_test_models::Tokenizer::Spm, ..plain.clone() }),
+        ),
+    ];
+    for (words, draft) in cases {
+        let guesser = Guesser { draft: Some(draft), ..nobody() };
+        let config = config(toy::path(), dynamic(256, 512, 1), &guesser);
+        let refused = [engine::estimate(&config).unwrap_err(), Engine::start(&config, &|_| {}).unwrap_err()];
+        for error in refused {
+            assert_eq!(error.reason(), "DraftUnfit", "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+    // Of the same vocabulary, but what it has guessed cannot be taken back.
+    let target = write("target.gguf", plain.clone());
+    let mamba = write("mamba.gguf", Spec { architecture: Architecture::Mamba, ..plain });
+    let config = config(target, dynamic(256, 512, 1), &Guesser { draft: Some(mamba), ..nobody() });
+    let error = Engine::start(&config, &|_| {}).unwrap_err();
+    assert!(error.to_string().contains("its state cannot be cut"), "{error}");
+    let missing = Guesser { draft: Some(folder.path().join("missing.gguf")), ..nobody() };
+    let error = Engine::start(&self::config(toy::path(), dynamic(256, 512, 1), &missing), &|_| {}).unwrap_err();
+    assert!(error.to_string().contains("missing.gguf"), "{error}");
+}
+
+/// What the dry run says is what is taken, weights, cache and compute of the draft model among it.
+#[tokio::test]
+async fn the_estimate_counts_the_draft_model() {
+    let total = |memory: &[MemoryUse]| memory.iter().map(MemoryUse::total).sum::<u64>();
+    for sizing in [ContextSizing::Dynamic, ContextSizing::Fixed] {
+        let context = ContextSpec { sizing, ..dynamic(1024, 1024, 2) };
+        let alone = engine::estimate(&config(toy::path(), context.clone(), &nobody())).expect("an estimate");
+        let with = config(toy::path(), context, &itself());
+        let both = engine::estimate(&with).expect("an estimate");
+        let engine = Engine::start(&with, &|_| {}).expect("the engine starts");
+        assert_eq!(both.memory, engine.report().memory, "{sizing:?}");
+        stop(&engine);
+        let (alone, both) = (&alone.memory, &both.memory);
+        assert_eq!(both[0].weights_bytes, 2 * alone[0].weights_bytes);
+        assert_eq!(both[0].context_bytes, 2 * alone[0].context_bytes);
+        assert!(total(both) > 2 * total(alone) - 100_000, "{alone:?} {both:?}");
+    }
+}
