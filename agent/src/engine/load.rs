@@ -198,7 +198,7 @@ pub(super) fn probe() -> Result<ProbeReport, EngineError> {
 /// llama.cpp's indices of the devices that the agent granted. No layer on them means no device: a context that is not
 /// used would still take memory there.
 fn granted(config: &RunnerConfig, found: &[Device]) -> Result<Vec<usize>, EngineError> {
-    if config.gpu_layers == Some(0) {
+    if !config.uses_gpu() {
         return Ok(Vec::new());
     }
     let wanted = config.devices.iter().filter(|name| *name != "CPU");

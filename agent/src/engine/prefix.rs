@@ -188,12 +188,13 @@ impl Follow {
     }
 
     /// To be called once a step with how far the leader has come; `None`: it is gone, lost its cells, or waits itself.
-    pub(super) fn look(&mut self, leader: Option<usize>) -> Patience {
+    /// `was_read`: that step read prompts, so the leader could have got on.
+    pub(super) fn look(&mut self, leader: Option<usize>, was_read: bool) -> Patience {
         match leader {
             None => Patience::Choose,
             Some(resident) if resident >= self.length => Patience::Choose,
             Some(resident) if resident == self.seen => {
-                self.stalls += 1;
+                self.stalls += u32::from(was_read);
                 if self.stalls > PATIENCE { Patience::Begin } else { Patience::Wait }
             }
             Some(resident) => {
@@ -310,14 +311,15 @@ mod tests {
     #[test]
     fn waiting_has_an_end() {
         let mut follow = Follow::new(7, 100);
-        assert_eq!(follow.look(Some(0)), Patience::Wait);
-        assert_eq!(follow.look(Some(64)), Patience::Wait);
+        assert_eq!(follow.look(Some(0), true), Patience::Wait);
+        assert_eq!(follow.look(Some(64), true), Patience::Wait);
         for _ in 0..PATIENCE {
-            assert_eq!(follow.look(Some(64)), Patience::Wait);
+            assert_eq!(follow.look(Some(64), true), Patience::Wait);
+            assert_eq!(follow.look(Some(64), false), Patience::Wait, "streams had the turn");
         }
-        assert_eq!(follow.look(Some(64)), Patience::Begin);
-        assert_eq!(follow.look(Some(100)), Patience::Choose);
-        assert_eq!(follow.look(None), Patience::Choose);
+        assert_eq!(follow.look(Some(64), true), Patience::Begin);
+        assert_eq!(follow.look(Some(100), true), Patience::Choose);
+        assert_eq!(follow.look(None, true), Patience::Choose);
     }
 
     fn holder() -> impl Strategy<Value = Holder> {

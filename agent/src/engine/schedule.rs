@@ -1,9 +1,11 @@
 //! Pure: which tokens the next step computes.
 //!
 //! First one token of every sequence that generates, then pieces of prompts, so that both together are the step's size:
-//! a long prompt must not hold up those who read along, and steps of one size let llama.cpp use its graph again. When
-//! nobody generates a step is the whole batch. Of several prompts the oldest gets half of what is left and the one with
-//! the least to read the other half: none waits for ever, and a short one does not wait for a long one.
+//! a long prompt must not hold up those who read along, and steps of one size let llama.cpp use its graph again. On a CPU
+//! they take turns instead, step by step: attention there computes 64 rows at once over the cells of all of them, so one
+//! who generates would make 63 rows of prompts read its cells too; streams get a twentieth of the time at least. When nobody generates a step is the whole batch. Of several prompts the oldest gets half of what is left and the one with
+//! the least to read the other half: none waits for ever, and a short one does not wait for a long one. A step in which
+//! a short prompt ends is a short one, so that the others do not hold up its first token.
 
 use std::time::Duration;
 
@@ -20,6 +22,17 @@ pub(super) struct Lane {
     pub(super) draft: u32,
 }
 
+/// Who takes part in a step, where both sorts are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Everybody.
+    All,
+    /// Those that generate.
+    Generate,
+    /// Those that read prompts.
+    Read,
+}
+
 /// What a step may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
@@ -29,6 +42,10 @@ pub(super) struct Limits {
     pub(super) outputs: u32,
     /// Tokens in a step in which some generate and others read prompts.
     pub(super) mixed: u32,
+    /// Tokens of prompts in a step where one can be read to its end: those behind it need not hold up its first token.
+    pub(super) early: u32,
+    /// Who takes part.
+    pub(super) turn: Turn,
 }
 
 /// Tokens of one sequence.
@@ -47,40 +64,64 @@ pub(super) struct Chunk {
 /// The size of a step in which some generate and others read is a multiple of this.
 const GRAIN: u32 = 64;
 
-/// Fills `step` with the next step's chunks, by ascending lanes; empty when there is nothing to do.
-pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
-    step.clear();
-    let Limits { batch, outputs, mixed } = limits;
-    let mut outputs = outputs.min(batch);
-    for (lane, _) in lanes.iter().enumerate().filter(|(_, lane)| lane.todo == 1 && !lane.parked) {
-        if outputs == 0 {
-            return;
-        }
-        outputs -= 1;
-        step.push(Chunk { lane, count: 1, output: true, draft: 0 });
-    }
-    let decoding = u32::try_from(step.len()).unwrap_or(u32::MAX);
-    // Guesses leave room for the end of every prompt, and half of the batch for reading them.
-    let prompts = lanes.iter().filter(|lane| lane.todo > 1 && !lane.parked).count();
-    let room = outputs.saturating_sub(u32::try_from(prompts).unwrap_or(u32::MAX)).min((batch - decoding) / 2);
+/// Has those that generate try the tokens that are guessed to follow, as far as there is room: the end of every prompt
+/// keeps its output, and reading them half of the batch. Returns how many are tried.
+fn guess(lanes: &[Lane], step: &mut [Chunk], batch: u32, outputs: u32, prompts: usize) -> u32 {
+    let generating = u32::try_from(step.len()).unwrap_or(u32::MAX);
+    let ends = u32::try_from(prompts).unwrap_or(u32::MAX);
+    let room = outputs.saturating_sub(ends).min(batch.saturating_sub(generating) / 2);
     let mut guesses = 0;
-    for chunk in &mut *step {
+    for chunk in step {
         chunk.draft = lanes[chunk.lane].draft.min(room - guesses);
         guesses += chunk.draft;
     }
-    outputs -= guesses;
-    let decoding = decoding + guesses;
-    let mut room = match decoding {
-        0 => batch,
-        // A small batch or many streams still leave a prompt something.
-        _ => mixed.saturating_sub(decoding).max(GRAIN).min(batch.saturating_sub(decoding)),
-    };
+    guesses
+}
 
+/// Fills `step` with the next step's chunks, by ascending lanes; empty when there is nothing to do.
+pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
+    step.clear();
+    let Limits { batch, outputs, mixed, early, turn } = limits;
+    let mut outputs = outputs.min(batch);
+    let ready = |todo: fn(u32) -> bool| {
+        move |lane: &usize| lanes.get(*lane).is_some_and(|lane| todo(lane.todo) && !lane.parked)
+    };
+    let mut streams = (0..lanes.len()).filter(ready(|todo| todo == 1)).peekable();
     // The oldest, then by what is left to read; equal ones by age.
-    let mut prompts: Vec<usize> =
-        (0..lanes.len()).filter(|&lane| lanes[lane].todo > 1 && !lanes[lane].parked).collect();
+    let mut prompts: Vec<usize> = (0..lanes.len()).filter(ready(|todo| todo > 1)).collect();
     prompts.get_mut(1..).unwrap_or_default().sort_by_key(|&lane| lanes[lane].todo);
+
+    let beside_streams = streams.peek().is_some();
+    if turn != Turn::Read || prompts.is_empty() {
+        for lane in streams {
+            if outputs == 0 {
+                return;
+            }
+            outputs -= 1;
+            step.push(Chunk { lane, count: 1, output: true, draft: 0 });
+        }
+    }
+    if turn == Turn::Generate && beside_streams {
+        prompts.clear();
+    }
+    let guesses = guess(lanes, step, batch, outputs, prompts.len());
+    if prompts.is_empty() {
+        return;
+    }
+    outputs -= guesses;
+    let generating = u32::try_from(step.len()).unwrap_or(u32::MAX) + guesses;
+    let mut room = if beside_streams {
+        // A small batch or many streams still leave a prompt something.
+        mixed.saturating_sub(generating).max(GRAIN).min(batch.saturating_sub(generating))
+    } else {
+        batch
+    };
     let shared = prompts.len() > 1 && lanes[prompts[0]].todo > lanes[prompts[1]].todo;
+    // The shortest one's share of a step that ends early.
+    let reach = if shared { early / 2 } else { early };
+    if prompts.len() > 1 && prompts.iter().any(|&lane| lanes[lane].todo <= reach) {
+        room = room.min(early);
+    }
     let mut grants: Vec<(usize, u32)> = Vec::with_capacity(prompts.len());
     for (place, &lane) in prompts.iter().enumerate() {
         let share = if place == 0 && shared { room.div_ceil(2) } else { room };
@@ -104,9 +145,12 @@ pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
     step.sort_unstable_by_key(|chunk| chunk.lane);
 }
 
-/// A step with pieces of prompts may take this many times as long as one without: the fixed cost of a step is then
-/// 1/18 of it, so that prompts are read at some 95 % of full speed.
+/// A step with pieces of prompts may take this many times as long as one without, or where they take turns those that
+/// read as long as those that generate: prompts are then read at some 95 % of full speed.
 const STRETCH: f64 = 18.0;
+
+/// A step that brings somebody's first token takes so long, if others have more to read.
+const EARLY: Duration = Duration::from_millis(300);
 
 /// Longest such step, unless a bare one takes a quarter of that already.
 const LONGEST: Duration = Duration::from_millis(500);
@@ -118,12 +162,32 @@ pub(super) struct Pace {
     bare: Option<f64>,
     /// Of a token, in steps that read prompts.
     token: Option<f64>,
+    /// Seconds of the last step that read prompts.
+    last_read: f64,
+    /// Seconds of the steps since then, in which all generate.
+    since: f64,
+}
+
+/// Who is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Crowd {
+    /// Sequences that generate.
+    pub(super) generating: u32,
+    /// Sequences that read prompts, or wait for another's.
+    pub(super) reading: u32,
+    /// They take turns, because they are computed by a CPU.
+    pub(super) apart: bool,
 }
 
 impl Pace {
     /// Learns from a step of `tokens` tokens of `sequences` sequences.
     pub(super) fn observe(&mut self, tokens: u32, sequences: u32, elapsed: Duration) {
         let seconds = elapsed.as_secs_f64();
+        if tokens == sequences {
+            self.since += seconds;
+        } else {
+            (self.last_read, self.since) = (seconds, 0.0);
+        }
         let (known, measured) = if tokens == sequences {
             (&mut self.bare, seconds)
         } else if tokens >= GRAIN / 2 {
@@ -135,20 +199,45 @@ impl Pace {
         *known = Some(known.map_or(measured, |known| known + (measured - known) * 0.25));
     }
 
-    /// Tokens in a step in which some generate and others read prompts: a multiple of the grain, from one to the batch.
-    pub(super) fn mixed(&self, batch: u32) -> u32 {
-        let Some(cost) = self.token else { return (2 * GRAIN).min(batch) };
+    /// A step in which all generate and try guesses took so long. It says nothing about one without.
+    pub(super) fn generated(&mut self, elapsed: Duration) {
+        self.since += elapsed.as_secs_f64();
+    }
+
+    /// Whether the last step read prompts.
+    pub(super) fn has_read(&self) -> bool {
+        self.since == 0.0
+    }
+
+    /// Limits of the next step while those of the crowd are there. Its sizes are multiples of the grain, from one to the
+    /// batch.
+    pub(super) fn limits(&self, batch: u32, outputs: u32, crowd: Crowd) -> Limits {
+        let Crowd { generating, reading, apart } = crowd;
         let longest = LONGEST.as_secs_f64();
-        let target = match self.bare {
-            Some(bare) => (bare * STRETCH).min(longest.max(bare * 4.0)),
+        // The more wait for their first token, compared with those who read along, the longer a step may take.
+        let patience = (f64::from(reading) / f64::from(generating.max(1))).max(1.0);
+        let mixed = match self.bare {
+            Some(bare) => (bare * STRETCH * patience).min(longest.max(bare * 4.0)),
             None => longest / 4.0,
         };
-        let grains = target / (cost.max(1e-9) * f64::from(GRAIN));
-        // Two grains are read much faster than twice one.
-        let grains = if (1.3..2.0).contains(&grains) { 2.0 } else { grains.round().max(1.0) };
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and batch")]
-        let tokens = (grains * f64::from(GRAIN)).min(f64::from(batch)) as u32;
-        tokens
+        let tokens = |seconds: f64| {
+            let Some(cost) = self.token else { return (2 * GRAIN).min(batch) };
+            let grains = seconds / (cost.max(1e-9) * f64::from(GRAIN));
+            // Two grains are read much faster than twice one.
+            let grains = if (1.5..2.0).contains(&grains) { 2.0 } else { (grains + 0.2).floor().max(1.0) };
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and batch")]
+            let tokens = (grains * f64::from(GRAIN)).min(f64::from(batch)) as u32;
+            tokens
+        };
+        let mut mixed = tokens(mixed);
+        let mut turn = Turn::All;
+        if apart {
+            // Streams get their part of the time in several steps, so a step for prompts need not be short to be fair.
+            mixed = mixed.max(2 * GRAIN).min(tokens(longest)).min(batch);
+            let is_owed = self.has_read() || self.since * STRETCH * patience < self.last_read;
+            turn = if is_owed { Turn::Generate } else { Turn::Read };
+        }
+        Limits { batch, outputs, mixed, early: tokens(EARLY.as_secs_f64()), turn }
     }
 }
 
@@ -158,7 +247,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { batch: 512, outputs: 8, mixed: 128 };
+    const LIMITS: Limits = Limits { batch: 512, outputs: 8, mixed: 128, early: 512, turn: Turn::All };
 
     /// Name, tokens to compute, and of the step's chunks the lane, the tokens and whether there is an output.
     type Case<'a> = (&'a str, &'a [i32], &'a [(usize, u32, bool)]);
@@ -201,8 +290,55 @@ mod tests {
     }
 
     #[test]
+    fn a_short_prompts_end_comes_early() {
+        let limits = Limits { early: 192, ..LIMITS };
+        let cases: &[Case<'_>] = &[
+            ("alone it is read as ever", &[900], &[(0, 512, false)]),
+            ("of equal ones the first", &[50; 8], &[(0, 50, true), (1, 50, true), (2, 50, true), (3, 42, false)]),
+            ("the oldest has its half", &[5000, 60, 900], &[(0, 96, false), (1, 60, true), (2, 36, false)]),
+            ("not if it takes more", &[5000, 97, 900], &[(0, 256, false), (1, 97, true), (2, 159, false)]),
+            ("nor beside streams", &[1, 900, 30], &[(0, 1, true), (1, 97, false), (2, 30, true)]),
+        ];
+        for (name, todos, expected) in cases {
+            assert_eq!(planned(&lanes(todos), limits), *expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn streams_and_prompts_take_turns() {
+        use Turn::{Generate, Read};
+
+        let plan = |turn, todos: &[i32]| planned(&lanes(todos), Limits { turn, ..LIMITS });
+        let both = [1, 900, 1];
+        assert_eq!(plan(Turn::Generate, &both), [(0, 1, true), (2, 1, true)]);
+        assert_eq!(plan(Turn::Read, &both), [(1, 128, false)]);
+        // A turn that nobody takes is the others'.
+        assert_eq!(plan(Turn::Read, &[1, 1]), [(0, 1, true), (1, 1, true)]);
+        assert_eq!(plan(Turn::Generate, &[900, -1]), [(0, 512, false)]);
+
+        let mut pace = Pace::default();
+        let crowd = Crowd { generating: 2, reading: 1, apart: true };
+        let mut next = |tokens, milliseconds| {
+            pace.observe(tokens, if tokens == 128 { 1 } else { tokens }, Duration::from_millis(milliseconds));
+            pace.limits(512, 8, crowd).turn
+        };
+        // 10 ms that generate for 150 ms that read, 20 ms for 350; one step at least.
+        let turns = [(128, 150), (2, 10), (128, 350), (2, 10), (2, 10), (128, 5), (2, 10)];
+        assert_eq!(
+            turns.map(|(tokens, time)| next(tokens, time)),
+            [Generate, Read, Generate, Generate, Read, Generate, Read]
+        );
+        let turn = |crowd| pace.limits(512, 8, crowd).turn;
+        assert_eq!(turn(Crowd { apart: false, ..crowd }), Turn::All);
+        pace.observe(128, 1, Duration::from_millis(700));
+        pace.observe(1, 1, Duration::from_millis(10));
+        let turn = |reading| pace.limits(512, 8, Crowd { generating: 1, reading, apart: true }).turn;
+        assert_eq!((turn(1), turn(7)), (Generate, Read), "who waits with many others waits less");
+    }
+
+    #[test]
     fn a_small_batch_still_moves() {
-        let small = Limits { batch: 32, outputs: 4, mixed: 32 };
+        let small = Limits { batch: 32, outputs: 4, mixed: 32, early: 32, turn: Turn::All };
         assert_eq!(planned(&lanes(&[100]), small), [(0, 32, false)]);
         // Many streams leave a prompt a grain all the same.
         let many = [vec![1; 100], vec![900]].concat();
@@ -237,35 +373,43 @@ mod tests {
             assert_eq!(found, expected, "{name}");
         }
         let mut step = Vec::new();
-        plan(&[decoding(40), prompt(900)], Limits { batch: 32, outputs: 64, mixed: 32 }, &mut step);
+        plan(&[decoding(40), prompt(900)], Limits { batch: 32, outputs: 64, mixed: 32, ..LIMITS }, &mut step);
         assert_eq!(step.iter().map(|chunk| chunk.count + chunk.draft).collect::<Vec<_>>(), [16, 16], "half the batch");
     }
 
     #[test]
     fn a_step_follows_the_pace() {
+        // Sizes of steps with four streams and one prompt, or with none that generates.
+        let with = |pace: &Pace, batch, generating, reading| {
+            pace.limits(batch, 8, Crowd { generating, reading, apart: false })
+        };
+        let mixed = |pace: &Pace, batch| with(pace, batch, 4, 1).mixed;
+        let early = |pace: &Pace| with(pace, 512, 0, 8).early;
         let mut pace = Pace::default();
-        assert_eq!(pace.mixed(512), 128);
+        assert_eq!((mixed(&pace, 512), early(&pace)), (128, 128));
         pace.observe(8, 1, Duration::from_secs(1));
-        assert_eq!(pace.mixed(512), 128, "few tokens teach nothing");
+        assert_eq!(mixed(&pace, 512), 128, "few tokens teach nothing");
         // As measured: 16 ms bare, 287 ms with 128 tokens of a prompt.
         for _ in 0..20 {
             pace.observe(4, 4, Duration::from_millis(16));
             pace.observe(132, 5, Duration::from_millis(287));
         }
-        assert_eq!(pace.mixed(512), 128);
+        assert_eq!((mixed(&pace, 512), early(&pace)), (128, 128));
+        let crowd = |generating, reading| with(&pace, 512, generating, reading).mixed;
+        assert_eq!((crowd(4, 4), crowd(4, 6), crowd(2, 4), crowd(1, 7)), (128, 192, 192, 192), "up to half a second");
         for _ in 0..50 {
             pace.observe(512, 1, Duration::from_millis(50));
         }
-        assert_eq!(pace.mixed(2048), 2048, "fast: the batch");
-        assert_eq!(pace.mixed(32), 32);
+        assert_eq!((mixed(&pace, 2048), early(&pace)), (2048, 512), "fast: the batch");
+        assert_eq!(mixed(&pace, 32), 32);
         for _ in 0..50 {
             pace.observe(4, 4, Duration::from_secs(1));
             pace.observe(512, 1, Duration::from_secs(20));
         }
-        assert_eq!(pace.mixed(512), 128, "slow: four bare steps");
+        assert_eq!(mixed(&pace, 512), 128, "slow: four bare steps");
         let mut slow = Pace::default();
         slow.observe(64, 2, Duration::from_secs(10));
-        assert_eq!(slow.mixed(512), 64, "one grain at least");
+        assert_eq!(mixed(&slow, 512), 64, "one grain at least");
     }
 
     /// A lane; its piece ends at `border` if that is not beyond it.
@@ -279,15 +423,19 @@ mod tests {
         })
     }
 
+    fn turn() -> impl Strategy<Value = Turn> {
+        proptest::sample::select(vec![Turn::All, Turn::Generate, Turn::Read])
+    }
+
     proptest! {
         /// What llama.cpp would answer with an abort never comes: too large a batch, too many outputs, an output that
         /// is none, a sequence twice.
         #[test]
         fn a_step_is_always_valid(
             lanes in proptest::collection::vec(lane(), 0..40),
-            batch in 40u32..600, outputs in 1u32..40, mixed in 1u32..600,
+            batch in 40u32..600, outputs in 1u32..40, mixed in 1u32..600, early in 1u32..600, turn in turn(),
         ) {
-            let limits = Limits { batch, outputs, mixed };
+            let limits = Limits { batch, outputs, mixed, early, turn };
             let mut step = Vec::new();
             plan(&lanes, limits, &mut step);
             prop_assert!(step.iter().map(|chunk| chunk.count + chunk.draft).sum::<u32>() <= batch);
@@ -306,7 +454,8 @@ mod tests {
         /// Every prompt is read in the end, whatever else there is, and no room is wasted.
         #[test]
         fn nobody_starves(
-            todos in proptest::collection::vec(2u32..3000, 1..12), streams in 0usize..6, mixed in 64u32..512, draft in 0u32..65,
+            todos in proptest::collection::vec(2u32..3000, 1..12), streams in 0usize..6, draft in 0u32..65,
+            mixed in 64u32..512, early in 64u32..512, apart in proptest::bool::ANY,
         ) {
             let mut lanes = lanes(&vec![1; streams]);
             for lane in &mut lanes {
@@ -316,9 +465,14 @@ mod tests {
             let total: u32 = todos.iter().sum();
             let mut step = Vec::new();
             let mut left = todos.len();
-            for turn in 0.. {
-                prop_assert!(turn <= total.div_ceil(GRAIN - 1) + 32, "{:?}", lanes);
-                plan(&lanes, Limits { batch: 512, outputs: 32, mixed }, &mut step);
+            for count in 0.. {
+                prop_assert!(count / 2 <= total.div_ceil(GRAIN - 1) + 32, "{:?}", lanes);
+                let turn = match (apart, count % 2) {
+                    (false, _) => Turn::All,
+                    (true, 0) => Turn::Generate,
+                    (true, _) => Turn::Read,
+                };
+                plan(&lanes, Limits { batch: 512, outputs: 32, mixed, early, turn }, &mut step);
                 for chunk in step.iter().filter(|chunk| chunk.lane >= streams) {
                     let lane = &mut lanes[chunk.lane];
                     lane.todo -= chunk.count;

@@ -161,7 +161,8 @@ impl Simulation {
                 Lane { todo, piece: todo, parked: false, draft: 0 }
             };
             let lanes: Vec<_> = self.running.iter().map(lane).collect();
-            let limits = schedule::Limits { batch: 512, outputs: 64, mixed: 128 };
+            let limits =
+                schedule::Limits { batch: 512, outputs: 64, mixed: 128, early: 192, turn: schedule::Turn::All };
             schedule::plan(&lanes, limits, &mut step);
             let tokens: u32 = step.iter().map(|chunk| chunk.count).sum();
             if self.pool.used() + tokens <= self.cells {

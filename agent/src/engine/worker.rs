@@ -18,7 +18,7 @@ use super::load::{Loaded, Plan};
 use super::mailbox::{Mailbox, Phase};
 use super::prefix::Serial;
 use super::request::FinishReason;
-use super::schedule::{self, Chunk, Lane, Pace};
+use super::schedule::{self, Chunk, Crowd, Lane, Limits, Pace};
 use super::sequence::{Sequence, give_up};
 use super::shared::Shared;
 use super::sizing::Needs;
@@ -217,12 +217,21 @@ impl Worker {
             parked: !sequence.is_ready() || sequence.adapter != turn || sequence.picture().is_some(),
             draft: count(sequence.speculation.draft.len()),
         }));
-        let batch = self.executor.batch_tokens();
-        let limits = schedule::Limits { batch, outputs: self.plan.outputs, mixed: self.pace.mixed(batch) };
+        let limits = self.limits();
         schedule::plan(&self.lanes, limits, &mut self.step);
         // llama.cpp computes neighbouring ids together.
         let running = &self.running;
         self.step.sort_by_key(|chunk| running[chunk.lane].cells);
+    }
+
+    /// Of a step with the lanes that there are.
+    fn limits(&self) -> Limits {
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let generating = self.lanes.iter().filter(|lane| lane.todo == 1 && !lane.parked).count();
+        let reading = self.running.iter().filter(|sequence| sequence.todo() > 1 && !sequence.is_parked()).count();
+        let apart = self.plan.layers_offloaded == 0;
+        let crowd = Crowd { generating: count(generating), reading: count(reading), apart };
+        self.pace.limits(self.executor.batch_tokens(), self.plan.outputs, crowd)
     }
 
     /// `begun`: when the guesses for it were begun.

@@ -208,8 +208,9 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
     })?;
     // Set once, here.
     let _ = loaded.set(engine.clone());
+    // One thread moves tokens: of two, each wakes the other for every token, and the model computes on the same cores.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(1)
         .enable_all()
         .build()
         .map_err(ChildError::System)?;

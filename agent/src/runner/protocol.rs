@@ -50,6 +50,13 @@ pub struct RunnerConfig {
     pub threads: u32,
 }
 
+impl RunnerConfig {
+    /// Whether any layer may be on a GPU.
+    pub(crate) fn uses_gpu(&self) -> bool {
+        self.gpu_layers != Some(0) && self.devices.iter().any(|device| device != "CPU")
+    }
+}
+
 /// A LoRA adapter's file.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", default)]

@@ -20,6 +20,27 @@ void fill(std::vector<llama_token_data> & candidates, const float * logits, int3
     }
 }
 
+// The first of the largest. Lanes that do not depend on each other, so that the compiler makes one instruction of them: a
+// tenth of a millisecond for a large vocabulary otherwise, while all cores wait.
+llama_token most_probable(const float * logits, int32_t size) {
+    constexpr int32_t width = 32;
+    float best[width];
+    std::fill_n(best, width, -INFINITY);
+    const int32_t whole = size - size % width;
+    for (int32_t start = 0; start < whole; start += width) {
+        for (int32_t lane = 0; lane < width; ++lane) {
+            const float logit = logits[start + lane];
+            best[lane] = logit > best[lane] ? logit : best[lane];
+        }
+    }
+    float largest = *std::max_element(best, best + width);
+    for (int32_t token = whole; token < size; ++token) {
+        largest = logits[token] > largest ? logits[token] : largest;
+    }
+    const float * found = std::find(logits, logits + size, largest);
+    return static_cast<llama_token>(found == logits + size ? 0 : found - logits);
+}
+
 } // namespace
 
 extern "C" {
@@ -33,7 +54,7 @@ int32_t altiplano_pick(llama_sampler * chain, llama_context * context, int32_t r
         }
         const int32_t size = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(context)));
         if (chain == nullptr && allowed == nullptr) {
-            return static_cast<int32_t>(std::max_element(logits, logits + size) - logits);
+            return most_probable(logits, size);
         }
         // One for the thread, not for the sequence: 12 bytes for each token of the vocabulary.
         static thread_local std::vector<llama_token_data> candidates;

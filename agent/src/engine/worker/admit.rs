@@ -160,7 +160,7 @@ impl Worker {
             let leader = self.running.iter().find(|other| other.serial == follow.leader && other.cells.is_some());
             // One that does not read any more and has not come so far will not.
             let resident = leader.filter(|other| other.is_reading() || other.resident >= follow.length);
-            let patience = follow.look(resident.map(|other| other.resident));
+            let patience = follow.look(resident.map(|other| other.resident), self.pace.has_read());
             self.running[index].follow = Some(follow);
             if patience == Patience::Wait {
                 continue;

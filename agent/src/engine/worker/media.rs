@@ -59,7 +59,7 @@ impl Worker {
         let batch = self.executor.batch_tokens() as usize;
         let count = match (piece.non_causal, beside) {
             (true, _) => left,
-            (false, true) => left.min(self.pace.mixed(self.executor.batch_tokens()) as usize),
+            (false, true) => left.min(self.limits().mixed as usize),
             (false, false) => left.min(batch),
         };
         let cells = u32::try_from(count).unwrap_or(u32::MAX);

@@ -74,7 +74,7 @@ impl Worker {
             })
             .collect();
         // What it has not read yet of a prompt it reads in pieces, as the model does beside streams.
-        let piece = self.pace.mixed(self.executor.batch_tokens());
+        let piece = self.limits().mixed;
         self.executor.draft(&mut work, piece, settings.min_probability);
         let drafts: Vec<_> = work.into_iter().map(|wish| (wish.lane, wish.draft)).collect();
         for (lane, draft) in drafts {
@@ -101,6 +101,8 @@ impl Worker {
         let elapsed = now - if guessed == 0 { started } else { begun };
         if guessed == 0 {
             self.pace.observe(tokens, u32::try_from(sequences).unwrap_or(u32::MAX), elapsed);
+        } else if tokens as usize == sequences + guessed as usize {
+            self.pace.generated(elapsed);
         }
         if self.plan.speculative.is_some() {
             for chunk in self.step.iter().filter(|chunk| chunk.output && chunk.draft == 0) {

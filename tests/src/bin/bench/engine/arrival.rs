@@ -1,7 +1,7 @@
 //! Four streams run, and a long prompt arrives.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use altiplano_tests::report::Row;
@@ -15,7 +15,7 @@ const STREAMS: usize = 4;
 const PROMPT: usize = 8192;
 /// Tokens of each stream before the prompt arrives.
 const BEFORE: usize = 24;
-/// Tokens of each stream: more than fit into the time that the prompt takes.
+/// Tokens of each stream: more than fit into the time that the prompt takes. It is hung up on when the prompt is read.
 const LENGTH: u32 = 1500;
 
 pub(super) async fn long_prompt(model: &Model) -> Result<Vec<Row>> {
@@ -63,12 +63,13 @@ struct Watched {
 async fn watch(model: &Model, server: &Server, round: u64) -> Result<Watched> {
     let slowest = AtomicUsize::new(0);
     let said: Vec<AtomicUsize> = (0..STREAMS).map(|_| AtomicUsize::new(0)).collect();
+    let is_read = AtomicBool::new(false);
     let stream = async |n: usize| {
         let prompt = random_tokens(50 + 10 * round + n as u64, 64, model.vocabulary);
         ask_telling(server, &Question { prompt, generate: LENGTH }, |count| {
             said[n].store(count, Ordering::Relaxed);
             slowest.store(said.iter().map(|said| said.load(Ordering::Relaxed)).min().unwrap_or(0), Ordering::Relaxed);
-            ControlFlow::Continue(())
+            if is_read.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
         .await
     };
@@ -77,7 +78,9 @@ async fn watch(model: &Model, server: &Server, round: u64) -> Result<Watched> {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         let prompt = random_tokens(5000 + round, PROMPT, model.vocabulary);
-        ask(server, &Question { prompt, generate: 2 }).await
+        let answer = ask(server, &Question { prompt, generate: 2 }).await;
+        is_read.store(true, Ordering::Relaxed);
+        answer
     };
     let streams = futures::future::try_join_all((0..STREAMS).map(stream));
     let (streams, long) = futures::future::try_join(streams, arrives).await?;

@@ -36,7 +36,7 @@ pub(super) async fn one_client(model: &Model) -> Result<Vec<Row>> {
 
 /// Four, eight and sixteen at once: short prompts of one length, and long ones that differ.
 pub(super) async fn many_clients(model: &Model) -> Result<Vec<Row>> {
-    const LONGEST: usize = 768;
+    const LONGEST: usize = 512;
     const GENERATE: u32 = 64;
     let mut rows = Vec::new();
     for clients in [4, 8, 16] {
