@@ -67,7 +67,8 @@ pub(crate) async fn ours(model: &Model, context: &str) -> Result<Server> {
         format!(
             "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
              spec:\n  model: {{source: {{uri: 'file://{}'}}}}\n  context: {context}\n  engine: {{gpu: Never}}\n\
-             \x20 unload: {{policy: Never}}\n",
+             \x20 unload: {{policy: Never}}\n\
+             \x20 traffic: {{requestTimeoutSeconds: 3600}}\n",
             path.display()
         ),
     )?;
