@@ -190,7 +190,8 @@ async fn a_worker_serves_until_it_is_told_to_end() {
     while seen.last() != Some(&0) {
         match worker.event() {
             Some(RunnerEvent::Activity { running, waiting }) => seen.push(running + waiting),
-            Some(RunnerEvent::Changed(_)) => {}
+            // Nobody answers whether it may grow, which counts as a no.
+            Some(RunnerEvent::Changed(_) | RunnerEvent::Growth { .. }) => {}
             other => panic!("{other:?} after {seen:?}"),
         }
     }
@@ -199,10 +200,13 @@ async fn a_worker_serves_until_it_is_told_to_end() {
     // A request that runs when the signal comes still gets its whole answer.
     let socket = config.socket.clone();
     let long = tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::LONG_QUESTION)).await });
-    assert!(matches!(
-        worker.event(),
-        Some(RunnerEvent::Activity { running: 1, .. } | RunnerEvent::Activity { waiting: 1, .. })
-    ));
+    let began = loop {
+        match worker.event() {
+            Some(RunnerEvent::Growth { .. }) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(began, Some(RunnerEvent::Activity { running: 1, .. } | RunnerEvent::Activity { waiting: 1, .. })));
     worker.signal(rustix::process::Signal::TERM);
     let (status, body) = long.await.expect("an answer");
     assert_eq!((status, &body["choices"][0]["finish_reason"]), (200, &json!("stop")), "{body}");
