@@ -197,6 +197,9 @@ async fn what_fits_nowhere_is_told_with_the_numbers() -> Result<()> {
         "context: {sizing: Fixed, maxTokens: 16777216, parallel: 128, rope: {scaling: Yarn, factor: 64}}",
     ))?;
     told(&world, "giant", reasons::INSUFFICIENT_MEMORY, &[&world.node(0)]).await?;
+    // More positions than the model was trained with, and no word on how to stretch them.
+    world.apply(&world.toy("stretched", "context: {maxTokens: 100000}"))?;
+    told(&world, "stretched", reasons::UNSUPPORTED_SPEC, &["100000", "context.rope"]).await?;
     // A GPU that is not there.
     world.apply(&world.toy("gpu", "engine: {gpu: Required}"))?;
     world
@@ -210,7 +213,7 @@ async fn what_fits_nowhere_is_told_with_the_numbers() -> Result<()> {
     world.cluster.kubectl(&["label", "node", &world.node(0), "no-such=label"])?;
     world.wait_for_ready("elsewhere", "1/1").await?;
     world.wait_for_ready("good", "1/1").await?;
-    for name in ["elsewhere", "giant", "gpu", "good"] {
+    for name in ["elsewhere", "giant", "stretched", "gpu", "good"] {
         world.delete(name).await?;
     }
     Ok(())
