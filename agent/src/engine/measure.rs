@@ -76,7 +76,7 @@ pub(super) fn resizes(config: &RunnerConfig) -> Result<ResizeReport, EngineError
         expect(executor.resize(to), "growing")?;
         let ours = started.elapsed();
         expect(executor.resize(from), "shrinking")?;
-        let (done, ready) = mpsc::channel();
+        let (done, ready) = mpsc::sync_channel(1);
         let begun = executor.prepare(to, move || {
             let _ = done.send(());
         });

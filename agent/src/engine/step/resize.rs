@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(moved.executor.resize(1024), Resized::Moved);
         assert!(moved.executor.staging_bytes() > 10_000);
         said.extend(moved.steps(10));
-        let (done, ready) = mpsc::channel();
+        let (done, ready) = mpsc::sync_channel(1);
         assert!(moved.executor.prepare(1536, move || done.send(()).expect("the test waits")));
         assert!(!moved.executor.prepare(2048, || {}), "one at a time");
         said.extend(moved.steps(10));
