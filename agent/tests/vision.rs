@@ -100,6 +100,23 @@ async fn ask(engine: &Engine, request: &GenerateRequest) -> (Top, Usage) {
     read(engine.submit(request.clone()).unwrap()).await
 }
 
+/// What each request finds alone, with nothing to reuse, and what all find at once, generating `tokens` each.
+async fn alone_and_together(
+    engine: &Engine,
+    requests: &[GenerateRequest],
+    tokens: u32,
+) -> (Vec<Top>, Vec<(Top, Usage)>) {
+    let mut alone = Vec::new();
+    for request in requests {
+        alone.push(ask(engine, &GenerateRequest { cache_prompt: false, ..request.clone() }).await.0);
+    }
+    let streams: Vec<_> = requests
+        .iter()
+        .map(|request| engine.submit(GenerateRequest { max_tokens: Some(tokens), ..request.clone() }).unwrap())
+        .collect();
+    (alone, futures::future::join_all(streams.into_iter().map(read)).await)
+}
+
 /// The greatest difference among the most probable tokens; one that the other does not have counts as its least.
 fn distance(left: &Top, right: &Top) -> f32 {
     distance_down_to(5.0, left, right)
@@ -192,15 +209,7 @@ async fn images_in_company() {
                 prompt(&engine, &[LONG, &end], &images[number % 3..=number % 3])
             })
             .collect();
-        let mut alone = Vec::new();
-        for request in &requests {
-            alone.push(ask(&engine, &GenerateRequest { cache_prompt: false, ..request.clone() }).await.0);
-        }
-        let streams: Vec<_> = requests
-            .iter()
-            .map(|request| engine.submit(GenerateRequest { max_tokens: Some(20), ..request.clone() }).unwrap())
-            .collect();
-        let found = futures::future::join_all(streams.into_iter().map(read)).await;
+        let (alone, found) = alone_and_together(&engine, &requests, 20).await;
         for (number, ((found, usage), alone)) in found.iter().zip(&alone).enumerate() {
             assert!(distance(alone, found) < NEAR, "{kind:?} {number}: {alone:?} {found:?} {usage:?}");
         }
@@ -284,18 +293,10 @@ async fn room_for_images_is_made_and_found() {
             .map(|image| prompt(&engine, &[LONG, "Why?"], std::slice::from_ref(image)))
             .map(|request| GenerateRequest { ignore_eos: true, ..request })
             .collect();
-        let mut alone = Vec::new();
-        for request in &requests {
-            alone.push(ask(&engine, &GenerateRequest { cache_prompt: false, ..request.clone() }).await.0);
-        }
-        let streams: Vec<_> = requests
-            .iter()
-            .map(|request| engine.submit(GenerateRequest { max_tokens: Some(250), ..request.clone() }).unwrap())
-            .collect();
-        for (stream, alone) in streams.into_iter().zip(&alone) {
-            let (found, usage) = read(stream).await;
+        let (alone, found) = alone_and_together(&engine, &requests, 250).await;
+        for ((found, usage), alone) in found.iter().zip(&alone) {
             assert_eq!(usage.completion_tokens, 250);
-            assert!(distance(alone, &found) < NEAR, "{kind:?}: {alone:?} {found:?}");
+            assert!(distance(alone, found) < NEAR, "{kind:?}: {alone:?} {found:?}");
         }
         assert!(engine.stats().resizes > 0, "{:?}", engine.stats());
         engine.shutdown(Instant::now());
