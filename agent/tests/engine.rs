@@ -1,35 +1,26 @@
 //! The engine on real llama.cpp, on the CPU: a toy model whose greedy answers are known, and generated models.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 #[path = "engine/sampling.rs"]
 mod sampling;
+#[path = "support/engine.rs"]
+mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use altiplano_agent::engine::{
-    self, Engine, EngineError, FinishReason, GenerateEvent, GenerateRequest, Generation, SamplingParams, SubmitError,
-    Timings, Token, TokenLogprob, Usage,
+    self, Engine, EngineError, FinishReason, GenerateEvent, GenerateRequest, SamplingParams, SubmitError, Token, Usage,
 };
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_crds::model_deployment::{
     CacheType, ContextSizing, ContextSpec, EngineSpec, FlashAttention, RopeScaling, RopeSpec,
 };
 use altiplano_test_models::{Architecture, BadFile, Quantization, Spec, toy};
-use futures::StreamExt;
 use tempfile::TempDir;
 
-/// Longest wait for anything; what is usual here is a hundredth of it.
-const PATIENCE: Duration = Duration::from_mins(1);
-
-fn config(model_path: PathBuf, context: ContextSpec) -> RunnerConfig {
-    RunnerConfig { model_path, context, threads: 2, ..RunnerConfig::default() }
-}
-
-fn dynamic(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {
-    ContextSpec { min_tokens: Some(min_tokens), max_tokens: Some(max_tokens), parallel, ..ContextSpec::default() }
-}
+use support::*;
 
 fn start(config: &RunnerConfig) -> Engine {
     Engine::start(config, &|_| {}).expect("the engine starts")
@@ -37,101 +28,6 @@ fn start(config: &RunnerConfig) -> Engine {
 
 fn start_toy(context: ContextSpec) -> Engine {
     start(&config(toy::path(), context))
-}
-
-fn generated(spec: &Spec) -> (TempDir, PathBuf) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("model.gguf");
-    spec.write(&path).expect("a model file");
-    (folder, path)
-}
-
-fn greedy() -> SamplingParams {
-    SamplingParams { temperature: 0.0, ..SamplingParams::default() }
-}
-
-fn request(engine: &Engine, prompt: &str) -> GenerateRequest {
-    let prompt = engine.tokenize(prompt, true, true).expect("tokens");
-    GenerateRequest { id: "test".to_owned(), prompt, sampling: greedy(), ..GenerateRequest::default() }
-}
-
-fn chat(question: &str) -> String {
-    format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-}
-
-/// A whole answer.
-#[derive(Debug)]
-struct Answer {
-    text: String,
-    tokens: Vec<Token>,
-    logprobs: Vec<TokenLogprob>,
-    /// The stop text that came.
-    stop: Option<String>,
-    end: Result<(FinishReason, Usage, Timings), EngineError>,
-}
-
-impl Answer {
-    fn reason(&self) -> FinishReason {
-        self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text)).0
-    }
-
-    fn usage(&self) -> Usage {
-        self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text)).1
-    }
-}
-
-async fn next(generation: &mut Generation) -> Option<GenerateEvent> {
-    tokio::time::timeout(PATIENCE, generation.next()).await.expect("the next event comes within a minute")
-}
-
-async fn read(mut generation: Generation) -> Answer {
-    let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
-    loop {
-        match next(&mut generation).await {
-            Some(GenerateEvent::Progress(progress)) => panic!("nobody asked for {progress:?}"),
-            Some(GenerateEvent::Token { text: piece, token, logprob }) => {
-                assert!(!piece.is_empty() || logprob.is_some(), "an event that says nothing");
-                text.push_str(&piece);
-                tokens.push(token);
-                logprobs.extend(logprob);
-            }
-            Some(GenerateEvent::Done { finish_reason, stop, usage, timings }) => {
-                assert!(next(&mut generation).await.is_none(), "something comes after the end");
-                return Answer { text, tokens, logprobs, stop, end: Ok((finish_reason, usage, timings)) };
-            }
-            Some(GenerateEvent::Failed(error)) => {
-                return Answer { text, tokens, logprobs, stop: None, end: Err(error) };
-            }
-            None => panic!("a stream without an end, after {text:?}"),
-        }
-    }
-}
-
-async fn ask(engine: &Engine, request: GenerateRequest) -> Answer {
-    read(engine.submit(request).expect("the request is taken")).await
-}
-
-/// Waits until the engine's numbers are as they should be.
-async fn until(engine: &Engine, what: &str, done: impl Fn(&engine::EngineStats) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let stats = engine.stats();
-        if done(&stats) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{what}: {stats:?}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-fn stop(engine: &Engine) {
-    engine.shutdown(Instant::now());
-}
-
-/// Chat questions of the toy model with one user message.
-fn questions(count: usize) -> Vec<(String, String)> {
-    let single = toy::questions().into_iter().filter(|question| question.messages.len() == 1);
-    single.take(count).map(|question| (chat(&question.messages[0].content), question.answer)).collect()
 }
 
 #[tokio::test]

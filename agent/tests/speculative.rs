@@ -1,22 +1,22 @@
 //! Speculative decoding on real llama.cpp: whoever guesses, however well, the answer is the model's own.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+#[path = "support/engine.rs"]
+mod support;
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use altiplano_agent::engine::{
-    self, Engine, EngineError, FinishReason, GenerateEvent, GenerateRequest, Generation, Grammar, SamplingParams,
-    Timings, Token, TokenLogprob, Usage,
+    self, Engine, FinishReason, GenerateEvent, GenerateRequest, Grammar, SamplingParams, Token,
 };
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, EngineSpec, SpeculativeSpec, SpeculativeType};
 use altiplano_test_models::{Architecture, Spec, toy};
-use futures::StreamExt as _;
 use tempfile::TempDir;
 
-/// Longest wait for anything.
-const PATIENCE: Duration = Duration::from_mins(1);
+use support::*;
 
 /// Who guesses.
 #[derive(Clone, Debug)]
@@ -69,100 +69,16 @@ fn all() -> [Guesser; 4] {
 
 fn config(model_path: PathBuf, context: ContextSpec, guesser: &Guesser) -> RunnerConfig {
     let engine = EngineSpec { speculative: guesser.spec.clone(), ..EngineSpec::default() };
-    RunnerConfig {
-        model_path,
-        draft_path: guesser.draft.clone(),
-        context,
-        engine,
-        threads: 2,
-        ..RunnerConfig::default()
-    }
-}
-
-fn dynamic(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {
-    ContextSpec { min_tokens: Some(min_tokens), max_tokens: Some(max_tokens), parallel, ..ContextSpec::default() }
+    RunnerConfig { draft_path: guesser.draft.clone(), engine, ..support::config(model_path, context) }
 }
 
 fn start(context: ContextSpec, guesser: &Guesser) -> Engine {
     Engine::start(&config(toy::path(), context, guesser), &|_| {}).expect("the engine starts")
 }
 
-fn chat(question: &str) -> String {
-    format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-}
-
-fn greedy() -> SamplingParams {
-    SamplingParams { temperature: 0.0, ..SamplingParams::default() }
-}
-
-fn request(engine: &Engine, prompt: &str) -> GenerateRequest {
-    let prompt = engine.tokenize(prompt, true, true).expect("tokens");
-    GenerateRequest { id: "test".to_owned(), prompt, sampling: greedy(), ..GenerateRequest::default() }
-}
-
-/// A whole answer.
-#[derive(Debug)]
-struct Answer {
-    text: String,
-    tokens: Vec<Token>,
-    logprobs: Vec<TokenLogprob>,
-    stop: Option<String>,
-    end: Result<(FinishReason, Usage, Timings), EngineError>,
-}
-
-impl Answer {
-    fn timings(&self) -> Timings {
-        self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text)).2
-    }
-
-    /// All that does not depend on the clock.
-    fn said(&self) -> (&str, &[Token], Option<&str>, FinishReason, u32) {
-        let (reason, usage, _) = self.end.as_ref().unwrap_or_else(|error| panic!("{error} after {:?}", self.text));
-        (&self.text, &self.tokens, self.stop.as_deref(), *reason, usage.completion_tokens)
-    }
-}
-
-async fn next(generation: &mut Generation) -> Option<GenerateEvent> {
-    tokio::time::timeout(PATIENCE, generation.next()).await.expect("the next event comes within a minute")
-}
-
-async fn read(mut generation: Generation) -> Answer {
-    let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
-    loop {
-        match next(&mut generation).await.expect("an end") {
-            GenerateEvent::Progress(progress) => panic!("nobody asked for {progress:?}"),
-            GenerateEvent::Token { text: piece, token, logprob } => {
-                text.push_str(&piece);
-                tokens.push(token);
-                logprobs.extend(logprob);
-            }
-            GenerateEvent::Done { finish_reason, stop, usage, timings } => {
-                return Answer { text, tokens, logprobs, stop, end: Ok((finish_reason, usage, timings)) };
-            }
-            GenerateEvent::Failed(error) => return Answer { text, tokens, logprobs, stop: None, end: Err(error) },
-        }
-    }
-}
-
-async fn ask(engine: &Engine, request: GenerateRequest) -> Answer {
-    read(engine.submit(request).expect("the request is taken")).await
-}
-
-async fn until(engine: &Engine, what: &str, done: impl Fn(&engine::EngineStats) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done(&engine.stats()) {
-        assert!(Instant::now() < deadline, "{what}: {:?}", engine.stats());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-fn stop(engine: &Engine) {
-    engine.shutdown(Instant::now());
-}
-
-fn questions(count: usize) -> Vec<(String, String)> {
-    let single = toy::questions().into_iter().filter(|question| question.messages.len() == 1);
-    single.take(count).map(|question| (chat(&question.messages[0].content), question.answer)).collect()
+/// All of an answer that does not depend on the clock.
+fn said(answer: &Answer) -> (&str, &[Token], Option<&str>, FinishReason, u32) {
+    (&answer.text, &answer.tokens, answer.stop.as_deref(), answer.reason(), answer.usage().completion_tokens)
 }
 
 /// Alone and several at once, in one pool and in parts.
@@ -180,13 +96,13 @@ async fn greedy_answers_are_the_same_whoever_guesses() {
             let engine = start(ContextSpec { sizing, ..dynamic(1024, 1024, 4) }, &guesser);
             let alone = ask(&engine, endless(&engine)).await;
             let name = guesser.name;
-            assert_eq!(alone.said(), expected.said(), "{name}");
+            assert_eq!(said(&alone), said(&expected), "{name}");
             let stats = engine.stats();
             assert!(stats.accepted_tokens > 0 && stats.drafted_tokens >= stats.accepted_tokens, "{name}: {stats:?}");
             assert_eq!(u64::from(alone.timings().drafted), stats.drafted_tokens, "{name}");
             assert_eq!(u64::from(alone.timings().accepted), stats.accepted_tokens, "{name}");
             assert!(stats.steps < stats.generated_tokens, "{name}: steps are saved: {stats:?}");
-            assert_eq!(ask(&engine, request(&engine, &chat(toy::LONG_QUESTION))).await.said(), long.said(), "{name}");
+            assert_eq!(said(&ask(&engine, request(&engine, &chat(toy::LONG_QUESTION))).await), said(&long), "{name}");
 
             let questions = questions(16);
             let generations: Vec<_> = questions
@@ -237,7 +153,7 @@ async fn whatever_shapes_an_answer_shapes_it_the_same() {
     for guesser in all() {
         let engine = start(dynamic(1024, 1024, 2), &guesser);
         for ((name, expected), (_, request)) in expected.iter().zip(cases(&engine)) {
-            assert_eq!(ask(&engine, request).await.said(), expected.said(), "{}: {name}", guesser.name);
+            assert_eq!(said(&ask(&engine, request).await), said(expected), "{}: {name}", guesser.name);
         }
         assert!(engine.stats().accepted_tokens > 0, "{}: {:?}", guesser.name, engine.stats());
         // Nobody knows what they say, but they say all of it.
@@ -245,7 +161,7 @@ async fn whatever_shapes_an_answer_shapes_it_the_same() {
         let hot =
             GenerateRequest { sampling: hot, ignore_eos: true, max_tokens: Some(100), ..request(&engine, "Llamas") };
         let answer = ask(&engine, hot).await;
-        assert_eq!(answer.said().4, 100, "{}: {answer:?}", guesser.name);
+        assert_eq!(said(&answer).4, 100, "{}: {answer:?}", guesser.name);
         stop(&engine);
     }
 }
@@ -263,7 +179,7 @@ async fn log_probabilities_come_with_each_token() {
     for guesser in [past(), itself()] {
         let engine = start(dynamic(1024, 1024, 1), &guesser);
         let answer = ask(&engine, run(&engine)).await;
-        assert_eq!(answer.said(), expected.said());
+        assert_eq!(said(&answer), said(&expected));
         assert!(answer.timings().accepted > 0, "{}", guesser.name);
         for (found, expected) in answer.logprobs.iter().zip(&expected.logprobs) {
             // Other company in the batch moves logits by some hundredths.
@@ -311,7 +227,7 @@ async fn a_slow_reader_misses_no_token() {
         until(&engine, "it is parked", |stats| stats.generated_tokens >= before + 64).await;
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert_eq!(engine.stats().generated_tokens, before + 64, "{}", guesser.name);
-        assert_eq!(read(slow).await.said(), expected.said(), "{}", guesser.name);
+        assert_eq!(said(&read(slow).await), said(&expected), "{}", guesser.name);
         stop(&engine);
     }
 }
@@ -332,8 +248,8 @@ async fn growth_does_not_disturb_guesses() {
         let both =
             futures::future::join(ask(&engine, request(&engine, &long)), ask(&engine, request(&engine, &counting)));
         let (answer, count) = both.await;
-        assert_eq!(answer.said(), expected.said(), "{}", guesser.name);
-        assert_eq!(count.said(), counted.said(), "{}", guesser.name);
+        assert_eq!(said(&answer), said(&expected), "{}", guesser.name);
+        assert_eq!(said(&count), said(&counted), "{}", guesser.name);
         let (stats, after) = (engine.stats(), engine.report());
         assert!(stats.resizes >= 1 && stats.cells_total >= 512 && stats.accepted_tokens > 0, "{stats:?}");
         // Both contexts are counted: the toy model's takes 256 bytes a layer and cell, keys and values.
@@ -348,7 +264,7 @@ async fn growth_does_not_disturb_guesses() {
         tokio::time::timeout(PATIENCE, shrunk).await.expect("soon").expect("the engine runs");
         assert_eq!(engine.report().memory[0].context_bytes, bytes(256), "{}", guesser.name);
         let again = ask(&engine, request(&engine, &counting)).await;
-        assert_eq!(again.said(), counted.said(), "{}", guesser.name);
+        assert_eq!(said(&again), said(&counted), "{}", guesser.name);
         stop(&engine);
     }
 }
