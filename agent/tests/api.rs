@@ -649,6 +649,8 @@ async fn an_answer_has_the_form_that_was_asked_for() {
     assert!(!never["text"].as_str().unwrap().contains(" plain") && never["logprobs"].is_object(), "{never}");
 }
 
+#[path = "api/borders.rs"]
+mod borders;
 #[path = "api/native.rs"]
 mod native;
 #[path = "api/ollama.rs"]

@@ -15,7 +15,7 @@ use altiplano_agent::engine::{
 };
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, EngineSpec};
-use altiplano_test_models::{Spec, toy};
+use altiplano_test_models::{Architecture, Spec, toy};
 use futures::StreamExt;
 use tempfile::TempDir;
 
@@ -168,12 +168,25 @@ async fn an_equal_schedule_gives_equal_bits() {
 #[tokio::test]
 async fn company_chunks_layout_and_reuse_stay_within_llama_servers_own_bound() {
     let (_folder, model) = random_model();
+    stays_within_the_bound(&model).await;
+}
+
+/// Of every other layer a state that every token changes instead of keys and values.
+#[tokio::test]
+async fn a_hybrid_stays_within_the_same_bound() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("hybrid.gguf");
+    Spec { architecture: Architecture::Qwen35, ..Spec::compared() }.write(&path).expect("a model file");
+    stays_within_the_bound(&path).await;
+}
+
+async fn stays_within_the_bound(model: &Path) {
     let text = text(2, 400);
-    let engine = start(&model);
+    let engine = start(model);
     let reference = alone(&engine, &text).await;
 
     // Beside three others that generate and are read at the same time.
-    let engine = start(&model);
+    let engine = start(model);
     let mut together = Vec::new();
     for cuts in CUTS.chunks(2) {
         let others: Vec<_> = (0..2)
@@ -187,7 +200,7 @@ async fn company_chunks_layout_and_reuse_stay_within_llama_servers_own_bound() {
     agree("beside others", &reference, &together);
 
     // A beginning that was read for somebody else.
-    let engine = start(&model);
+    let engine = start(model);
     let mut reused = Vec::new();
     for cut in CUTS {
         let prompt = prompt(&text, cut);
@@ -201,11 +214,11 @@ async fn company_chunks_layout_and_reuse_stay_within_llama_servers_own_bound() {
 
     for tokens in [32, 96] {
         let chunks = EngineSpec { batch_tokens: Some(tokens), micro_batch_tokens: Some(32), ..EngineSpec::default() };
-        let engine = start_with(&model, dynamic(), chunks);
+        let engine = start_with(model, dynamic(), chunks);
         agree(&format!("chunks of {tokens}"), &reference, &alone(&engine, &text).await);
     }
     let fixed = ContextSpec { sizing: ContextSizing::Fixed, ..dynamic() };
-    agree("fixed", &reference, &alone(&start_with(&model, fixed, EngineSpec::default()), &text).await);
+    agree("fixed", &reference, &alone(&start_with(model, fixed, EngineSpec::default()), &text).await);
 }
 
 /// What one client says reaches nobody else, neither what is kept of it nor what runs beside it.

@@ -153,6 +153,7 @@ impl Params {
                     deadline: Some(visit.queue_deadline),
                     cache: cache.clone(),
                     cache_prompt: *cache_prompt,
+                    borders: Vec::new(),
                     aim_tokens: *aim_tokens,
                     progress: (*return_progress || *timings_per_token) && *stream,
                     every_token: false,

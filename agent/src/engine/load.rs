@@ -134,9 +134,14 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     let facts = facts(config, &model, plan.limits.max_tokens);
     let names = config.adapters.iter().map(|adapter| adapter.name.clone());
     let sees = projector.as_ref().is_some_and(Projector::sees).then_some(Ability::Vision);
-    let (speculative, abilities) =
-        (plan.speculative.is_some(), [Ability::Completion].into_iter().chain(sees).collect());
-    let facts = ModelFacts { abilities, speculative, adapters: names.collect(), ..facts };
+    let abilities = [Ability::Completion].into_iter().chain(sees).collect();
+    let facts = ModelFacts {
+        abilities,
+        speculative: plan.speculative.is_some(),
+        copied: plan.capability.needs_snapshots(),
+        adapters: names.collect(),
+        ..facts
+    };
     Ok(Loaded { model, context, params, draft, adapters, projector, encoder, plan, facts, report })
 }
 
@@ -465,6 +470,7 @@ pub(super) fn facts(config: &RunnerConfig, model: &Model, max_tokens: u32) -> Mo
         embedding_width: model.embedding_width(),
         abilities: Vec::new(),
         speculative: false,
+        copied: false,
         adapters: Vec::new(),
         bos: model.bos(),
         bos_text: text(model.bos()),

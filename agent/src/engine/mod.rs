@@ -32,6 +32,7 @@ mod shared;
 #[cfg(test)]
 mod simulation;
 mod sizing;
+mod snapshots;
 mod speculative;
 mod step;
 mod stop;
@@ -127,6 +128,8 @@ pub struct ModelFacts {
     pub abilities: Vec<Ability>,
     /// Whether tokens are guessed ahead.
     pub speculative: bool,
+    /// Whether prompts go on from copies of its state, so that it matters where messages end.
+    pub copied: bool,
     /// Names of its LoRA adapters.
     pub adapters: Vec<String>,
     /// Token that begins a text.

@@ -52,6 +52,9 @@ pub struct GenerateRequest {
     pub cache: CacheKey,
     /// Whether KV cells are reused at all; what was computed stays for others of the same key either way.
     pub cache_prompt: bool,
+    /// Lengths of the prompt at which a message ends. Where the model's state cannot be cut, copies of it are made at the last
+    /// few of them, so that a prompt which parts from this one there goes on from such a copy.
+    pub borders: Vec<usize>,
     /// Tokens of context to aim for instead of what the sizing's formula says (`num_ctx`). Never a limit, and never more
     /// than a request may use.
     pub aim_tokens: Option<u32>,
@@ -79,6 +82,7 @@ impl Default for GenerateRequest {
             adapter: None,
             cache: CacheKey::default(),
             cache_prompt: true,
+            borders: Vec::new(),
             aim_tokens: None,
             progress: false,
             every_token: false,

@@ -41,6 +41,8 @@ pub(super) struct Sequence {
     pub(super) follow: Option<Follow>,
     /// Its state while preempted, where that could be kept.
     pub(super) saved: Option<Saved>,
+    /// Lengths at which messages of its prompt end.
+    pub(super) messages: Vec<usize>,
     /// Lengths at which its state is to be looked at.
     pub(super) borders: Vec<usize>,
     /// It has had cells.
@@ -107,6 +109,7 @@ impl Sequence {
             deadline,
             cache,
             cache_prompt,
+            borders: messages,
             aim_tokens: _,
             progress,
             every_token,
@@ -123,6 +126,7 @@ impl Sequence {
             cells: None,
             follow: None,
             saved: None,
+            messages,
             borders: Vec::new(),
             begun: false,
             resident: 0,

@@ -13,6 +13,7 @@ mod gguf;
 mod lora;
 mod mamba;
 mod projector;
+mod qwen35;
 mod spec;
 pub mod toy;
 mod vocab;
@@ -21,7 +22,7 @@ mod weights;
 pub use bad::BadFile;
 pub use lora::Lora;
 pub use projector::{Projector, ProjectorKind};
-pub use spec::{Architecture, CHATML, Pooling, Quantization, Spec, Tokenizer};
+pub use spec::{Architecture, CHATML, MtpHead, Pooling, Quantization, Spec, Tokenizer};
 
 /// Why a file was not written.
 #[derive(Debug, thiserror::Error)]

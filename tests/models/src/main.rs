@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use altiplano_test_models::{Architecture, BadFile, Error, Pooling, Quantization, Spec, Tokenizer};
+use altiplano_test_models::{Architecture, BadFile, Error, MtpHead, Pooling, Quantization, Spec, Tokenizer};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -55,6 +55,9 @@ struct Generate {
     /// Makes an embedder or a reranker.
     #[arg(long)]
     pooling: Option<Pooling>,
+    /// A head that guesses the token after the next one (qwen35 only).
+    #[arg(long)]
+    mtp: Option<MtpHead>,
     /// File that holds a Jinja chat template.
     #[arg(long)]
     chat_template: Option<PathBuf>,
@@ -88,6 +91,7 @@ impl Generate {
             chat_template,
             pooling: self.pooling.or(base.pooling),
             endless: !self.may_end && base.endless,
+            mtp: self.mtp.or(base.mtp),
             infill: base.infill,
             seed: self.seed.unwrap_or(base.seed),
         })

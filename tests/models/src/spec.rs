@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::Error;
 use crate::gguf::Header;
 use crate::mamba;
+use crate::qwen35;
 use crate::vocab::Vocabulary;
 use crate::weights::{self, Filling};
 
@@ -31,6 +32,18 @@ pub enum Architecture {
     Bert,
     /// No attention: one state for each sequence, which every token changes. `heads`, `kv_heads` and `ff` play no part.
     Mamba,
+    /// A hybrid: a state for each sequence in one layer, attention in the next; may have a head that guesses ([`Spec::mtp`]).
+    Qwen35,
+}
+
+/// How good a model's own head for guessing (MTP) is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MtpHead {
+    /// Random weights, so hardly ever right.
+    Random,
+    /// It says what the model says, nearly always: the model's layers are quiet, so that its next token follows from the
+    /// last one, and the head passes that one on.
+    Good,
 }
 
 /// How an embedder makes one vector of a text's tokens: `{arch}.pooling_type`.
@@ -119,6 +132,8 @@ pub struct Spec {
     /// Keep the model from ending by itself: end-of-text and other tokens that are no printable text get logit 0, far
     /// below the winner, so generation runs to its limit and its text is ASCII.
     pub endless: bool,
+    /// A head that guesses the token after the next one (Qwen 3.5 only); `None`: there is none.
+    pub mtp: Option<MtpHead>,
     /// Names three tokens as those for infilling, as a model trained for it does.
     pub infill: bool,
     /// Seed of the weights.
@@ -144,6 +159,7 @@ impl Default for Spec {
             chat_template: Some(CHATML.to_owned()),
             pooling: None,
             endless: true,
+            mtp: None,
             infill: false,
             seed: 1,
         }
@@ -299,6 +315,9 @@ impl Spec {
         if self.is_bert() != (self.tokenizer == Tokenizer::Wpm) {
             return invalid("bert goes with the wpm tokenizer, and no other architecture does".to_owned());
         }
+        if self.mtp.is_some() && self.architecture != Architecture::Qwen35 {
+            return invalid("only qwen35 has an mtp head".to_owned());
+        }
         if self.pooling == Some(Pooling::Rank) && !self.is_bert() {
             return invalid("only bert has a head for pooling rank".to_owned());
         }
@@ -323,7 +342,10 @@ impl Spec {
         h.u32("general.quantization_version", 2);
         h.u32(&format!("{arch}.context_length"), self.context);
         h.u32(&format!("{arch}.embedding_length"), self.embd);
-        h.u32(&format!("{arch}.block_count"), self.layers);
+        h.u32(&format!("{arch}.block_count"), self.layers + u32::from(self.mtp.is_some()));
+        if self.architecture == Architecture::Qwen35 {
+            qwen35::describe(&mut h, self);
+        }
         if self.architecture == Architecture::Mamba {
             mamba::describe(&mut h, self.embd);
         } else {
@@ -344,7 +366,7 @@ impl Spec {
                 h.u32(&format!("{arch}.pooling_type"), pooling.number());
             }
         }
-        if self.architecture == Architecture::Qwen2vl {
+        if matches!(self.architecture, Architecture::Qwen2vl | Architecture::Qwen35) {
             // Pairs of a head's elements that turn with time, height and width.
             let pairs = i32::try_from(self.embd / self.heads / 2).unwrap_or(i32::MAX);
             let side = pairs / 3;
@@ -439,7 +461,10 @@ impl Spec {
             all.push(Tensor { name, shape: vec![columns, rows], kind: self.quantization, filling });
         };
         matrix("token_embd.weight".to_owned(), vocab, embd, gain(3.0));
-        let attention = if self.architecture == Architecture::Mamba { 0 } else { layers };
+        let attention = match self.architecture {
+            Architecture::Mamba | Architecture::Qwen35 => 0,
+            _ => layers,
+        };
         for i in 0..attention {
             matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(1.0));
             matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(1.0));
@@ -460,7 +485,7 @@ impl Spec {
             vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
             vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
             match self.architecture {
-                Architecture::Llama | Architecture::Bert | Architecture::Mamba => {}
+                Architecture::Llama | Architecture::Bert | Architecture::Mamba | Architecture::Qwen35 => {}
                 Architecture::Qwen2 | Architecture::Qwen2vl => {
                     vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
                     vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
@@ -477,6 +502,9 @@ impl Spec {
         vector("output_norm.weight".to_owned(), embd, Filling::Ones);
         if self.architecture == Architecture::Mamba {
             all.extend((0..layers).flat_map(|layer| mamba::tensors(layer, embd, self.quantization)));
+        }
+        if self.architecture == Architecture::Qwen35 {
+            all.extend(qwen35::tensors(self));
         }
         all
     }
@@ -515,6 +543,7 @@ impl Architecture {
             Self::Gemma3 => "gemma3",
             Self::Bert => "bert",
             Self::Mamba => "mamba",
+            Self::Qwen35 => "qwen35",
         }
     }
 }

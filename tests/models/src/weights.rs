@@ -12,6 +12,8 @@ pub(crate) enum Filling {
     Ones,
     /// The same number everywhere, in F32.
     Constant(f32),
+    /// Passes the first part of its input on as it is, in F32.
+    Identity,
     /// Evenly spread with standard deviation `gain / sqrt(length of a row)`, which keeps activations near one.
     Random { gain: f32 },
 }
@@ -29,6 +31,13 @@ pub(crate) fn write(out: &mut impl Write, tensor: &Tensor, seed: u64, silent: im
             _ if silent(number) => row.fill(0),
             Filling::Constant(value) => {
                 row.chunks_exact_mut(4).for_each(|one| one.copy_from_slice(&value.to_le_bytes()));
+            }
+            Filling::Identity => {
+                row.fill(0);
+                let place = usize::try_from(number).unwrap_or(usize::MAX);
+                if let Some(one) = row.chunks_exact_mut(4).nth(place) {
+                    one.copy_from_slice(&1f32.to_le_bytes());
+                }
             }
             Filling::Ones => row.chunks_exact_mut(4).for_each(|one| one.copy_from_slice(&1f32.to_le_bytes())),
             Filling::Random { gain } => fill(&mut row, tensor.kind, deviation(gain), &mut random),

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use altiplano_test_models::{Architecture, BadFile, Error, Pooling, Quantization, Spec, Tokenizer};
+use altiplano_test_models::{Architecture, BadFile, Error, MtpHead, Pooling, Quantization, Spec, Tokenizer};
 
 #[test]
 fn equal_specs_give_equal_bytes_and_the_seed_changes_only_weights() {
@@ -77,6 +77,7 @@ fn impossible_shapes_are_refused_by_name() {
         (Spec { tokenizer: Tokenizer::Wpm, ..Spec::default() }, "wpm"),
         (Spec { tokenizer: Tokenizer::Bpe, ..Spec::embedder() }, "wpm"),
         (Spec { pooling: Some(Pooling::Rank), ..Spec::default() }, "rank"),
+        (Spec { mtp: Some(MtpHead::Good), ..Spec::default() }, "mtp"),
         (Spec { ff: 100, quantization: Quantization::Q4_0, ..Spec::default() }, "ff"),
     ] {
         let error = spec.write(&path).expect_err("refused");

@@ -84,10 +84,11 @@ pub(super) async fn converse(
     dialect: Box<dyn Dialect>,
 ) -> Result<Response, ApiError> {
     let (request, prepared, truncation) = state.prepare(move |state| fit::prepare(request, state)).await?;
-    let Prepared { prompt, media, grammar, reasoning, stops, preserved, answers } = prepared;
+    let Prepared { prompt, media, borders, grammar, reasoning, stops, preserved, answers } = prepared;
     let mut requests = request.params.requests(request.logprobs, vec![prompt], &visit);
     for request in &mut requests {
         request.media.clone_from(&media);
+        request.borders.clone_from(&borders);
         if grammar.is_some() {
             request.grammar.clone_from(&grammar);
         }
@@ -118,6 +119,8 @@ pub(crate) struct Prepared {
     pub(crate) prompt: Vec<Token>,
     /// Its images.
     pub(crate) media: Media,
+    /// Lengths at which messages end, where that matters.
+    pub(crate) borders: Vec<usize>,
     /// What the answer must be.
     pub(crate) grammar: Option<Grammar>,
     /// How long the model may think.
@@ -227,6 +230,7 @@ impl ChatRequest {
         Ok(Prepared {
             prompt: tokens,
             media,
+            borders: Vec::new(),
             grammar,
             reasoning: self.budget(&format, tokenize)?,
             stops: format.additional_stops.clone(),

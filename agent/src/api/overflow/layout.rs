@@ -70,6 +70,12 @@ impl Layout {
         Self { ends, found }
     }
 
+    /// For each message the tokens of the prompt before the end of its text; `None`: it does not stand there as it is.
+    pub(crate) fn ends(&self) -> impl Iterator<Item = Option<usize>> {
+        let before = |found: &Range<usize>| self.ends.partition_point(|&end| end <= found.end);
+        self.found.iter().map(move |found| found.as_ref().map(before))
+    }
+
     /// Tokens of the prompt.
     pub(crate) fn tokens(&self) -> u32 {
         count(self.ends.len())
@@ -170,6 +176,14 @@ mod tests {
         assert_eq!(sizes[2], Size { whole: 6, text: 5 });
         assert_eq!(sizes[3], Size { whole: 4, text: 2 });
         assert!(sizes.iter().map(|size| size.whole).sum::<u32>() <= layout.tokens());
+    }
+
+    #[test]
+    fn texts_end_before_a_token_that_goes_on() {
+        let parts = parts(&["hello there", "XX", "fine"]);
+        let layout = layout("<u>hello there</u><u>fine</a>", &parts);
+        // Tokens of three bytes: "e</" and "e</" hold the ends.
+        assert_eq!(layout.ends().collect::<Vec<_>>(), [Some(4), None, Some(8)]);
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::time::Instant;
 
 use super::super::error::EngineError;
 use super::super::mailbox::Waiting;
-use super::super::media;
 use super::super::prefix::{Choice, Follow, Holder, Patience, Reuse};
 use super::super::sequence::{Sequence, give_up};
 use super::super::sizing::{self, Admission};
+use super::super::snapshots;
 use super::Worker;
 
 impl Worker {
@@ -119,8 +119,7 @@ impl Worker {
         if self.executor.needs_snapshots() {
             // Where others have parted from this prompt others will again, and the whole may come again.
             let (prompt, _) = sequence.prompt_tokens();
-            let end = prompt.checked_sub(1).map(|end| media::border(&sequence.tokens, end));
-            sequence.borders = border.into_iter().chain(end).collect();
+            sequence.borders = snapshots::places(&sequence.tokens[..prompt], &sequence.messages, border);
         }
         if let Reuse::Follow { leader, length } = reuse
             && let Some(leader) = self.running.iter_mut().find(|other| other.serial == leader)
