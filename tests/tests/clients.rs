@@ -15,11 +15,12 @@ use tokio::sync::OnceCell;
 /// Longest wait for the agent and for a script; what is usual is a tenth of it.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// The toy model, the same with a template that has tools, with one that has it think, and with a random projector.
+/// The toy model, the same with a template that has tools, with one that has it think, and with random projectors.
 const TOY: &str = "toy";
 const TOOLS: &str = "tools";
 const THINKS: &str = "thinks";
 const EYES: &str = "eyes";
+const EARS: &str = "ears";
 
 const QUESTION: &str = "What can you do?";
 const ANSWER: &str =
@@ -55,13 +56,17 @@ async fn serve() -> Result<Served> {
         })
     };
     // The toy model's own template has no place for tools.
-    let projector = folder.join("mmproj.gguf");
-    Projector::of_toy(ProjectorKind::Gemma3).write(&projector)?;
+    let projector = |name: &str, kind| {
+        let path = folder.join(name);
+        Projector::of_toy(kind).write(&path)?;
+        anyhow::Ok(json!({"projector": {"uri": format!("file://{}", path.display())}}))
+    };
     let all = [
         deployment(TOY, json!({})),
         deployment(TOOLS, template("hermes.jinja")?),
         deployment(THINKS, template("deepseek-r1.jinja")?),
-        deployment(EYES, json!({"projector": {"uri": format!("file://{}", projector.display())}})),
+        deployment(EYES, projector("eyes.gguf", ProjectorKind::Gemma3)?),
+        deployment(EARS, projector("ears.gguf", ProjectorKind::Ultravox)?),
     ];
     // JSON is YAML.
     std::fs::write(&models, all.map(|one| one.to_string()).join("\n---\n"))?;
@@ -71,7 +76,7 @@ async fn serve() -> Result<Served> {
     let url = wait_for("all models are ready", PATIENCE, || async {
         let log = proc.log();
         let ready = |name| log.contains(&format!("default/{name}: Ready as"));
-        ensure!([TOY, TOOLS, THINKS, EYES].into_iter().all(ready), "{log}");
+        ensure!([TOY, TOOLS, THINKS, EYES, EARS].into_iter().all(ready), "{log}");
         let line = log.lines().find_map(|line| line.strip_prefix("listening on ")).context("no address")?;
         Ok(line.trim_end_matches("/v1").to_owned())
     })
@@ -143,6 +148,14 @@ async fn ollama_for_python() -> Result<()> {
 async fn images_for_python() -> Result<()> {
     for script in ["openai_images.py", "anthropic_images.py", "ollama_images.py"] {
         runs(script, &[EYES, TOY]).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn audio_for_python() -> Result<()> {
+    for script in ["openai_audio.py", "ollama_audio.py"] {
+        runs(script, &[EARS, TOY]).await?;
     }
     Ok(())
 }

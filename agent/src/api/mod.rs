@@ -41,6 +41,7 @@ mod frames;
 mod health;
 mod intake;
 mod live;
+mod media;
 mod models;
 mod native;
 mod ollama;
@@ -67,8 +68,8 @@ use axum::routing::{MethodRouter, get, post};
 use http::Method;
 
 pub use body::DEFAULT_BODY_LIMIT;
-pub use chat::{MAX_ALL_PIXELS, MAX_IMAGES, MAX_PIXELS, MAX_RATIO};
 pub use error::ApiError;
+pub use media::{MAX_ALL_PIXELS, MAX_CHANNELS, MAX_MEDIA, MAX_PIXELS, MAX_RATIO, MAX_SECONDS};
 pub use state::{ApiOptions, ApiState, ApiStateError};
 
 pub(crate) use body::{check_content_length, check_content_type, collect, malformed};

@@ -49,7 +49,7 @@ pub(super) struct Loaded {
     pub(super) params: ContextParams,
     pub(super) draft: Option<LoadedDraft>,
     pub(super) adapters: Vec<(Adapter, f32)>,
-    /// Reads prompts with images.
+    /// Reads prompts with images or sound.
     pub(super) projector: Option<Projector>,
     /// Computes them.
     pub(super) encoder: Option<Encoder>,
@@ -134,7 +134,8 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     let facts = facts(config, &model, plan.limits.max_tokens);
     let names = config.adapters.iter().map(|adapter| adapter.name.clone());
     let sees = projector.as_ref().is_some_and(Projector::sees).then_some(Ability::Vision);
-    let abilities = [Ability::Completion].into_iter().chain(sees).collect();
+    let hears = projector.as_ref().and_then(Projector::audio_rate).map(|_| Ability::Audio);
+    let abilities = [Ability::Completion].into_iter().chain(sees).chain(hears).collect();
     let facts = ModelFacts {
         abilities,
         speculative: plan.speculative.is_some(),

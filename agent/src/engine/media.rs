@@ -1,4 +1,5 @@
-//! Pure: pictures in a prompt, and how they stand among its tokens.
+//! Pure: pictures and sound in a prompt, and how they stand among its tokens. What the engine says of pictures holds for
+//! sound too.
 //!
 //! A picture is one piece or several, each of so many embeddings, which stand in the prompt as tokens that no vocabulary
 //! has: the first names the piece, the others say that it goes on. So the same picture is the same tokens and another is
@@ -57,16 +58,101 @@ impl Picture {
     pub(super) fn pixels(&self) -> &[u8] {
         &self.pixels
     }
-
-    pub(super) fn digest(&self) -> [u8; 32] {
-        self.digest
-    }
 }
 
 impl fmt::Debug for Picture {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { width, height, .. } = self;
         formatter.debug_struct("Picture").field("width", width).field("height", height).finish_non_exhaustive()
+    }
+}
+
+/// Seconds of sound that every projector computes at once: as many as llama.cpp takes memory for when it loads one.
+pub(super) const SECONDS_AT_ONCE: u32 = 30;
+
+/// Sound: one channel, samples between -1 and 1.
+pub struct Sound {
+    rate: u32,
+    samples: Vec<f32>,
+    digest: [u8; 32],
+}
+
+impl Sound {
+    /// `rate`: samples in a second, see [`Engine::audio_rate`](super::Engine::audio_rate). `digest` tells it from all
+    /// others: of the bytes that it was made of. Silence is added up to a whole tenth of a second: llama.cpp aborts on
+    /// shorter pieces, and projectors part sound at whole seconds. `None` when there are no samples, or some are no numbers
+    /// between -1 and 1.
+    #[must_use]
+    pub fn new(rate: u32, mut samples: Vec<f32>, digest: [u8; 32]) -> Option<Self> {
+        let tenth = usize::try_from(rate / 10).ok().filter(|tenth| *tenth > 0)?;
+        if samples.is_empty() || !samples.iter().all(|sample| sample.abs() <= 1.0) {
+            return None;
+        }
+        samples.resize(samples.len().next_multiple_of(tenth), 0.0);
+        Some(Self { rate, samples, digest })
+    }
+
+    /// Samples in a second.
+    #[must_use]
+    pub fn rate(&self) -> u32 {
+        self.rate
+    }
+
+    /// How long it is, in seconds, rounded up.
+    #[must_use]
+    pub fn seconds(&self) -> u32 {
+        u32::try_from(self.samples.len().div_ceil(self.rate as usize)).unwrap_or(u32::MAX)
+    }
+
+    /// Its samples, one after the other.
+    #[must_use]
+    pub fn samples(&self) -> &[f32] {
+        &self.samples
+    }
+}
+
+impl fmt::Debug for Sound {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rate, samples, .. } = self;
+        formatter.debug_struct("Sound").field("rate", rate).field("samples", &samples.len()).finish_non_exhaustive()
+    }
+}
+
+/// What a prompt may have beside text.
+#[derive(Clone, Debug)]
+pub enum Medium {
+    /// An image.
+    Image(Arc<Picture>),
+    /// A sound.
+    Audio(Arc<Sound>),
+}
+
+impl Medium {
+    pub(super) fn digest(&self) -> [u8; 32] {
+        match self {
+            Self::Image(picture) => picture.digest,
+            Self::Audio(sound) => sound.digest,
+        }
+    }
+
+    /// What counts towards [`MAX_MEDIA_ALIVE`]: an image, or half a minute of sound.
+    pub(super) fn share(&self) -> usize {
+        match self {
+            Self::Image(_) => 1,
+            Self::Audio(sound) => sound.seconds().div_ceil(SECONDS_AT_ONCE) as usize,
+        }
+    }
+}
+
+impl From<Arc<Picture>> for Medium {
+    fn from(picture: Arc<Picture>) -> Self {
+        Self::Image(picture)
+    }
+}
+
+impl From<Arc<Sound>> for Medium {
+    fn from(sound: Arc<Sound>) -> Self {
+        Self::Audio(sound)
     }
 }
 
@@ -129,19 +215,20 @@ impl Media {
     }
 }
 
-/// Images of prompts that may be there at the same time: they stay, scaled, until their requests have been answered.
-pub const MAX_IMAGES_ALIVE: usize = 128;
+/// Images, and half minutes of sound, of prompts that may be there at the same time: they stay, scaled, until their
+/// requests have been answered.
+pub const MAX_MEDIA_ALIVE: usize = 128;
 
-/// Why a prompt with images cannot be made.
+/// Why a prompt with images or sound cannot be made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MediaError {
     /// Other requests have as many as there may be.
-    #[error("other requests have {limit} images already")]
+    #[error("other requests have {limit} images or half minutes of audio already")]
     TooMany {
-        /// Images that there may be.
+        /// Images and half minutes that there may be.
         limit: usize,
     },
-    /// Something is wrong with text or images.
+    /// Something is wrong with text, images or sound.
     #[error("{0}")]
     Invalid(String),
 }
@@ -158,11 +245,11 @@ impl From<&str> for MediaError {
     }
 }
 
-/// How many images there are.
+/// How many images and half minutes of sound there are.
 #[derive(Debug, Default)]
 pub(super) struct Alive(AtomicUsize);
 
-/// The images of one request, which count until it is gone.
+/// Those of one request, which count until it is gone.
 #[derive(Debug)]
 pub(super) struct Share {
     of: Arc<Alive>,
@@ -171,9 +258,9 @@ pub(super) struct Share {
 
 impl Alive {
     pub(super) fn take(alive: &Arc<Self>, count: usize) -> Result<Share, MediaError> {
-        let more = |there: usize| there.checked_add(count).filter(|&all| all <= MAX_IMAGES_ALIVE);
+        let more = |there: usize| there.checked_add(count).filter(|&all| all <= MAX_MEDIA_ALIVE);
         let taken = alive.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.map_err(|_| MediaError::TooMany { limit: MAX_IMAGES_ALIVE })?;
+        taken.map_err(|_| MediaError::TooMany { limit: MAX_MEDIA_ALIVE })?;
         Ok(Share { of: Arc::clone(alive), count })
     }
 }
@@ -197,6 +284,8 @@ pub(super) struct MediaPiece {
     pub(super) start: usize,
     pub(super) tokens: usize,
     pub(super) positions: usize,
+    /// It is of a sound.
+    pub(super) sound: bool,
     /// It is to be computed at once, each embedding seeing all others.
     pub(super) non_causal: bool,
 }
@@ -327,13 +416,13 @@ mod tests {
     #[test]
     fn there_are_never_too_many_images() {
         let alive = Arc::default();
-        let most = Alive::take(&alive, MAX_IMAGES_ALIVE - 1).unwrap();
+        let most = Alive::take(&alive, MAX_MEDIA_ALIVE - 1).unwrap();
         let one = Alive::take(&alive, 1).unwrap();
         assert!(Alive::take(&alive, 1).is_err());
         drop(one);
         assert!(Alive::take(&alive, 2).is_err() && Alive::take(&alive, 1).is_ok());
         drop(most);
-        assert!(Alive::take(&alive, MAX_IMAGES_ALIVE).is_ok());
+        assert!(Alive::take(&alive, MAX_MEDIA_ALIVE).is_ok());
     }
 
     #[test]

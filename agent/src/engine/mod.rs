@@ -49,7 +49,7 @@ use tokio::sync::{mpsc, watch};
 pub use budget::{MAX_BUDGET_TEXT_BYTES, ReasoningBudget};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
-pub use media::{MAX_IMAGES_ALIVE, Media, MediaError, MediaPrompt, Picture};
+pub use media::{MAX_MEDIA_ALIVE, Media, MediaError, MediaPrompt, Medium, Picture, Sound};
 pub use request::{
     CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, PromptProgress, SubmitError,
     Timings, Token, TokenLogprob, TopLogprob, Usage,
@@ -226,6 +226,10 @@ pub struct EngineStats {
     pub pictures: u64,
     /// How long that took, the steps of others meanwhile counted.
     pub picture_time: Duration,
+    /// Sounds, or parts of them, that were computed for a prompt.
+    pub sounds: u64,
+    /// Time spent on that, steps of others included.
+    pub sound_time: Duration,
     /// Requests that waited for an equal prompt to be read, and went on from its cells.
     pub followed: u64,
     /// Bytes of sequences' states in host memory: prefixes for prompts to come, and requests that gave way.
@@ -262,7 +266,7 @@ struct Inner {
     /// `None`: the model reads text alone.
     projector: Option<Projector>,
     names: Names,
-    images: Arc<Alive>,
+    alive: Arc<Alive>,
     grammars: Grammars,
     queue: Queue,
     shared: Arc<Shared>,
@@ -375,8 +379,8 @@ impl Engine {
             })
             .map_err(|error| EngineError::Internal(format!("cannot start a thread: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        let (names, images, grammars) = (Names::default(), Arc::default(), Grammars::default());
-        let inner = Inner { model, facts, projector, names, images, grammars, queue, shared, report, ended, thread };
+        let (names, alive, grammars) = (Names::default(), Arc::default(), Grammars::default());
+        let inner = Inner { model, facts, projector, names, alive, grammars, queue, shared, report, ended, thread };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -419,36 +423,42 @@ impl Engine {
         self.inner.model.tokenize(text, add_special, parse_special).map_err(EngineError::Internal)
     }
 
-    /// What stands in a text where an image belongs; `None`: the model reads none. It differs from engine to engine, so
+    /// What stands in a text where an image or a sound belongs; `None`: the model reads neither. It differs from engine to engine, so
     /// that nobody writes it by accident.
     #[must_use]
-    pub fn image_marker(&self) -> Option<&str> {
+    pub fn media_marker(&self) -> Option<&str> {
         self.inner.projector.as_ref().map(Projector::marker)
     }
 
-    /// A text with a marker for each of the images as a prompt, control tokens read as such. Takes milliseconds for each
-    /// image, so this belongs on a thread that may block.
-    pub fn read(&self, text: &str, add_special: bool, images: &[Arc<Picture>]) -> Result<MediaPrompt, MediaError> {
+    /// Samples in a second of the sound that the model reads; `None`: it reads none.
+    #[must_use]
+    pub fn audio_rate(&self) -> Option<u32> {
+        self.inner.projector.as_ref().and_then(Projector::audio_rate)
+    }
+
+    /// A text with a marker for each image and sound as a prompt, control tokens read as such. Takes milliseconds for
+    /// each, so this belongs on a thread that may block.
+    pub fn read(&self, text: &str, add_special: bool, given: &[Medium]) -> Result<MediaPrompt, MediaError> {
         let Inner { projector, names, .. } = &*self.inner;
         let projector = projector.as_ref().ok_or("this model reads text only")?;
-        let alive = Alive::take(&self.inner.images, images.len())?;
-        let pieces = Arc::new(projector.split(text, add_special, images)?);
+        let alive = Alive::take(&self.inner.alive, given.iter().map(Medium::share).sum())?;
+        let pieces = Arc::new(projector.split(text, add_special, given)?);
         let (mut tokens, mut media) = (Vec::new(), Vec::new());
-        let mut seen: Vec<u32> = vec![0; images.len()];
+        let mut seen: Vec<u32> = vec![0; given.len()];
         for index in 0..pieces.len() {
             match pieces.get(index) {
                 Some(Piece::Text(text)) => tokens.extend_from_slice(text),
-                Some(Piece::Picture { image, tokens: count, positions, non_causal }) => {
-                    let (digest, number) = match (images.get(image), seen.get_mut(image)) {
-                        (Some(image), Some(number)) => (image.digest(), number),
-                        _ => return Err("a piece of no image".into()),
+                Some(Piece::Medium { medium, sound, tokens: count, positions, non_causal }) => {
+                    let (digest, number) = match (given.get(medium), seen.get_mut(medium)) {
+                        (Some(medium), Some(number)) => (medium.digest(), number),
+                        _ => return Err("a piece of no image and no sound".into()),
                     };
-                    let name = names.of(digest, *number).ok_or("there are no more names for images")?;
+                    let name = names.of(digest, *number).ok_or("there are no more names for images and sounds")?;
                     *number += 1;
                     let start = tokens.len();
                     tokens.extend(media::stand_ins(name, count, positions));
                     let pieces = Arc::clone(&pieces);
-                    media.push(MediaPiece { pieces, index, name, start, tokens: count, positions, non_causal });
+                    media.push(MediaPiece { pieces, index, name, start, tokens: count, positions, sound, non_causal });
                 }
                 None => return Err("a piece that there is not".into()),
             }

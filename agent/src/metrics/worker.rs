@@ -73,6 +73,8 @@ pub struct WorkerMetrics {
     followed: IntCounter,
     images: IntCounter,
     image_seconds: Counter,
+    audio_parts: IntCounter,
+    audio_seconds: Counter,
     cells_total: Gauge,
     cells_used: Gauge,
     cells_kept: Gauge,
@@ -189,6 +191,8 @@ impl WorkerMetrics {
             followed: counter("prefix_cache_waits_total", "Generations that waited for an equal prompt to be read.")?,
             images: counter("images_total", "Images, or parts of them, of which embeddings were made.")?,
             image_seconds: seconds_counter("image_seconds_total", "Seconds for that, steps of others included.")?,
+            audio_parts: counter("audio_parts_total", "Sounds, or parts of them, of which embeddings were made.")?,
+            audio_seconds: seconds_counter("audio_seconds_total", "Seconds for that, steps of others included.")?,
             cells_total: gauge("context_tokens", "Tokens that the KV cache has cells for.")?,
             cells_used: gauge("context_tokens_used", "Cells of the KV cache that hold a token.")?,
             cells_kept: gauge("context_tokens_kept", "Of these, the cells of prefixes that nobody uses now.")?,
@@ -254,11 +258,16 @@ impl WorkerMetrics {
             (&self.preemptions, stats.preempted),
             (&self.followed, stats.followed),
             (&self.images, stats.pictures),
+            (&self.audio_parts, stats.sounds),
             (&self.embedded_texts, stats.embedded_texts),
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
         }
-        for (counter, now) in [(&self.resize_seconds, stats.resize_time), (&self.image_seconds, stats.picture_time)] {
+        for (counter, now) in [
+            (&self.resize_seconds, stats.resize_time),
+            (&self.image_seconds, stats.picture_time),
+            (&self.audio_seconds, stats.sound_time),
+        ] {
             counter.inc_by((now.as_secs_f64() - counter.get()).max(0.0));
         }
         for (gauge, now) in [
@@ -370,6 +379,8 @@ mod tests {
             shrinks: 3,
             pictures: 2,
             picture_time: Duration::from_millis(2500),
+            sounds: 3,
+            sound_time: Duration::from_millis(3500),
             resize_time: Duration::from_millis(1500),
             host_cache_bytes: 4096,
             ..EngineStats::default()
@@ -391,6 +402,8 @@ mod tests {
         assert!(line(&text, "altiplano_context_resize_seconds_total").ends_with(" 1.5"));
         assert!(line(&text, "altiplano_images_total").ends_with(" 2"));
         assert!(line(&text, "altiplano_image_seconds_total").ends_with(" 2.5"));
+        assert!(line(&text, "altiplano_audio_parts_total").ends_with(" 3"));
+        assert!(line(&text, "altiplano_audio_seconds_total").ends_with(" 3.5"));
         assert!(line(&text, "altiplano_prefix_cache_host_bytes").ends_with(" 4096"));
     }
 }

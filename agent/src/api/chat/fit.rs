@@ -4,7 +4,7 @@
 use altiplano_crds::model_deployment::OverflowPolicy;
 use serde_json::Value;
 
-use super::{ChatRequest, Prepared, images};
+use super::{ChatRequest, Prepared, media};
 use crate::api::error::ApiError;
 use crate::api::overflow::{Budget, Fitted, Layout, Part, Reading, Size, Truncation, fit};
 use crate::api::state::ApiState;
@@ -102,7 +102,7 @@ impl Reading for Rendered<'_> {
 
     fn cut(&self, message: usize, size: u32, head: u32, tail: u32) -> String {
         let text = self.messages.get(message).map_or("", text);
-        images::mend(text, self.layout.cut(message, text, size, head, tail))
+        media::mend(text, self.layout.cut(message, text, size, head, tail))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::images::{self, Image};
+use super::media::{self, Attachment};
 use crate::api::error::{ApiError, clip};
 use crate::api::fields::wrong_type;
 
@@ -16,8 +16,8 @@ pub const MAX_CALLS: usize = 128;
 const MAX_NAME_BYTES: usize = 256;
 
 /// Messages in OpenAI's form, checked, and nothing in them that a template does not know: content is one string, the
-/// arguments of calls are JSON text. Images are put aside; words stand for them.
-pub(crate) fn read(value: Option<Value>, images: &mut Vec<Image>) -> Result<Vec<Value>, ApiError> {
+/// arguments of calls are JSON text. Images and sounds are put aside; words stand for them.
+pub(crate) fn read(value: Option<Value>, media: &mut Vec<Attachment>) -> Result<Vec<Value>, ApiError> {
     let messages = match value {
         None => return Err(ApiError::missing("messages")),
         Some(Value::Array(messages)) => messages,
@@ -27,10 +27,10 @@ pub(crate) fn read(value: Option<Value>, images: &mut Vec<Image>) -> Result<Vec<
         let message = format!("'messages' must have 1 to {MAX_MESSAGES} messages, not {}", messages.len());
         return Err(ApiError::invalid("messages", message));
     }
-    messages.into_iter().enumerate().map(|(at, message)| read_one(at, message, images)).collect()
+    messages.into_iter().enumerate().map(|(at, message)| read_one(at, message, media)).collect()
 }
 
-fn read_one(at: usize, message: Value, images: &mut Vec<Image>) -> Result<Value, ApiError> {
+fn read_one(at: usize, message: Value, media: &mut Vec<Attachment>) -> Result<Value, ApiError> {
     let name = |field: &str| format!("messages[{at}].{field}");
     let Value::Object(mut fields) = message else {
         return Err(wrong_type(&format!("messages[{at}]"), "an object", &message));
@@ -67,7 +67,7 @@ fn read_one(at: usize, message: Value, images: &mut Vec<Image>) -> Result<Value,
     };
     let content = match fields.remove("content") {
         Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => join_parts(&name("content"), &parts, images)?,
+        Some(Value::Array(parts)) => join_parts(&name("content"), &parts, media)?,
         // OpenAI lets the assistant's content be absent; a template would print "none".
         None | Some(Value::Null) if is_assistant => String::new(),
         None | Some(Value::Null) => {
@@ -165,7 +165,7 @@ fn short_text(name: &str, value: Option<Value>) -> Result<Option<String>, ApiErr
 }
 
 /// Parts, a line each, as llama-server and vLLM join them.
-fn join_parts(name: &str, parts: &[Value], images: &mut Vec<Image>) -> Result<String, ApiError> {
+fn join_parts(name: &str, parts: &[Value], media: &mut Vec<Attachment>) -> Result<String, ApiError> {
     let mut text = String::new();
     for (at, part) in parts.iter().enumerate() {
         let name = format!("{name}[{at}]");
@@ -176,9 +176,10 @@ fn join_parts(name: &str, parts: &[Value], images: &mut Vec<Image>) -> Result<St
             }
             // What the assistant would not say stands for its content.
             (Some("refusal"), _) => part.get("refusal").and_then(Value::as_str).unwrap_or_default(),
-            (Some("image_url"), _) => &images::take(&name, part, images)?,
+            (Some("image_url"), _) => &media::take_image(&name, part, media)?,
+            (Some("input_audio"), _) => &media::take_audio(&name, part, media)?,
             (Some(kind), _) => {
-                let message = format!("'{name}' is of type '{}': this server reads text and images", clip(kind));
+                let message = format!("'{name}' is of type '{}': this server reads text, images and audio", clip(kind));
                 return Err(ApiError::unsupported(name, message));
             }
             (None, _) => {
@@ -248,7 +249,8 @@ mod tests {
             ),
             (Some(json!([{"role": "user"}])), "messages[0].content", "invalid_value"),
             (Some(json!([{"role": "user", "content": 1}])), "messages[0].content", "invalid_value"),
-            (part(json!({"type": "input_audio"})), "messages[0].content[1]", "unsupported_parameter"),
+            (part(json!({"type": "video_url"})), "messages[0].content[1]", "unsupported_parameter"),
+            (part(json!({"type": "input_audio"})), "messages[0].content[1].input_audio", "invalid_value"),
             (
                 part(json!({"type": "image_url", "image_url": {}})),
                 "messages[0].content[1].image_url.url",

@@ -2,7 +2,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text, or parts: text and images (`image_url` with `data:…;base64,…`, where the model has a projector) |
+//! | `messages` | 1 to 4096: `system`, `developer`, `user`, `assistant` (with `tool_calls`, `reasoning_content`), `tool`; content is text, or parts: text, images (`image_url` with `data:…;base64,…`) and audio (`input_audio`: WAV, MP3 or FLAC in base64), where the model has a projector for them |
 //! | `tools`, `tool_choice`, `parallel_tool_calls` | functions, at most 128 in 512 KiB; `auto`, `none`, `required` or a function's name. Where a call must come, a grammar sees to it. One call at a time where the template renders no more |
 //! | `response_format` | `text`, `json_object` (any, or its `schema`), `json_schema`; not together with tools that may be called |
 //! | `enable_thinking`, `reasoning_effort` | whether and how hard the model thinks, where its template knows; `reasoning_effort: none` is off, and ends what a template without the switch begins |
@@ -19,7 +19,6 @@
 
 mod fit;
 mod grammar;
-mod images;
 mod messages;
 mod parser;
 mod settings;
@@ -36,22 +35,19 @@ use super::dialect::{ChoiceJob, Dialect, Job};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::intake::{Intake, Visit};
+use super::media::{self, Attachment};
 use super::openai::OpenAi;
 use super::output::{OutputParser, PlainText};
 use super::params::Params;
 use super::run;
 use super::wire::Shape;
 use crate::engine::chat::{ChatError, ChatFormat, ChatInput, ChatTemplates, Continuation, Rendered, ThinkingTags};
-use crate::engine::{
-    Ability, Grammar, MAX_TOP_LOGPROBS, Media, MediaError, MediaPrompt, ReasoningBudget, SamplingParams, Token,
-};
+use crate::engine::{Grammar, MAX_TOP_LOGPROBS, Media, ReasoningBudget, SamplingParams, Token};
 use grammar::Demands;
-use images::Image;
 use parser::{ChatParser, Reading};
 use settings::{ReasoningFormat, ResponseFormat, Settings};
 use tools::Tools;
 
-pub use images::{MAX_ALL_PIXELS, MAX_IMAGES, MAX_PIXELS, MAX_RATIO};
 pub use messages::{MAX_CALLS, MAX_MESSAGES};
 pub use settings::MAX_VARIABLES_BYTES;
 pub use tools::{MAX_TOOL_NAME_BYTES, MAX_TOOLS, MAX_TOOLS_BYTES};
@@ -108,7 +104,7 @@ pub(crate) struct ChatRequest {
     pub(crate) params: Params,
     pub(crate) logprobs: Option<u32>,
     messages: Vec<Value>,
-    images: Vec<Image>,
+    media: Vec<Attachment>,
     tools: Tools,
     settings: Settings,
 }
@@ -117,7 +113,7 @@ pub(crate) struct ChatRequest {
 pub(crate) struct Prepared {
     /// Tokens of the conversation.
     pub(crate) prompt: Vec<Token>,
-    /// Its images.
+    /// Its images and sounds.
     pub(crate) media: Media,
     /// Lengths at which messages end, where that matters.
     pub(crate) borders: Vec<usize>,
@@ -170,9 +166,9 @@ impl ChatRequest {
             return Err(ApiError::unsupported("response_format", message));
         }
         let logprobs = logprobs(&fields)?;
-        let mut images = Vec::new();
-        let messages = messages::read(fields.take("messages"), &mut images)?;
-        let request = Self { params, logprobs, messages, images, tools, settings };
+        let mut media = Vec::new();
+        let messages = messages::read(fields.take("messages"), &mut media)?;
+        let request = Self { params, logprobs, messages, media, tools, settings };
         let asked = request.settings.continuation.is_some_and(|continuation| continuation != Continuation::None);
         if asked && request.continuation() == Continuation::None {
             let message = "'continue_final_message' needs a last message that is the assistant's and calls no tool";
@@ -211,10 +207,10 @@ impl ChatRequest {
         // Templates write the first token themselves, most of them; the model must not see it twice.
         let model = engine.model();
         let add_special = model.adds_bos && !model.bos_text.is_empty() && !prompt.starts_with(&model.bos_text);
-        let (tokens, media) = if self.images.is_empty() {
+        let (tokens, media) = if self.media.is_empty() {
             (tokenize(&prompt, add_special)?, Media::default())
         } else {
-            self.with_images(state, &prompt, add_special)?
+            media::read(state, "messages", &prompt, add_special, &self.media)?
         };
         let single = |text: &str| tokenize(text, false).ok().filter(|tokens| tokens.len() == 1)?.first().copied();
         let demands = Demands {
@@ -242,21 +238,8 @@ impl ChatRequest {
     /// The model's, if it can read what the messages hold.
     fn templates<'state>(&self, state: &'state ApiState) -> Result<&'state ChatTemplates, ApiError> {
         let templates = state.templates()?;
-        match self.images.first() {
-            Some(image) if !state.engine().model().can(Ability::Vision) => Err(image.refused()),
-            _ => Ok(templates),
-        }
-    }
-
-    /// Tokens of a prompt in which words stand for images.
-    fn with_images(&self, state: &ApiState, prompt: &str, add_special: bool) -> Result<(Vec<Token>, Media), ApiError> {
-        let engine = state.engine();
-        let (text, images) = images::find(prompt, &self.images, engine.image_marker().unwrap_or_default())?;
-        let read = engine.read(&text, add_special, &images).map_err(|error| match error {
-            MediaError::TooMany { .. } => ApiError::unavailable("overloaded", error.to_string(), state.retry_after()),
-            MediaError::Invalid(reason) => ApiError::invalid("messages", reason),
-        });
-        read.map(|MediaPrompt { tokens, media }| (tokens, media))
+        media::check(state, &self.media)?;
+        Ok(templates)
     }
 
     /// The limit on reasoning, where there is one and the template knows its marks.

@@ -7,7 +7,7 @@
 //! | `prompt`, `system` | of `/api/generate`: one turn, through the model's template; as it is for a model without one |
 //! | `raw` | the prompt as it is |
 //! | `suffix` | fills the gap between `prompt` and `suffix`; 400 for a model that was not trained for it |
-//! | `images` | 400 with the reason for a model that cannot see |
+//! | `images` | in base64; a file of sound (WAV, MP3, FLAC) among them is one, as with Ollama. 400 with the reason for a model that cannot read it |
 //! | `format` | `"json"` or a JSON schema |
 //! | `think` | `true` or `false`, or `"low"`, `"medium"`, `"high"` |
 //! | `tools`, `logprobs`, `top_logprobs` | as with OpenAI |

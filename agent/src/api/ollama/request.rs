@@ -8,11 +8,9 @@ use super::options;
 use crate::api::chat::MAX_MESSAGES;
 use crate::api::error::ApiError;
 use crate::api::fields::{Fields, wrong_type};
+use crate::api::media::{MAX_MEDIA, first_bytes, is_audio};
 use crate::api::overflow;
 use crate::engine::MAX_TOP_LOGPROBS;
-
-/// Images that one message may have.
-const MAX_IMAGES: usize = 64;
 
 /// What `/api/generate` asks for.
 #[derive(Debug, PartialEq)]
@@ -238,14 +236,14 @@ fn tool_call(name: &str, call: &Value, number: usize) -> Result<(Value, String),
     Ok((call, called))
 }
 
-/// Text alone, or text and images as parts.
+/// Text alone, or text and images as parts. As with Ollama, sound stands among the images.
 fn content(name: &str, text: &str, images: Option<Value>) -> Result<Value, ApiError> {
     let images = match images {
         None => return Ok(text.into()),
         Some(Value::Array(images)) if images.is_empty() => return Ok(text.into()),
-        Some(Value::Array(images)) if images.len() <= MAX_IMAGES => images,
+        Some(Value::Array(images)) if images.len() <= MAX_MEDIA => images,
         Some(Value::Array(images)) => {
-            let message = format!("'{name}' may have {MAX_IMAGES} images, not {}", images.len());
+            let message = format!("'{name}' may have {MAX_MEDIA} images, not {}", images.len());
             return Err(ApiError::invalid(name, message));
         }
         Some(other) => return Err(wrong_type(name, "an array of images in base64", &other)),
@@ -256,6 +254,10 @@ fn content(name: &str, text: &str, images: Option<Value>) -> Result<Value, ApiEr
     }
     for image in images {
         let Value::String(data) = image else { return Err(wrong_type(name, "an array of images in base64", &image)) };
+        if data.starts_with("data:audio/") || is_audio(&first_bytes(&data)) {
+            parts.push(json!({"type": "input_audio", "input_audio": {"data": data}}));
+            continue;
+        }
         let url = if data.starts_with("data:") { data } else { format!("data:{};base64,{data}", kind_of(&data)) };
         parts.push(json!({"type": "image_url", "image_url": {"url": url}}));
     }

@@ -2,7 +2,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `input` | a string, or items: messages (text, images by URL), `function_call`, `function_call_output`, `reasoning` |
+//! | `input` | a string, or items: messages (text, images, audio), `function_call`, `function_call_output`, `reasoning` |
 //! | `instructions` | a system message before it |
 //! | `max_output_tokens`, `temperature`, `top_p`, `stream` | as chat completions take them |
 //! | `tools`, `tool_choice`, `parallel_tool_calls` | functions; `allowed_tools` too; tools that run at OpenAI are refused |

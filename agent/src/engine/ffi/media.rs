@@ -13,7 +13,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::context::flash_attention_type;
 use super::{Model, backend, log, shim};
-use crate::engine::media::Picture;
+use crate::engine::media::{Medium, SECONDS_AT_ONCE};
 use crate::engine::request::Token;
 use crate::runner::protocol::MemoryUse;
 
@@ -74,7 +74,7 @@ pub(in crate::engine) struct Encoder {
     projector: Projector,
 }
 
-/// A prompt in pieces, of text and of pictures.
+/// A prompt in pieces, of text, pictures and sound.
 pub(in crate::engine) struct Pieces {
     raw: NonNull<sys::mtmd_input_chunks>,
     projector: Projector,
@@ -90,10 +90,12 @@ unsafe impl Sync for Pieces {}
 pub(in crate::engine) enum Piece<'a> {
     /// Text.
     Text(&'a [Token]),
-    /// A picture or a part of one.
-    Picture {
-        /// Number of the image that it is of.
-        image: usize,
+    /// A picture or a sound, or a part of one.
+    Medium {
+        /// Number of that picture or sound.
+        medium: usize,
+        /// It is a sound.
+        sound: bool,
         /// Embeddings, and cells of the KV cache.
         tokens: usize,
         /// By how much the position after it is higher.
@@ -192,62 +194,94 @@ impl Projector {
         self.inner.facts.vision
     }
 
-    /// What stands in a text where a picture belongs.
+    /// Samples of a second of the sound that it reads; `None`: it reads no sound.
+    pub(in crate::engine) fn audio_rate(&self) -> Option<u32> {
+        u32::try_from(self.inner.facts.sample_rate).ok().filter(|rate| self.inner.facts.audio && *rate > 0)
+    }
+
+    /// What stands in a text where a picture or a sound belongs.
     pub(in crate::engine) fn marker(&self) -> &str {
         &self.inner.marker
     }
 
-    /// Splits a text with a marker for each picture, in their order. The pictures are scaled as the projector wants
-    /// them, which takes milliseconds.
-    pub(in crate::engine) fn split(
-        &self,
-        text: &str,
-        add_special: bool,
-        pictures: &[Arc<Picture>],
-    ) -> Result<Pieces, String> {
-        if text.matches(self.marker()).count() != pictures.len() {
-            return Err("the text has not as many places as there are pictures".to_owned());
+    /// Splits a text with a marker for each picture and sound, in their order. They are scaled and made spectra as the
+    /// projector wants them, which takes milliseconds.
+    pub(in crate::engine) fn split(&self, text: &str, add_special: bool, media: &[Medium]) -> Result<Pieces, String> {
+        if text.matches(self.marker()).count() != media.len() {
+            return Err("the text has not as many places as there are images and sounds".to_owned());
         }
-        if !self.sees() {
-            return Err("this projector reads no images".to_owned());
-        }
-        let raw_pictures: Vec<shim::Picture> = pictures
-            .iter()
-            .map(|picture| shim::Picture {
-                width: picture.width(),
-                height: picture.height(),
-                pixels: picture.pixels().as_ptr(),
-            })
-            .collect();
+        let raw_media = media.iter().map(|medium| self.raw_medium(medium)).collect::<Result<Vec<_>, _>>()?;
         let mut error = shim::Error::new();
         let (raw, errors) = log::with_errors(|| {
-            // SAFETY: the projector is alive; text and pictures live through the call, and each picture has three bytes
-            // for each of its pixels.
+            // SAFETY: the projector is alive; text and media live through the call, each picture has three bytes for each
+            // of its pixels, and each sound as many samples as is said, and some.
             unsafe {
                 shim::altiplano_media_split(
                     self.inner.raw.as_ptr(),
                     text.as_ptr().cast(),
                     text.len(),
                     add_special,
-                    raw_pictures.as_ptr(),
-                    raw_pictures.len(),
+                    raw_media.as_ptr(),
+                    raw_media.len(),
                     &raw mut error,
                 )
             }
         });
         let raw = NonNull::new(raw).ok_or_else(|| if errors.is_empty() { error.text() } else { errors })?;
         let pieces = Pieces { raw, projector: self.clone() };
+        self.check(&pieces, media)?;
+        Ok(pieces)
+    }
+
+    fn raw_medium(&self, medium: &Medium) -> Result<shim::Medium, &'static str> {
+        match medium {
+            Medium::Image(picture) if self.sees() => Ok(shim::Medium {
+                width: picture.width(),
+                height: picture.height(),
+                pixels: picture.pixels().as_ptr(),
+                samples: ptr::null(),
+                count: 0,
+            }),
+            Medium::Image(_) => Err("this projector reads no images"),
+            Medium::Audio(sound) if self.audio_rate() == Some(sound.rate()) => Ok(shim::Medium {
+                width: 0,
+                height: 0,
+                pixels: ptr::null(),
+                samples: sound.samples().as_ptr(),
+                count: sound.samples().len(),
+            }),
+            Medium::Audio(_) if self.audio_rate().is_some() => Err("the sound has another sample rate"),
+            Medium::Audio(_) => Err("this projector reads no audio"),
+        }
+    }
+
+    /// Whether each piece can be computed with the memory that there is.
+    fn check(&self, pieces: &Pieces, media: &[Medium]) -> Result<(), String> {
+        let mut parts = vec![0_u32; media.len()];
         for piece in (0..pieces.len()).filter_map(|index| pieces.get(index)) {
-            if let Piece::Picture { tokens, non_causal: true, .. } = piece
-                && tokens > self.inner.together
+            let Piece::Medium { medium, tokens, non_causal, .. } = piece else { continue };
+            if non_causal && tokens > self.inner.together {
+                let most = self.inner.together;
+                return Err(format!("an image has {tokens} tokens, and {most} can be computed at once"));
+            }
+            match parts.get_mut(medium) {
+                Some(parts) if tokens > 0 => *parts += 1,
+                _ => return Err("a part of an image or a sound has no tokens".to_owned()),
+            }
+        }
+        for (medium, parts) in media.iter().zip(parts) {
+            // Memory was taken for so many; a projector that does not part longer sound itself would need more, or has no
+            // positions for it and aborts.
+            if let Medium::Audio(sound) = medium
+                && sound.seconds() > SECONDS_AT_ONCE * parts
             {
                 return Err(format!(
-                    "an image has {tokens} tokens, and {} can be computed at once",
-                    self.inner.together
+                    "this model reads {SECONDS_AT_ONCE} seconds of audio at once, not {}",
+                    sound.seconds()
                 ));
             }
         }
-        Ok(pieces)
+        Ok(())
     }
 }
 
@@ -260,7 +294,7 @@ impl Pieces {
 
     /// One of them.
     pub(in crate::engine) fn get(&self, index: usize) -> Option<Piece<'_>> {
-        let mut out = shim::Piece { kind: 0, image: 0, tokens: 0, positions: 0, non_causal: false, text: ptr::null() };
+        let mut out = shim::Piece { kind: 0, medium: 0, tokens: 0, positions: 0, non_causal: false, text: ptr::null() };
         let projector = self.projector.inner.raw.as_ptr();
         // SAFETY: projector and pieces are alive; the index is checked there.
         if !unsafe { shim::altiplano_media_piece(projector, self.raw.as_ptr(), index, &raw mut out) } {
@@ -268,8 +302,9 @@ impl Pieces {
         }
         if out.kind != sys::MTMD_INPUT_CHUNK_TYPE_TEXT {
             let positions = usize::try_from(out.positions).ok()?;
-            let shim::Piece { image, tokens, non_causal, .. } = out;
-            return Some(Piece::Picture { image, tokens, positions, non_causal });
+            let shim::Piece { kind, medium, tokens, non_causal, .. } = out;
+            let sound = kind == sys::MTMD_INPUT_CHUNK_TYPE_AUDIO;
+            return Some(Piece::Medium { medium, sound, tokens, positions, non_causal });
         }
         if out.text.is_null() || out.tokens == 0 {
             return Some(Piece::Text(&[]));
@@ -278,9 +313,9 @@ impl Pieces {
         Some(Piece::Text(unsafe { std::slice::from_raw_parts(out.text, out.tokens) }))
     }
 
-    /// Positions of a picture that begins at `first`, section by section.
+    /// Positions of a picture or sound that begins at `first`, section by section.
     pub(in crate::engine) fn positions(&self, index: usize, first: usize) -> Option<Vec<i32>> {
-        let Some(Piece::Picture { tokens, .. }) = self.get(index) else { return None };
+        let Some(Piece::Medium { tokens, .. }) = self.get(index) else { return None };
         let first = i32::try_from(first).ok()?;
         let mut out = vec![0; tokens * self.projector.sections()];
         let projector = self.projector.inner.raw.as_ptr();
@@ -313,7 +348,7 @@ struct Pause<'a> {
 }
 
 impl Encoder {
-    /// The embeddings of a picture, one after the other. `go_on` is called about every few milliseconds of work; its
+    /// The embeddings of a picture or sound, one after the other. `go_on` is called about every few milliseconds of work; its
     /// false ends it: `Ok(None)`. The error is llama.cpp's own words.
     pub(in crate::engine) fn encode(
         &mut self,
@@ -324,7 +359,7 @@ impl Encoder {
         if !Arc::ptr_eq(&self.projector.inner, &pieces.projector.inner) {
             return Err("a picture for another projector".to_owned());
         }
-        let Some(Piece::Picture { tokens, .. }) = pieces.get(index) else { return Err("no picture".to_owned()) };
+        let Some(Piece::Medium { tokens, .. }) = pieces.get(index) else { return Err("no picture".to_owned()) };
         let mut out = vec![0.0; tokens * self.projector.inner.width];
         let mut pause = Pause { go_on, panic: None };
         let mut error = shim::Error::new();

@@ -73,6 +73,7 @@ pub(super) struct ProjectorFacts {
     pub(super) vision: bool,
     pub(super) audio: bool,
     pub(super) mrope: bool,
+    pub(super) sample_rate: i32,
 }
 
 #[repr(C)]
@@ -82,16 +83,18 @@ pub(super) struct ProjectorNeeds {
 }
 
 #[repr(C)]
-pub(super) struct Picture {
+pub(super) struct Medium {
     pub(super) width: u32,
     pub(super) height: u32,
     pub(super) pixels: *const u8,
+    pub(super) samples: *const f32,
+    pub(super) count: usize,
 }
 
 #[repr(C)]
 pub(super) struct Piece {
     pub(super) kind: mtmd_input_chunk_type,
-    pub(super) image: usize,
+    pub(super) medium: usize,
     pub(super) tokens: usize,
     pub(super) positions: i32,
     pub(super) non_causal: bool,
@@ -195,7 +198,7 @@ unsafe extern "C" {
         text: *const c_char,
         length: usize,
         add_special: bool,
-        pictures: *const Picture,
+        media: *const Medium,
         count: usize,
         error: *mut Error,
     ) -> *mut mtmd_input_chunks;

@@ -1,4 +1,4 @@
-// Pictures: see shim_media.h.
+// Pictures and sound: see shim_media.h.
 #include "shim_media.h"
 
 #include <algorithm>
@@ -130,7 +130,7 @@ void altiplano_projector_free(altiplano_projector * projector) {
 
 altiplano_projector_facts altiplano_projector_facts_of(const altiplano_projector * projector) {
     const mtmd_context * context = projector->context;
-    return { mtmd_support_vision(context), mtmd_support_audio(context), mtmd_decode_use_mrope(context) };
+    return { mtmd_support_vision(context), mtmd_support_audio(context), mtmd_decode_use_mrope(context), mtmd_get_audio_sample_rate(context) };
 }
 
 mtmd_context * altiplano_projector_context(altiplano_projector * projector) {
@@ -162,12 +162,16 @@ size_t altiplano_projector_memory(const altiplano_projector_params * params, alt
     });
 }
 
-mtmd_input_chunks * altiplano_media_split(const altiplano_projector * projector, const char * text, size_t length, bool add_special, const altiplano_picture * pictures, size_t count, altiplano_error * error) {
+mtmd_input_chunks * altiplano_media_split(const altiplano_projector * projector, const char * text, size_t length, bool add_special, const altiplano_medium * media, size_t count, altiplano_error * error) {
     return guarded(error, static_cast<mtmd_input_chunks *>(nullptr), [&]() -> mtmd_input_chunks * {
         mtmd::bitmaps bitmaps;
         for (size_t i = 0; i < count; ++i) {
-            bitmaps.entries.emplace_back(pictures[i].width, pictures[i].height, pictures[i].pixels);
-            // mtmd tells by it which pieces are of one picture.
+            if (media[i].samples != nullptr) {
+                bitmaps.entries.emplace_back(mtmd_bitmap_init_from_audio(media[i].count, media[i].samples));
+            } else {
+                bitmaps.entries.emplace_back(media[i].width, media[i].height, media[i].pixels);
+            }
+            // mtmd tells by it which pieces are of one picture or sound.
             bitmaps.entries.back().set_id(std::to_string(i).c_str());
         }
         const auto pointers = bitmaps.c_ptr();
@@ -175,7 +179,7 @@ mtmd_input_chunks * altiplano_media_split(const altiplano_projector * projector,
         const mtmd_input_text input = { text, length, add_special, true };
         const int32_t result = mtmd_tokenize(projector->context, pieces.ptr.get(), &input, const_cast<const mtmd_bitmap **>(pointers.data()), pointers.size());
         if (result != 0) {
-            say(error, result == 1 ? "the text has not as many places as there are pictures" : "a picture cannot be prepared");
+            say(error, result == 1 ? "the text has not as many places as there are images and sounds" : "an image or a sound cannot be prepared");
             return nullptr;
         }
         return pieces.ptr.release();
@@ -197,8 +201,8 @@ bool altiplano_media_piece(const altiplano_projector * projector, const mtmd_inp
         const bool text = kind == MTMD_INPUT_CHUNK_TYPE_TEXT;
         const llama_token * list = text ? mtmd_input_chunk_get_tokens_text(piece, &tokens) : nullptr;
         const char * id = text ? nullptr : mtmd_input_chunk_get_id(piece);
-        const size_t image = id == nullptr ? 0 : std::stoul(id);
-        *out = { kind, image, tokens, mtmd_input_chunk_get_n_pos(piece), !text && mtmd_decode_use_non_causal(projector->context, piece), list };
+        const size_t medium = id == nullptr ? 0 : std::stoul(id);
+        *out = { kind, medium, tokens, mtmd_input_chunk_get_n_pos(piece), !text && mtmd_decode_use_non_causal(projector->context, piece), list };
         return true;
     });
 }

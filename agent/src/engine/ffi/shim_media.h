@@ -26,6 +26,8 @@ struct altiplano_projector_facts {
     bool vision;
     bool audio;
     bool mrope;
+    // Samples in a second of audio.
+    int32_t sample_rate;
 };
 
 // What a file would take, without its weights being read.
@@ -36,17 +38,19 @@ struct altiplano_projector_needs {
     bool non_causal;
 };
 
-// Pictures as RGB, three bytes for each pixel.
-struct altiplano_picture {
+// A picture as RGB, three bytes for each pixel; or, where `samples` is not null, sound in the projector's own rate.
+struct altiplano_medium {
     uint32_t width;
     uint32_t height;
     const uint8_t * pixels;
+    const float * samples;
+    size_t count;
 };
 
 struct altiplano_piece {
     enum mtmd_input_chunk_type kind;
-    // Number of the picture that it is of.
-    size_t image;
+    // Number of the picture or sound that it is of.
+    size_t medium;
     size_t tokens;
     int32_t positions;
     bool non_causal;
@@ -66,8 +70,8 @@ mtmd_context * altiplano_projector_context(struct altiplano_projector * projecto
 // them written; SIZE_MAX: the file cannot be used.
 size_t altiplano_projector_memory(const struct altiplano_projector_params * params, struct altiplano_memory * out, size_t size, struct altiplano_projector_needs * needs, struct altiplano_error * error);
 
-// Text with a marker for each picture as pieces. Null on failure. May be called by several threads.
-mtmd_input_chunks * altiplano_media_split(const struct altiplano_projector * projector, const char * text, size_t length, bool add_special, const struct altiplano_picture * pictures, size_t count, struct altiplano_error * error);
+// Text with a marker for each picture and each sound as pieces. Null on failure. May be called by several threads.
+mtmd_input_chunks * altiplano_media_split(const struct altiplano_projector * projector, const char * text, size_t length, bool add_special, const struct altiplano_medium * media, size_t count, struct altiplano_error * error);
 size_t altiplano_media_count(const mtmd_input_chunks * pieces);
 bool altiplano_media_piece(const struct altiplano_projector * projector, const mtmd_input_chunks * pieces, size_t index, struct altiplano_piece * out);
 

@@ -1,4 +1,4 @@
-//! Images: what the engine makes of them is what llama.cpp's own helper makes of them.
+//! Images and sound: what the engine makes of them is what llama.cpp's own helper makes of them.
 
 use std::path::Path;
 
@@ -7,15 +7,18 @@ use altiplano_test_models::{Architecture, Projector as ProjectorFile, ProjectorK
 use super::super::ffi::{self, Context, ProjectorParams};
 use super::*;
 
-const KINDS: [(ProjectorKind, Architecture); 4] = [
+const KINDS: [(ProjectorKind, Architecture); 7] = [
     (ProjectorKind::Mlp, Architecture::Llama),
     (ProjectorKind::Gemma3, Architecture::Llama),
     (ProjectorKind::Gemma3, Architecture::Gemma3),
     (ProjectorKind::Qwen2vl, Architecture::Qwen2vl),
+    (ProjectorKind::Ultravox, Architecture::Llama),
+    (ProjectorKind::Qwen2a, Architecture::Llama),
+    (ProjectorKind::Omni, Architecture::Qwen2vl),
 ];
 
 /// A model and its projector.
-fn seeing(folder: &Path, kind: ProjectorKind, architecture: Architecture) -> RunnerConfig {
+fn with_projector(folder: &Path, kind: ProjectorKind, architecture: Architecture) -> RunnerConfig {
     let (model, projector) = (folder.join("model.gguf"), folder.join("mmproj.gguf"));
     let spec = Spec { architecture, ..Spec::default() };
     spec.write(&model).expect("the model is written");
@@ -23,27 +26,34 @@ fn seeing(folder: &Path, kind: ProjectorKind, architecture: Architecture) -> Run
     RunnerConfig { projector: Some(projector), ..config(model) }
 }
 
-fn picture(seed: u8, width: u32, height: u32) -> Arc<Picture> {
+fn picture(seed: u8, width: u32, height: u32) -> Medium {
     let pixel = |place: u32| u8::try_from((place * (u32::from(seed) + 3) / 7) % 256).expect("a byte");
     let pixels = (0..width * height * 3).map(pixel).collect();
-    Arc::new(Picture::new(width, height, pixels, [seed; 32]).expect("a picture"))
+    Medium::Image(Arc::new(Picture::new(width, height, pixels, [seed; 32]).expect("a picture")))
 }
 
-/// Two images, with text before, between and after them.
+/// A tone that rises, for so many tenths of a second.
+#[expect(clippy::cast_precision_loss, reason = "short sounds")]
+fn sound(seed: u8, tenths: usize) -> Medium {
+    let sample = |place: usize| (place as f32 * 0.01 * f32::from(seed) * (1.0 + place as f32 * 1e-5)).sin() * 0.5;
+    let samples = (0..1600 * tenths).map(sample).collect();
+    Medium::Audio(Arc::new(Sound::new(16_000, samples, [seed; 32]).expect("a sound")))
+}
+
+/// Two images or sounds or one of each, with text before, between and after them.
 #[tokio::test]
-async fn images_are_read_as_llama_cpp_itself_reads_them() {
+async fn media_are_read_as_llama_cpp_itself_reads_them() {
     for (kind, architecture) in KINDS {
         let folder = tempfile::tempdir().expect("a folder");
-        let config = seeing(folder.path(), kind, architecture);
+        let config = with_projector(folder.path(), kind, architecture);
         let (model, gpu) = load::open(&config, &|_| {}).expect("the model loads");
         let loaded = load::load(&config, model.clone(), gpu).expect("the context is made");
         let params = loaded.params.clone();
         let (top, prompt) = {
             let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
-            let marker = engine.image_marker().expect("it reads images").to_owned();
+            let marker = engine.media_marker().expect("it reads media").to_owned();
             let text = format!("<|im_start|>user\nThis {marker} or that {marker}?<|im_end|>\n<|im_start|>assistant\n");
-            let MediaPrompt { tokens, media } =
-                engine.read(&text, true, &[picture(1, 64, 64), picture(2, 80, 48)]).expect("a prompt");
+            let MediaPrompt { tokens, media } = engine.read(&text, true, &two_for(kind)).expect("a prompt");
             let request = GenerateRequest {
                 prompt: tokens,
                 media,
@@ -71,10 +81,20 @@ async fn images_are_read_as_llama_cpp_itself_reads_them() {
     }
 }
 
+fn two_for(kind: ProjectorKind) -> [Medium; 2] {
+    match kind {
+        // The second has two parts.
+        ProjectorKind::Ultravox => [sound(1, 75), sound(2, 302)],
+        ProjectorKind::Qwen2a => [sound(1, 75), sound(2, 150)],
+        ProjectorKind::Omni => [sound(1, 75), picture(2, 80, 48)],
+        _ => [picture(1, 64, 64), picture(2, 80, 48)],
+    }
+}
+
 #[test]
 fn a_projectors_memory_is_known_before_it_is_loaded() {
     let folder = tempfile::tempdir().expect("a folder");
-    let config = seeing(folder.path(), ProjectorKind::Gemma3, Architecture::Llama);
+    let config = with_projector(folder.path(), ProjectorKind::Gemma3, Architecture::Llama);
     let path = config.projector.clone().expect("a projector");
     let params = |path| ProjectorParams { path, device: None, threads: 1, flash_attention: FlashAttention::Auto };
     let needs = params(&path).needs().expect("a projector");

@@ -1,4 +1,4 @@
-//! Pictures: computed between the steps of those who generate, then read as a part of the prompt.
+//! Pictures and sound: computed between the steps of those who generate, then read as a part of the prompt.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -131,8 +131,13 @@ impl Worker {
                 tracing::debug!(request = id, tokens = piece.tokens, milliseconds = elapsed.as_millis(), "picture");
                 self.pictures.kept.insert(piece.name, Arc::from(embeddings));
                 self.shared.update(|stats| {
-                    stats.pictures += 1;
-                    stats.picture_time += elapsed;
+                    let (count, time) = if piece.sound {
+                        (&mut stats.sounds, &mut stats.sound_time)
+                    } else {
+                        (&mut stats.pictures, &mut stats.picture_time)
+                    };
+                    *count += 1;
+                    *time += elapsed;
                 });
             }
             Ok(None) => tracing::debug!(request = id, "a picture is not needed any more"),

@@ -1,30 +1,12 @@
-//! Images on real llama.cpp: random models with random projectors, so what is told apart are log-probabilities.
+//! Images: told apart, read once, computed beside others' steps.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
-
-#[path = "vision/api.rs"]
-mod api;
-
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use altiplano_agent::engine::{
-    Ability, Engine, EngineStats, GenerateEvent, GenerateRequest, Generation, MediaPrompt, Picture, SamplingParams,
-    SubmitError, Token, Usage,
-};
-use altiplano_agent::runner::protocol::RunnerConfig;
-use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
-use altiplano_test_models::{Architecture, Projector, ProjectorKind, Spec};
-use futures::StreamExt;
+use altiplano_agent::engine::{Ability, Media, Picture, SubmitError};
 
-const PATIENCE: Duration = Duration::from_mins(2);
+use super::*;
 
-/// How far log-probabilities of the same may be apart.
-const NEAR: f32 = 0.05;
-
-/// How far those after different images are apart at least.
+/// How far log-probabilities after different images are apart at least.
 const FAR: f32 = 0.3;
 
 const KINDS: [(ProjectorKind, Architecture); 4] = [
@@ -34,116 +16,16 @@ const KINDS: [(ProjectorKind, Architecture); 4] = [
     (ProjectorKind::Qwen2vl, Architecture::Qwen2vl),
 ];
 
-fn context(parallel: i32) -> ContextSpec {
-    ContextSpec { min_tokens: Some(2048), max_tokens: Some(2048), parallel, ..ContextSpec::default() }
-}
-
-/// A model that reads images; `change` may make the projector a slow one.
-fn start(
-    folder: &Path,
-    (kind, architecture): (ProjectorKind, Architecture),
-    context: ContextSpec,
-    change: impl FnOnce(&mut Projector),
-) -> Engine {
-    let (model_path, path) = (folder.join("model.gguf"), folder.join("mmproj.gguf"));
-    let spec = Spec { architecture, ..Spec::default() };
-    spec.write(&model_path).unwrap();
-    let mut projector = Projector::of(kind, &spec);
-    change(&mut projector);
-    projector.write(&path).unwrap();
-    let config = RunnerConfig { model_path, projector: Some(path), context, threads: 2, ..RunnerConfig::default() };
-    Engine::start(&config, &|_| {}).unwrap()
-}
-
 /// A projector that takes a while: some seconds on a slow CPU.
 fn slow(projector: &mut Projector) {
     *projector = Projector { image_size: 448, embd: 256, heads: 4, ff: 1024, layers: 8, ..projector.clone() };
 }
 
-fn picture(seed: u8, width: u32, height: u32) -> Arc<Picture> {
+fn picture(seed: u8, width: u32, height: u32) -> Medium {
     let pixel = |place: u32| u8::try_from((place * (u32::from(seed) + 3) / 7) % 256).unwrap();
     let pixels = (0..width * height * 3).map(pixel).collect();
-    Arc::new(Picture::new(width, height, pixels, [seed; 32]).unwrap())
+    Medium::Image(Arc::new(Picture::new(width, height, pixels, [seed; 32]).unwrap()))
 }
-
-/// A prompt of pieces of text with an image after each but the last.
-fn prompt(engine: &Engine, texts: &[&str], images: &[Arc<Picture>]) -> GenerateRequest {
-    let text = texts.join(engine.image_marker().unwrap());
-    let MediaPrompt { tokens, media } = engine.read(&text, true, images).unwrap();
-    GenerateRequest {
-        prompt: tokens,
-        media,
-        max_tokens: Some(1),
-        logprobs: Some(20),
-        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-        ..GenerateRequest::default()
-    }
-}
-
-type Top = BTreeMap<Token, f32>;
-
-async fn read(mut generation: Generation) -> (Top, Usage) {
-    let mut first = None;
-    loop {
-        match tokio::time::timeout(PATIENCE, generation.next()).await.unwrap() {
-            Some(GenerateEvent::Token { logprob: Some(logprob), .. }) => {
-                first.get_or_insert(logprob.top.iter().map(|top| (top.token, top.logprob)).collect());
-            }
-            Some(GenerateEvent::Token { .. } | GenerateEvent::Progress(_)) => {}
-            Some(GenerateEvent::Done { usage, .. }) => return (first.unwrap_or_default(), usage),
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-async fn ask(engine: &Engine, request: &GenerateRequest) -> (Top, Usage) {
-    read(engine.submit(request.clone()).unwrap()).await
-}
-
-/// What each request finds alone, with nothing to reuse, and what all find at once, generating `tokens` each.
-async fn alone_and_together(
-    engine: &Engine,
-    requests: &[GenerateRequest],
-    tokens: u32,
-) -> (Vec<Top>, Vec<(Top, Usage)>) {
-    let mut alone = Vec::new();
-    for request in requests {
-        alone.push(ask(engine, &GenerateRequest { cache_prompt: false, ..request.clone() }).await.0);
-    }
-    let streams: Vec<_> = requests
-        .iter()
-        .map(|request| engine.submit(GenerateRequest { max_tokens: Some(tokens), ..request.clone() }).unwrap())
-        .collect();
-    (alone, futures::future::join_all(streams.into_iter().map(read)).await)
-}
-
-/// The greatest difference among the most probable tokens; one that the other does not have counts as its least.
-fn distance(left: &Top, right: &Top) -> f32 {
-    distance_down_to(5.0, left, right)
-}
-
-/// The same among all that are known, for what must differ: some models are nearly sure of one token.
-fn distance_of_all(left: &Top, right: &Top) -> f32 {
-    distance_down_to(100.0, left, right)
-}
-
-fn distance_down_to(depth: f32, left: &Top, right: &Top) -> f32 {
-    let highest = left.values().copied().fold(f32::MIN, f32::max);
-    let least = right.values().copied().fold(0.0, f32::min);
-    let best = left.iter().filter(|(_, logprob)| **logprob > highest - depth);
-    let differences = best.map(|(token, logprob)| (right.get(token).unwrap_or(&least) - logprob).abs());
-    differences.fold(0.0, f32::max)
-}
-
-async fn until(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so(&engine.stats()) {
-        assert!(Instant::now() < deadline, "waited for: {what}; {:?}", engine.stats());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-const LONG: &str = "Once upon a time there was a llama who lived on a high plain and looked at pictures all day. ";
 
 /// The same image says the same, another one something else; what was read before is not read again, and the answer is
 /// as if it were.
@@ -154,7 +36,7 @@ async fn an_image_is_told_from_another_and_read_once() {
         let engine = start(folder.path(), kind, context(4), |_| {});
         assert!(engine.model().can(Ability::Vision) && !engine.model().can(Ability::Audio));
         let (one, other) = (picture(1, 64, 64), picture(2, 64, 64));
-        let fresh = |image: &Arc<Picture>, end: &str| GenerateRequest {
+        let fresh = |image: &Medium, end: &str| GenerateRequest {
             cache_prompt: false,
             ..prompt(&engine, &[LONG, end], std::slice::from_ref(image))
         };
@@ -181,8 +63,8 @@ async fn an_image_is_told_from_another_and_read_once() {
 
         // Two images, and an image at the end of the prompt.
         for texts in [[LONG, " or ", "?"], [LONG, " or ", ""]] {
-            let both = prompt(&engine, &texts, &[Arc::clone(&one), Arc::clone(&other)]);
-            let swapped = prompt(&engine, &texts, &[Arc::clone(&other), Arc::clone(&one)]);
+            let both = prompt(&engine, &texts, &[one.clone(), other.clone()]);
+            let swapped = prompt(&engine, &texts, &[other.clone(), one.clone()]);
             let expected = ask(&engine, &GenerateRequest { cache_prompt: false, ..both.clone() }).await;
             for _ in 0..2 {
                 let found = ask(&engine, &both).await;
@@ -326,10 +208,10 @@ async fn what_is_no_image_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let engine = start(folder.path(), KINDS[0], context(1), |_| {});
     let good = prompt(&engine, &["See ", "?"], &[picture(1, 64, 64)]);
-    let marker = engine.image_marker().unwrap();
+    let marker = engine.media_marker().unwrap();
     assert!(engine.read(marker, true, &[]).is_err());
     assert!(engine.read("no place", true, &[picture(1, 64, 64)]).is_err());
-    let text_only = GenerateRequest { media: altiplano_agent::engine::Media::default(), ..good.clone() };
+    let text_only = GenerateRequest { media: Media::default(), ..good.clone() };
     assert!(matches!(engine.submit(text_only), Err(SubmitError::InvalidToken { .. })));
     let mut moved = good.clone();
     moved.prompt.insert(0, 5);
@@ -342,6 +224,6 @@ async fn what_is_no_image_is_refused() {
     let model_path = folder.path().join("model.gguf");
     let config = RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() };
     let blind = Engine::start(&config, &|_| {}).unwrap();
-    assert!(!blind.model().can(Ability::Vision) && blind.image_marker().is_none());
+    assert!(!blind.model().can(Ability::Vision) && blind.media_marker().is_none());
     assert!(blind.read("See?", true, &[]).is_err());
 }

@@ -1,6 +1,6 @@
 //! Images through every API that takes them: the trained toy model with a random projector.
 
-use altiplano_agent::api::{ApiOptions, ApiState, MAX_IMAGES, router};
+use altiplano_agent::api::{ApiOptions, ApiState, MAX_MEDIA, router};
 use altiplano_test_models::toy;
 use axum::Router;
 use base64::Engine as _;
@@ -30,29 +30,31 @@ fn grey(width: u32, height: u32) -> String {
     format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
 }
 
-fn url(seed: u8) -> String {
+pub(crate) fn url(seed: u8) -> String {
     format!("data:image/png;base64,{}", png(seed, 64, 64))
 }
 
-/// The toy model, with eyes or without.
-fn serve(folder: &Path, sees: bool) -> (Engine, Router) {
-    let path = folder.join("mmproj.gguf");
-    Projector::of_toy(ProjectorKind::Gemma3).write(&path).unwrap();
+/// The toy model, with a projector or without.
+pub(crate) fn serve(folder: &Path, kind: Option<ProjectorKind>) -> (Engine, Router) {
+    let path = kind.map(|kind| {
+        let path = folder.join("mmproj.gguf");
+        Projector::of_toy(kind).write(&path).unwrap();
+        path
+    });
     let config = RunnerConfig {
         served_name: "toy-chat".to_owned(),
         model_path: toy::path(),
-        projector: sees.then_some(path),
-        context: ContextSpec { max_tokens: Some(1024), ..context(4) },
+        projector: path,
+        context: ContextSpec { min_tokens: Some(1024), max_tokens: Some(1024), ..context(4) },
         threads: 2,
         ..RunnerConfig::default()
     };
-    let config = RunnerConfig { context: ContextSpec { min_tokens: Some(1024), ..config.context.clone() }, ..config };
     let engine = Engine::start(&config, &|_| {}).unwrap();
     let router = router(ApiState::new(engine.clone(), &config, ApiOptions::default()).unwrap());
     (engine, router)
 }
 
-async fn post(router: &Router, path: &str, body: &Value) -> (StatusCode, Value) {
+pub(crate) async fn post(router: &Router, path: &str, body: &Value) -> (StatusCode, Value) {
     let request = Request::post(path).body(axum::body::Body::from(body.to_string())).unwrap();
     let answer = router.clone().oneshot(request).await.unwrap();
     let status = answer.status();
@@ -60,7 +62,7 @@ async fn post(router: &Router, path: &str, body: &Value) -> (StatusCode, Value) 
     (status, serde_json::from_slice(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into()))
 }
 
-async fn get(router: &Router, path: &str) -> Value {
+pub(crate) async fn get(router: &Router, path: &str) -> Value {
     let request = Request::get(path).body(axum::body::Body::empty()).unwrap();
     let bytes = router.clone().oneshot(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
     serde_json::from_slice(&bytes).unwrap()
@@ -112,7 +114,7 @@ fn bodies() -> [(&'static str, Value, &'static str, &'static str); 5] {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_api_takes_images() {
     let folder = tempfile::tempdir().unwrap();
-    let (engine, router) = serve(folder.path(), true);
+    let (engine, router) = serve(folder.path(), Some(ProjectorKind::Gemma3));
     let mut said: Vec<(Value, Value)> = Vec::new();
     for (path, mut body, tokens, text) in bodies() {
         body["model"] = "toy-chat".into();
@@ -153,7 +155,7 @@ async fn every_api_takes_images() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_seen_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let (blind, router) = serve(folder.path(), false);
+    let (blind, router) = serve(folder.path(), None);
     for (path, body, ..) in bodies() {
         let (status, answer) = post(&router, path, &body).await;
         assert_eq!(status, 400, "{path}: {answer}");
@@ -162,21 +164,21 @@ async fn what_cannot_be_seen_is_refused() {
     assert_eq!(get(&router, "/props").await["modalities"], json!({"vision": false, "audio": false}));
     blind.shutdown(Instant::now());
 
-    let (engine, router) = serve(folder.path(), true);
+    let (engine, router) = serve(folder.path(), Some(ProjectorKind::Gemma3));
     let with = |urls: Vec<String>| {
         let images = urls.into_iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
         json!({"messages": [{"role": "user", "content": images.collect::<Vec<_>>()}], "max_tokens": 1})
     };
     let first = "messages[0].content[0].image_url.url";
     let cut = format!("data:image/png;base64,{}", &png(1, 64, 64)[..200]);
-    let last = format!("messages[0].content[{MAX_IMAGES}].image_url.url");
+    let last = format!("messages[0].content[{MAX_MEDIA}].image_url.url");
     for (urls, param, words) in [
         (vec!["https://example.com/llama.png".to_owned()], first, "fetches nothing"),
         (vec!["data:image/png;base64,aGVsbG8=".to_owned()], first, "no image"),
         (vec![cut], first, "cannot be read"),
         (vec![grey(8192, 4097)], first, "pixels are allowed"),
         (vec![grey(1, 500)], first, "times as long"),
-        (vec![url(1); MAX_IMAGES + 1], last.as_str(), "images at most"),
+        (vec![url(1); MAX_MEDIA + 1], last.as_str(), "images and sounds at most"),
     ] {
         let (status, answer) = post(&router, "/v1/chat/completions", &with(urls)).await;
         let error = &answer["error"];
@@ -184,10 +186,10 @@ async fn what_cannot_be_seen_is_refused() {
         assert!(error["message"].as_str().unwrap().contains(words), "{answer}");
     }
     // So many that they do not fit into the context.
-    let (status, answer) = post(&router, "/v1/chat/completions", &with(vec![url(1); MAX_IMAGES])).await;
+    let (status, answer) = post(&router, "/v1/chat/completions", &with(vec![url(1); MAX_MEDIA])).await;
     assert_eq!((status.as_u16(), &answer["error"]["code"]), (400, &json!("context_length_exceeded")), "{answer}");
     // Words that look like what stands for an image inside.
-    let marker = engine.image_marker().unwrap();
+    let marker = engine.media_marker().unwrap();
     let body = json!({"messages": [{"role": "user", "content": [
         {"type": "text", "text": marker}, {"type": "image_url", "image_url": {"url": url(1)}}]}], "max_tokens": 1});
     let (status, answer) = post(&router, "/v1/chat/completions", &body).await;
