@@ -7,14 +7,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, RopeSpec};
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, RopeSpec, SpeculativeType};
 
 use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
 use super::ffi::{
     self, Adapter, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Encoder, Model,
-    ModelParams, Projector, ProjectorNeeds, ProjectorParams,
+    ModelParams, Part, Projector, ProjectorNeeds, ProjectorParams,
 };
 use super::host;
 use super::sampling::SamplingParams;
@@ -115,8 +115,9 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     if plan.capability.cut != Cut::Nowhere {
         plan.capability = plan.capability.tested(can_cut);
     }
-    if !plan.capability.can_speculate() {
-        plan.speculative = None;
+    settle_guessing(&mut plan, context.rollback())?;
+    if context.rollback() > 0 && !try_rollback(&model, &mut context)? {
+        return Err(EngineError::DecodeFailed("llama.cpp does not take tokens of a state away, as it says".to_owned()));
     }
     let draft = draft::load(config, &model, &plan, &params)?;
     let mut memory = context.memory();
@@ -159,10 +160,11 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     }
     check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
-    let (plan, params) = plan(config, &model, gpu, needs.together)?;
+    let (mut plan, params) = plan(config, &model, gpu, needs.together)?;
     let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
     check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
+    settle_guessing(&mut plan, context.rollback())?;
     let mut memory = context.memory();
     add(&mut memory, draft::estimate(config, &model, &plan, &params)?);
     Ok(EstimateReport {
@@ -229,6 +231,7 @@ fn load_model(
         gpu_layers: config.gpu_layers,
         experts_on_cpu: config.engine.experts_on_cpu == Some(true),
         dry_run,
+        head: config.engine.speculative.as_ref().is_some_and(|spec| spec.kind == SpeculativeType::Mtp),
     };
     // llama.cpp's callback has to live for ever, the caller's does not: so a thread loads and this one reports.
     let loaded = thread::scope(|scope| {
@@ -284,14 +287,17 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
     let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
     let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH).max(together);
     let batch = tokens(config.engine.batch_tokens).unwrap_or(if gpu { GPU_BATCH } else { micro_batch });
-    // Every sequence must find room for a token in a batch.
-    let batch = batch.max(sequences).max(together);
-    let micro_batch = micro_batch.clamp(sequences, batch);
+    let speculative = speculative(config, model, capability)?;
+    let rollback = match (capability.cut, speculative) {
+        (Cut::Nowhere, Some(settings)) => u32::try_from(settings.max).unwrap_or(0),
+        _ => 0,
+    };
+    // Every sequence must find room for a token in a batch, and what is taken away must have come in one.
+    let least = sequences.max(rollback + 2);
+    let batch = batch.max(least).max(together);
+    let micro_batch = micro_batch.clamp(least, batch);
 
     let (layers_offloaded, layers_total) = layers(config, model, gpu);
-    let speculative = Settings::new(config.engine.speculative.as_ref(), config.draft_path.is_some())
-        .map_err(|reason| EngineError::InvalidConfig(format!("engine.speculative: {reason}")))?
-        .filter(|_| capability.can_speculate());
     let guesses = speculative.map_or(0, |settings| settings.rows(parallel as usize));
     let outputs = parallel.saturating_add(u32::try_from(guesses).unwrap_or(0)).max(sequences).min(batch);
     let host_cache = host::limit(ffi::available_bytes("CPU"));
@@ -321,8 +327,61 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
         key_type: key_cache_type,
         value_type: value_cache_type,
         rope: rope.clone(),
+        rollback,
+        part: match speculative {
+            Some(Settings { kind: Kind::Mtp, .. }) => Part::ModelForHead,
+            _ => Part::Model,
+        },
     };
     Ok((plan, params))
+}
+
+/// Tokens of a draft where the state is one for all tokens: each takes another copy of every sequence's.
+const MAX_ROLLBACK: usize = 4;
+
+/// How tokens are to be guessed; what the context can take back is not known yet.
+fn speculative(config: &RunnerConfig, model: &Model, capability: Capability) -> Result<Option<Settings>, EngineError> {
+    let invalid = |reason: String| EngineError::InvalidConfig(format!("engine.speculative: {reason}"));
+    let settings = Settings::new(config.engine.speculative.as_ref(), config.draft_path.is_some()).map_err(invalid)?;
+    let Some(settings) = settings else { return Ok(None) };
+    if let Some(reason) = (settings.kind == Kind::Mtp).then(|| model.lacks_head()).flatten() {
+        return Err(invalid(format!("type MTP: {reason}")));
+    }
+    let most = if capability.can_speculate() { usize::MAX } else { MAX_ROLLBACK };
+    Ok(Some(settings.at_most(most)))
+}
+
+/// Nothing is guessed where it could not be taken away: neither cut from the state, nor from `rollback` copies of it.
+fn settle_guessing(plan: &mut Plan, rollback: u32) -> Result<(), EngineError> {
+    if plan.capability.can_speculate() || rollback > 0 {
+        return Ok(());
+    }
+    if plan.speculative.take().is_some_and(|settings| settings.kind == Kind::Mtp) {
+        let reason = "type MTP: the model's state cannot be cut, so that wrong guesses could not be taken back";
+        return Err(EngineError::InvalidConfig(format!("engine.speculative: {reason}")));
+    }
+    Ok(())
+}
+
+/// Whether the last tokens can be taken away from a state that is one for all, and others computed in their place.
+fn try_rollback(model: &Model, context: &mut Context) -> Result<bool, EngineError> {
+    let token = model.bos().unwrap_or(0);
+    let count = context.rollback() + 1;
+    let mut batch = Batch::new(count);
+    let mut compute = |context: &mut Context, from: u32, to: u32| {
+        batch.clear();
+        for position in from..to {
+            batch.add(token, i32::try_from(position).unwrap_or(i32::MAX), 0, false);
+        }
+        context.decode(&mut batch).map_err(|error| EngineError::DecodeFailed(format!("{error:?}")))
+    };
+    compute(context, 0, count)?;
+    let did = context.remove(0, 1);
+    if did {
+        compute(context, 1, 2)?;
+    }
+    context.clear();
+    Ok(did)
 }
 
 /// How the projector is loaded: on the first of the devices that the model is on.
@@ -425,7 +484,7 @@ fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Re
 
 /// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.
 fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
-    let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.kind == Kind::Draft));
+    let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.has_context()));
     check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES * contexts))
 }
 

@@ -1,7 +1,10 @@
 //! Does what was decided to the llama.cpp context. Nothing else changes it.
 
 mod draft;
+mod guesser;
+mod head;
 mod resize;
+mod side;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +24,7 @@ use crate::runner::grants::Grants;
 use crate::runner::protocol::MemoryUse;
 
 pub(super) use draft::Wish;
+use guesser::Guesser;
 pub(super) use resize::Resized;
 
 /// The context and the books that are kept of it.
@@ -39,8 +43,13 @@ pub(super) struct Executor {
     making: Option<resize::Making>,
     /// Who is asked before the context grows; `None`: nobody.
     grants: Option<Arc<dyn Grants>>,
-    /// The smaller model that guesses.
-    drafter: Option<draft::Drafter>,
+    /// Who guesses with a context of its own.
+    guesser: Option<Guesser>,
+    /// Sequences whose last guesses were taken away from a state that is one for all tokens: until it computes again,
+    /// llama.cpp knows of that by the sequence, so that no other may share it.
+    rolled_back: Vec<bool>,
+    /// For each entry of the last step the row of its first token.
+    firsts: Vec<usize>,
     adapters: Vec<(Adapter, f32)>,
     /// That the next steps are made with.
     adapter: AdapterId,
@@ -62,6 +71,7 @@ impl Executor {
         adapters: Vec<(Adapter, f32)>,
         plan: &Plan,
     ) -> Self {
+        let sequences = params.sequences as usize;
         Self {
             pool: Pool::new(params.sequences, params.unified),
             host: HostCache::new(plan.host_cache),
@@ -75,7 +85,9 @@ impl Executor {
             staging: Vec::new(),
             making: None,
             grants: None,
-            drafter: draft.map(draft::Drafter::new),
+            guesser: draft.map(Guesser::new),
+            rolled_back: vec![false; sequences],
+            firsts: Vec::new(),
             adapters,
             adapter: None,
         }
@@ -120,7 +132,7 @@ impl Executor {
     /// Bytes per device, the draft model's counted; the buffer for changes of size is among the host's.
     pub(super) fn memory(&self) -> Vec<MemoryUse> {
         let mut memory = self.context.as_ref().map(Context::memory).unwrap_or_default();
-        load::add(&mut memory, self.drafter.as_ref().map(draft::Drafter::memory).unwrap_or_default());
+        load::add(&mut memory, self.guesser.as_ref().map(Guesser::memory).unwrap_or_default());
         if let Some(host) = memory.iter_mut().find(|device| device.device == "CPU") {
             host.other_bytes += self.staging_bytes();
         }
@@ -178,6 +190,8 @@ impl Executor {
                     return Some(begun);
                 }
             }
+            // Its next step settles it.
+            Reuse::Share { id: from, .. } if self.is_rolled_back(from) => {}
             Reuse::Share { id: from, length } => {
                 let cells = u32::try_from(length).ok()?;
                 let Some(to) = self.take_id(Some(from)) else {
@@ -188,8 +202,8 @@ impl Executor {
                 }
                 if self.context.as_mut()?.share(from, to, positions(tokens, length)) {
                     self.pool.share(from, to, cells);
-                    if let Some(drafter) = &mut self.drafter {
-                        drafter.share(from, to, length);
+                    if let Some(guesser) = &mut self.guesser {
+                        guesser.share(from, to, length);
                     }
                     self.pool.touch(from);
                     return Some((to, length));
@@ -222,6 +236,9 @@ impl Executor {
         if self.context.as_mut()?.remove(id, positions(tokens, length)) {
             self.pool.cut(id, cells);
             self.pool.revive(id);
+            if let Some(guesser) = &mut self.guesser {
+                guesser.cut(id, length);
+            }
             return Some((id, length));
         }
         self.release(id);
@@ -259,10 +276,12 @@ impl Executor {
         rows: &mut Vec<i32>,
     ) -> Result<(), DecodeError> {
         self.batch.clear();
+        self.firsts.clear();
         rows.clear();
         let too_large = || DecodeError::Invalid("the step is larger than the batch".to_owned());
         for (id, tokens, start, output, draft) in work.clone() {
             let mut row = None;
+            self.firsts.push(self.batch.len());
             for (index, &token) in tokens.iter().enumerate() {
                 let position = i32::try_from(start + index).unwrap_or(i32::MAX);
                 row = self.batch.add(token, position, id, output && index + 1 == tokens.len());
@@ -279,6 +298,7 @@ impl Executor {
         context.adapt(adapter.map(|(adapter, scale)| (adapter, *scale)));
         context.decode(&mut self.batch)?;
         for (id, tokens, _, _, draft) in work {
+            self.set_rolled_back(id, false);
             self.pool.append(id, u32::try_from(tokens.len() + draft.len()).unwrap_or(u32::MAX));
         }
         Ok(())
@@ -332,14 +352,34 @@ impl Executor {
             return Err(EngineError::DecodeFailed("llama.cpp does not take guessed tokens away".to_owned()));
         }
         self.pool.cut(id, cells(length));
+        self.set_rolled_back(id, self.capability.cut == Cut::Nowhere);
         Ok(())
     }
 
-    /// Has the draft model guess what follows; see [`draft::Drafter::guess`].
+    fn is_rolled_back(&self, id: SeqId) -> bool {
+        usize::try_from(id).ok().and_then(|id| self.rolled_back.get(id)).is_some_and(|rolled_back| *rolled_back)
+    }
+
+    fn set_rolled_back(&mut self, id: SeqId, to: bool) {
+        if let Some(rolled_back) = usize::try_from(id).ok().and_then(|id| self.rolled_back.get_mut(id)) {
+            *rolled_back = to;
+        }
+    }
+
+    /// Has the one that guesses with a context of its own guess what follows; see [`Guesser::guess`].
     pub(super) fn draft(&mut self, wishes: &mut [Wish<'_>], piece: u32, min_probability: f32) {
-        let Self { drafter, model, .. } = self;
-        if let Some(drafter) = drafter {
-            drafter.guess(wishes, piece, min_probability, model);
+        let Self { guesser, model, .. } = self;
+        if let Some(guesser) = guesser {
+            guesser.guess(wishes, piece, min_probability, model);
+        }
+    }
+
+    /// Tells who guesses that the last step read these tokens of a sequence, `skip` tokens behind the first one of the
+    /// step's entry; the first of them is at `place`.
+    pub(super) fn hear(&mut self, entry: usize, id: SeqId, place: usize, tokens: &[Token], skip: usize) {
+        let Self { guesser, context, firsts, .. } = self;
+        if let (Some(guesser), Some(context), Some(first)) = (guesser, context, firsts.get(entry)) {
+            guesser.hear(id, place, tokens, context, first + skip);
         }
     }
 
@@ -369,9 +409,10 @@ impl Executor {
         if let Some(context) = &mut self.context {
             context.remove(id, 0);
         }
-        if let Some(drafter) = &mut self.drafter {
-            drafter.release(id);
+        if let Some(guesser) = &mut self.guesser {
+            guesser.release(id);
         }
+        self.set_rolled_back(id, false);
         self.pool.release(id);
     }
 

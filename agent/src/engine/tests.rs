@@ -2,6 +2,7 @@
 
 mod hybrid;
 mod media;
+mod mtp;
 
 use std::path::PathBuf;
 
@@ -107,7 +108,13 @@ async fn streams_that_outgrow_the_device_all_end() {
         }
         let stats = engine.stats();
         assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
-        assert_eq!(stats.accepted_tokens > 0, guesses, "{stats:?}");
+        assert!(guesses || stats.drafted_tokens == 0, "{stats:?}");
+        // Guesses pause where a busy machine makes them dear; each request begins anew.
+        let patience = Instant::now() + Duration::from_mins(1);
+        while guesses && engine.stats().accepted_tokens == 0 {
+            assert_eq!(ask("again").await, alone);
+            assert!(Instant::now() < patience, "no guess was right: {:?}", engine.stats());
+        }
         engine.shutdown(Instant::now());
     }
 }

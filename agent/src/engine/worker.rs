@@ -281,8 +281,13 @@ impl Worker {
 
     /// The step is done.
     fn advance(&mut self) -> Result<(), EngineError> {
-        for chunk in &self.step {
+        let heard = self.is_heard();
+        for (entry, chunk) in self.step.iter().enumerate() {
             let sequence = &mut self.running[chunk.lane];
+            if let Some(id) = sequence.cells.filter(|_| heard && !sequence.has_pictures()) {
+                let read = sequence.resident..sequence.resident + chunk.count as usize;
+                self.executor.hear(entry, id, read.start, &sequence.tokens[read], 0);
+            }
             sequence.advance(chunk.count);
             if let Some(id) = sequence.cells.filter(|_| sequence.is_at_border()) {
                 self.executor.snapshot(id, &sequence.key, &sequence.tokens[..sequence.resident]);
@@ -295,7 +300,9 @@ impl Worker {
         let now = Instant::now();
         let mut ended: Vec<(usize, Result<FinishReason, EngineError>)> = Vec::new();
         let (mut generated, mut drafted, mut accepted) = (0, 0, 0);
-        for (chunk, &row) in self.step.iter().zip(&self.rows).filter(|(chunk, _)| chunk.output) {
+        let heard = self.is_heard();
+        let entries = self.step.iter().zip(&self.rows).enumerate();
+        for (entry, (chunk, &row)) in entries.filter(|(_, (chunk, _))| chunk.output) {
             let sequence = &mut self.running[chunk.lane];
             let mut draft = std::mem::take(&mut sequence.speculation.draft);
             draft.truncate(chunk.draft as usize);
@@ -334,6 +341,10 @@ impl Worker {
                 if let Some(id) = sequence.cells {
                     let (length, position) = (sequence.resident, sequence.position_of(sequence.resident));
                     self.executor.retract(id, length, position, draft.len() - right)?;
+                    if heard && !sequence.has_pictures() {
+                        let read = length - right..length;
+                        self.executor.hear(entry, id, read.start, &sequence.tokens[read], chunk.count as usize);
+                    }
                 }
             }
         }

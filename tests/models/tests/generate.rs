@@ -44,6 +44,19 @@ fn every_architecture_and_type_is_written_with_the_length_it_announces() {
 }
 
 #[test]
+fn a_hybrid_has_a_head_where_one_is_asked_for() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let plain = Spec { architecture: Architecture::Qwen35, ..Spec::default() };
+    for mtp in [MtpHead::Random, MtpHead::Good] {
+        let with = Spec { mtp: Some(mtp), ..plain.clone() };
+        // A block of attention, and a matrix of two widths to one.
+        assert!(with.parameters() > plain.parameters() + 2 * 64 * 64, "{mtp:?}");
+        let bytes = with.write(&dir.path().join("m.gguf")).expect("written");
+        assert!(bytes > with.parameters() * 2, "{mtp:?}: {bytes} bytes");
+    }
+}
+
+#[test]
 fn embedders_are_written_with_the_length_they_announce() {
     let dir = tempfile::tempdir().expect("temporary directory");
     for spec in [Spec::embedder(), Spec::reranker(), Spec::causal_embedder()] {

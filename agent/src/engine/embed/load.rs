@@ -4,7 +4,7 @@ use altiplano_crds::model_deployment::ContextSpec;
 
 use super::size::Sizes;
 use crate::engine::error::EngineError;
-use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Pooling};
+use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Part, Pooling};
 use crate::engine::load::{self as common, GPU_BATCH, MICRO_BATCH};
 use crate::engine::sizing::Limits;
 use crate::engine::{Ability, ModelFacts};
@@ -110,6 +110,8 @@ fn plan(config: &RunnerConfig, model: &Model, pooling: Pooling, gpu: bool) -> (S
         key_type: key_cache_type,
         value_type: value_cache_type,
         rope: rope.clone(),
+        rollback: 0,
+        part: Part::Model,
     };
     (sizes, params)
 }

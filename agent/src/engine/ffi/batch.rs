@@ -39,6 +39,11 @@ impl Batch {
         self.outputs.clear();
     }
 
+    /// Tokens that were added.
+    pub(in crate::engine) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Whether there is nothing to compute.
     pub(in crate::engine) fn is_empty(&self) -> bool {
         self.tokens.is_empty()

@@ -37,6 +37,23 @@ pub(in crate::engine) struct ContextParams {
     pub(in crate::engine) value_type: CacheType,
     /// Stretching of the positions.
     pub(in crate::engine) rope: Option<RopeSpec>,
+    /// Tokens of a step that can be taken away again from a state that is one for all tokens; takes as many copies of it.
+    /// Where llama.cpp cannot do that, the context has 0 ([`Context::rollback`]).
+    pub(in crate::engine) rollback: u32,
+    /// What the context computes.
+    pub(in crate::engine) part: Part,
+}
+
+/// A part of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::engine) enum Part {
+    /// All but its head for guessing.
+    #[default]
+    Model,
+    /// The same, which also gives the hidden states that the head needs.
+    ModelForHead,
+    /// The head that guesses tokens (MTP).
+    Head,
 }
 
 /// Why a decode did not happen.
@@ -76,15 +93,16 @@ pub(in crate::engine) struct LogprobRow {
 
 /// A llama.cpp context.
 pub(in crate::engine) struct Context {
-    raw: NonNull<llama_context>,
+    pub(super) raw: NonNull<llama_context>,
     memory: NonNull<sys::llama_memory_i>,
     /// Which rows of the last batch have logits.
-    output_rows: Vec<i8>,
+    pub(super) output_rows: Vec<i8>,
     sequences: u32,
     outputs: u32,
     unified: bool,
+    pub(super) part: Part,
     /// The weights; kept alive for as long as the context.
-    model: Model,
+    pub(super) model: Model,
 }
 
 // SAFETY: llama.cpp ties a context to no thread; it is used by one at a time, because every use that changes it takes
@@ -102,8 +120,11 @@ impl Context {
             unsafe { sys::llama_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
-        let ContextParams { sequences, outputs, unified, .. } = *params;
-        Ok(Self { raw, memory, output_rows: Vec::new(), sequences, outputs, unified, model: model.clone() })
+        let ContextParams { sequences, outputs, unified, part, .. } = *params;
+        let context =
+            Self { raw, memory, output_rows: Vec::new(), sequences, outputs, unified, part, model: model.clone() };
+        context.give_hidden_states();
+        Ok(context)
     }
 
     /// Cells of the KV cache.
@@ -115,6 +136,11 @@ impl Context {
     /// Cells that one sequence can have.
     pub(in crate::engine) fn sequence_cells(&self) -> u32 {
         if self.unified { self.cells() } else { self.cells() / self.sequences }
+    }
+
+    /// Rows with logits in one call at most.
+    pub(super) fn outputs(&self) -> u32 {
+        self.outputs
     }
 
     /// Tokens in one call at most.
@@ -207,7 +233,7 @@ impl Context {
     }
 
     /// What llama.cpp would answer with an abort.
-    fn check(&self, batch: &Batch) -> Result<(), String> {
+    pub(super) fn check(&self, batch: &Batch) -> Result<(), String> {
         let outputs = batch.outputs().iter().filter(|&&output| output != 0).count();
         if batch.tokens().is_empty() || batch.tokens().len() > self.batch() as usize {
             return Err(format!("a batch of {} tokens, where 1 to {} fit", batch.tokens().len(), self.batch()));
@@ -401,6 +427,15 @@ impl Context {
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { breakdown(self.raw) };
+        let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
+        uses[0].other_bytes = logits + self.hidden_bytes() + u64::from(self.cells()) * CELL_METADATA_BYTES;
+        if self.part == Part::Head {
+            // The weights are the model's.
+            for device in &mut uses {
+                device.weights_bytes = 0;
+            }
+            return uses;
+        }
         // llama.cpp's breakdown knows no adapters and no projector; adapters lie where the weights do.
         if let Some(device) = uses.iter_mut().max_by_key(|device| device.weights_bytes) {
             device.weights_bytes += self.model.adapter_bytes();
@@ -411,8 +446,6 @@ impl Context {
                 None => uses.push(projector.clone()),
             }
         }
-        let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
-        uses[0].other_bytes = logits + u64::from(self.cells()) * CELL_METADATA_BYTES;
         uses
     }
 }
@@ -444,6 +477,9 @@ pub(super) fn check_sizes(params: &ContextParams) -> Result<(), String> {
             "{} cells or a batch of {} are too few for {} sequences",
             params.cells, params.micro_batch, params.sequences
         ));
+    }
+    if params.micro_batch <= params.rollback + 1 {
+        return Err(format!("{} tokens cannot be taken away from a batch of {}", params.rollback, params.micro_batch));
     }
     Ok(())
 }
@@ -477,7 +513,7 @@ pub(super) unsafe fn decode(context: NonNull<llama_context>, batch: &sys::llama_
     decoded(result, &error, errors)
 }
 
-fn decoded(result: i32, error: &shim::Error, errors: String) -> Result<(), DecodeError> {
+pub(super) fn decoded(result: i32, error: &shim::Error, errors: String) -> Result<(), DecodeError> {
     match result {
         0 => Ok(()),
         1 => Err(DecodeError::NoSlot),
@@ -525,11 +561,17 @@ pub(super) fn raw_params(params: &ContextParams) -> llama_context_params {
         key_type,
         value_type,
         ref rope,
+        rollback,
+        part,
     } = *params;
     let threads = i32::try_from(threads.max(1)).unwrap_or(1);
     // SAFETY: returns plain values.
     let mut raw = unsafe { sys::llama_context_default_params() };
     raw.n_ctx = cells;
+    raw.n_rs_seq = rollback;
+    if part == Part::Head {
+        raw.ctx_type = sys::LLAMA_CONTEXT_TYPE_MTP;
+    }
     raw.n_batch = batch;
     raw.n_ubatch = micro_batch;
     raw.n_seq_max = sequences;

@@ -13,6 +13,7 @@ mod chat;
 mod context;
 mod embedding;
 mod file;
+mod head;
 mod log;
 mod media;
 mod model;
@@ -23,7 +24,7 @@ pub(super) use adapter::Adapter;
 pub(super) use backend::{Device, available_bytes, devices, version};
 pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};
-pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow, MediaBatch};
+pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow, MediaBatch, Part};
 pub(super) use embedding::{EmbeddingContext, Pooling};
 pub(super) use file::file_has_tensor;
 #[cfg(test)]

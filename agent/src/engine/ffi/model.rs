@@ -31,6 +31,8 @@ pub(in crate::engine) struct ModelParams<'path> {
     pub(in crate::engine) experts_on_cpu: bool,
     /// Reads no weights: memory can be predicted, nothing can be computed.
     pub(in crate::engine) dry_run: bool,
+    /// Loads its head for guessing too, if it has one.
+    pub(in crate::engine) head: bool,
 }
 
 /// A loaded model; clones share it. It outlives every [`Context`](super::Context) made of it.
@@ -50,7 +52,7 @@ impl Model {
         params: &ModelParams<'_>,
         mut progress: impl FnMut(f32) + 'static,
     ) -> Result<Self, String> {
-        let ModelParams { path, ref devices, gpu_layers, experts_on_cpu, dry_run } = *params;
+        let ModelParams { path, ref devices, gpu_layers, experts_on_cpu, dry_run, head } = *params;
         // llama-cpp-2 asserts this in debug builds.
         std::fs::metadata(path).map_err(|error| error.to_string())?;
         let backend = backend()?;
@@ -58,6 +60,7 @@ impl Model {
             .with_devices(devices)
             .map_err(|error| error.to_string())?
             .with_no_alloc(dry_run)
+            .with_load_mtp(head)
             .with_progress_callback(move |fraction| {
                 progress(fraction);
                 true
@@ -432,8 +435,14 @@ mod tests {
         let path = folder.path().join("model.gguf");
         let spec = altiplano_test_models::Spec { context: 1792, layers: 3, ..Default::default() };
         spec.write(&path).expect("a model file");
-        let params =
-            ModelParams { path: &path, devices: vec![], gpu_layers: None, experts_on_cpu: false, dry_run: false };
+        let params = ModelParams {
+            path: &path,
+            devices: vec![],
+            gpu_layers: None,
+            experts_on_cpu: false,
+            dry_run: false,
+            head: false,
+        };
         let model = Model::load(&params, |_| {}).expect("the model loads");
         // SAFETY: the model is alive.
         let (context, layers, parameters) = unsafe {

@@ -227,6 +227,15 @@ unsafe extern "C" {
         out: *mut i32,
         size: usize,
     ) -> bool;
+    pub(super) fn altiplano_hidden(context: *mut llama_context, outputs_only: bool);
+    pub(super) fn altiplano_hidden_row(context: *mut llama_context, row: i32) -> *const f32;
+    pub(super) fn altiplano_decode_head(
+        context: *mut llama_context,
+        batch: *const llama_batch,
+        states: *const f32,
+        width: usize,
+        error: *mut Error,
+    ) -> i32;
     pub(super) fn altiplano_decode_media(
         context: *mut llama_context,
         batch: *const llama_batch,

@@ -5,7 +5,7 @@
 //! wants, and for as long as that equals the draft the next place is right too. So a draft changes how many tokens a step
 //! yields and nothing else.
 //!
-//! Who guesses: [`ngram`], or a smaller model (`step::draft`). Here is how much may be guessed ([`Settings::share`]), what
+//! Who guesses: [`ngram`], a smaller model (`step::draft`), or the model's own head (`step::head`). Here is how much may be guessed ([`Settings::share`]), what
 //! that costs ([`Price`]), and whether a sequence's guesses are worth it ([`Record`]).
 
 pub(super) mod ngram;
@@ -32,6 +32,8 @@ const MAX_TOKENS: usize = 64;
 pub(super) enum Kind {
     /// A smaller model.
     Draft,
+    /// The model's own head.
+    Mtp,
     /// The sequence's own past, where its last tokens have come before.
     NGram {
         /// So many of them.
@@ -75,7 +77,7 @@ impl Settings {
                 let matching = tokens(match_tokens).unwrap_or(MATCH_TOKENS).clamp(2, MAX_TOKENS);
                 (Kind::NGram { matching }, NGRAM_TOKENS)
             }
-            SpeculativeType::Mtp => return Err("type MTP is not there yet; use Draft or NGram".to_owned()),
+            SpeculativeType::Mtp => (Kind::Mtp, DRAFT_TOKENS),
         };
         let max = tokens(max_tokens).unwrap_or(max).clamp(1, MAX_TOKENS);
         let probability = min_probability.as_deref().map(str::parse::<f32>).transpose();
@@ -85,6 +87,16 @@ impl Settings {
             min: tokens(min_tokens).unwrap_or(0).min(max),
             min_probability: probability.map_err(|error| format!("minProbability: {error}"))?.unwrap_or(0.0),
         }))
+    }
+
+    /// With drafts of so many tokens at most.
+    pub(super) fn at_most(self, max: usize) -> Self {
+        Self { max: self.max.min(max), min: self.min.min(max), ..self }
+    }
+
+    /// Whether somebody guesses who has a context.
+    pub(super) fn has_context(&self) -> bool {
+        matches!(self.kind, Kind::Draft | Kind::Mtp)
     }
 
     /// Tokens that each of `decoding` sequences may guess in one step. Many streams fill a step by themselves: then a
@@ -247,6 +259,7 @@ mod tests {
             (None, true, settings(Kind::Draft, 3, 0, 0.0)),
             (Some(&draft), true, settings(Kind::Draft, 3, 0, 0.0)),
             (Some(&full), true, settings(Kind::Draft, 8, 2, 0.75)),
+            (Some(&spec(SpeculativeType::Mtp)), true, settings(Kind::Mtp, 3, 0, 0.0)),
             (Some(&ngram), false, settings(Kind::NGram { matching: 12 }, 48, 0, 0.0)),
             (Some(&short), false, settings(Kind::NGram { matching: 3 }, 5, 0, 0.0)),
         ];
@@ -254,7 +267,6 @@ mod tests {
             assert_eq!(Settings::new(spec, has_draft), Ok(expected), "{spec:?} {has_draft}");
         }
         assert!(Settings::new(Some(&draft), false).unwrap_err().contains("model.draft"));
-        assert!(Settings::new(Some(&spec(SpeculativeType::Mtp)), false).unwrap_err().contains("MTP"));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! keeps what the sequence begins with, forgets the rest (wrong guesses, or all after a preemption) and reads what it
 //! lacks. That it has less than the model costs guesses, never correctness.
 
-use super::{Batch, Context, ContextParams, DecodeError, Model, Pool, SeqId, Token};
-use crate::engine::ffi::Sampler;
+use super::side::Side;
+use super::{Batch, Context, ContextParams, DecodeError, Model, SeqId, Token};
 use crate::engine::load::LoadedDraft;
 use crate::runner::protocol::MemoryUse;
 
@@ -27,12 +27,7 @@ const WINDOW_CUT: usize = 64;
 
 /// The draft model and what it has read.
 pub(super) struct Drafter {
-    model: Model,
-    /// `None` after a failure: then nothing is guessed any more.
-    context: Option<Context>,
-    params: ContextParams,
-    /// Cells are counted as in the model's context; no id is taken or given.
-    pool: Pool,
+    side: Side,
     /// By sequence id.
     held: Vec<Vec<Token>>,
     batch: Batch,
@@ -41,78 +36,47 @@ pub(super) struct Drafter {
 
 impl Drafter {
     pub(super) fn new(draft: LoadedDraft) -> Self {
-        let LoadedDraft { model, context, params } = draft;
         Self {
-            pool: Pool::new(params.sequences, true),
-            held: vec![Vec::new(); params.sequences as usize],
-            batch: Batch::new(params.batch),
-            has_window: model.sliding_window() > 0,
-            context: Some(context),
-            model,
-            params,
+            held: vec![Vec::new(); draft.params.sequences as usize],
+            batch: Batch::new(draft.params.batch),
+            has_window: draft.model.sliding_window() > 0,
+            side: Side::new(draft),
         }
     }
 
-    /// Bytes per device.
     pub(super) fn memory(&self) -> Vec<MemoryUse> {
-        self.context.as_ref().map(Context::memory).unwrap_or_default()
+        self.side.memory()
     }
 
-    /// What a context of `cells` cells is made of; `None` after a failure.
     pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
-        let is_well = self.context.is_some();
-        is_well.then(|| (self.model.clone(), ContextParams { cells, ..self.params.clone() }))
+        self.side.recipe(cells)
     }
 
-    /// Takes a context of another size into use; what was read moves there, or is read again.
-    pub(super) fn swap(&mut self, mut context: Context, staging: &mut Vec<u8>) {
-        let cells = context.cells();
-        let state = self.context.as_mut().filter(|_| self.pool.used() > 0).and_then(|old| old.state(staging));
-        if !state.is_some_and(|state| context.set_state(state)) {
+    pub(super) fn swap(&mut self, context: Context, staging: &mut Vec<u8>) {
+        if !self.side.swap(context, staging) {
             self.forget();
         }
-        self.params.cells = cells;
-        self.context = Some(context);
     }
 
-    /// Makes the context anew with `cells` cells, or as it was where they cannot be had; all is read again.
     pub(super) fn replace(&mut self, cells: u32) {
+        self.side.replace(cells);
         self.forget();
-        let Some((model, params)) = self.recipe(cells) else { return };
-        // First, because there may be no memory for both.
-        self.context = None;
-        let made = Context::new(&model, &params).map(|context| (context, params)).or_else(|reason| {
-            tracing::warn!(cells, reason, "the draft model's context keeps its size");
-            Context::new(&model, &self.params).map(|context| (context, self.params.clone()))
-        });
-        match made {
-            Ok((context, params)) => (self.context, self.params) = (Some(context), params),
-            Err(reason) => tracing::error!(reason, "the draft model has lost its context: nothing is guessed any more"),
-        }
     }
 
-    /// Forgets all that was read.
     pub(super) fn clear(&mut self) {
-        if let Some(context) = &mut self.context {
-            context.clear();
-        }
+        self.side.clear();
         self.forget();
     }
 
     fn forget(&mut self) {
         self.held.iter_mut().for_each(Vec::clear);
-        self.pool.clear();
     }
 
-    /// A sequence's id is free again.
     pub(super) fn release(&mut self, id: SeqId) {
-        if let Some(context) = &mut self.context {
-            context.remove(id, 0);
-        }
+        self.side.release(id);
         if let Some(held) = held(&mut self.held, id) {
             held.clear();
         }
-        self.pool.release(id);
     }
 
     /// `to` begins with the first `length` tokens of `from`, as far as they were read.
@@ -120,11 +84,10 @@ impl Drafter {
         self.release(to);
         let Some(mut tokens) = held(&mut self.held, from).cloned() else { return };
         tokens.truncate(length);
-        let Ok(cells) = u32::try_from(tokens.len()) else { return };
-        let shared = cells > 0 && self.context.as_mut().is_some_and(|context| context.share(from, to, cells));
-        if let Some(held) = held(&mut self.held, to).filter(|_| shared) {
+        if self.side.share(from, to, tokens.len(), tokens.len())
+            && let Some(held) = held(&mut self.held, to)
+        {
             *held = tokens;
-            self.pool.share(from, to, cells);
         }
     }
 
@@ -142,7 +105,8 @@ impl Drafter {
                 DecodeError::Invalid(reason) | DecodeError::Failed(reason) => {
                     tracing::error!(reason, "the draft model failed: nothing is guessed any more");
                     self.forget();
-                    self.context = None;
+                    self.side.pool.clear();
+                    self.side.context = None;
                 }
             }
         }
@@ -159,14 +123,14 @@ impl Drafter {
         let mut order: Vec<(usize, usize)> =
             (0..wishes.len()).map(|number| (self.keep_common(&wishes[number]), number)).collect();
         order.sort_unstable();
-        let room = piece.min(self.params.batch) as usize;
+        let room = piece.min(self.side.params.batch) as usize;
         let rows = self.read(wishes, &order, room)?;
         let mut active: Vec<(usize, i32)> = rows;
         while !active.is_empty() {
             let mut next = Vec::with_capacity(active.len());
             for (number, row) in active {
                 let wish = &mut wishes[number];
-                let Some(token) = self.pick(row, min_probability).map_err(DecodeError::Failed)? else { continue };
+                let Some(token) = self.side.pick(row, min_probability).map_err(DecodeError::Failed)? else { continue };
                 if !target.has(token) {
                     continue;
                 }
@@ -188,11 +152,7 @@ impl Drafter {
         let known = if self.has_window && held.len() - known > WINDOW_CUT { 0 } else { known };
         if known < held.len() {
             held.truncate(known);
-            let cells = u32::try_from(known).unwrap_or(u32::MAX);
-            if let Some(context) = &mut self.context {
-                context.remove(wish.id, cells);
-            }
-            self.pool.cut(wish.id, cells);
+            self.side.cut(wish.id, known, known);
         }
         wish.tokens.len() - known
     }
@@ -239,7 +199,7 @@ impl Drafter {
                 let from = held.len();
                 held.extend_from_slice(&wish.tokens[from..from + count]);
             }
-            self.pool.append(wish.id, u32::try_from(count).unwrap_or(u32::MAX));
+            self.side.pool.append(wish.id, u32::try_from(count).unwrap_or(u32::MAX));
         }
         Ok(rows)
     }
@@ -260,38 +220,27 @@ impl Drafter {
             if let Some(held) = held(&mut self.held, wish.id) {
                 held.extend(wish.draft.last());
             }
-            self.pool.append(wish.id, 1);
+            self.side.pool.append(wish.id, 1);
         }
         Ok(rows)
     }
 
     fn add(&mut self, token: Token, position: usize, id: SeqId, output: bool) -> Result<i32, DecodeError> {
         // The two vocabularies may differ in their last tokens.
-        let token = if self.model.has(token) { token } else { self.model.bos().unwrap_or(0) };
+        let token = if self.side.model.has(token) { token } else { self.side.model.bos().unwrap_or(0) };
         let position = i32::try_from(position).unwrap_or(i32::MAX);
         let row = self.batch.add(token, position, id, output);
         row.ok_or_else(|| DecodeError::Invalid("more to read than the batch holds".to_owned()))
     }
 
     fn decode(&mut self) -> Result<(), DecodeError> {
-        let context = self.context.as_mut().ok_or_else(|| DecodeError::Failed("no context".to_owned()))?;
+        let context = self.side.context.as_mut().ok_or_else(|| DecodeError::Failed("no context".to_owned()))?;
         if self.batch.is_empty() { Ok(()) } else { context.decode(&mut self.batch) }
-    }
-
-    /// The most probable token after a row, if it is probable enough.
-    fn pick(&mut self, row: i32, min_probability: f32) -> Result<Option<Token>, String> {
-        let context = self.context.as_mut().ok_or("no context")?;
-        if min_probability <= 0.0 {
-            return context.pick(&mut Sampler::default(), row, None);
-        }
-        let best = context.logprobs(row, 0, 1)?.top.first().copied();
-        Ok(best.filter(|(_, logprob)| logprob.exp() >= min_probability).map(|(token, _)| token))
     }
 
     /// Whether there are so many cells more; those who do not guess now lose theirs for it.
     fn has_cells(&mut self, count: usize, wishes: &[Wish<'_>]) -> bool {
-        let wanted = self.pool.used().saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
-        if wanted <= self.params.cells {
+        if self.side.has_cells(count) {
             return true;
         }
         for id in (0..).take(self.held.len()) {
@@ -299,7 +248,7 @@ impl Drafter {
                 self.release(id);
             }
         }
-        self.pool.used().saturating_add(u32::try_from(count).unwrap_or(u32::MAX)) <= self.params.cells
+        self.side.has_cells(count)
     }
 }
 

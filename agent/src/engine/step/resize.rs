@@ -50,7 +50,7 @@ impl Executor {
         let (sender, result) = mpsc::sync_channel(1);
         let params = ContextParams { cells, ..self.params.clone() };
         let (model, wanted) = (self.model.clone(), params.clone());
-        let draft = self.drafter.as_ref().and_then(|drafter| drafter.recipe(cells));
+        let draft = self.guesser.as_ref().and_then(|guesser| guesser.recipe(cells));
         let thread = thread::Builder::new().name("context".to_owned()).spawn(move || {
             let made = Context::new(&model, &wanted).and_then(|context| {
                 let draft = draft.map(|(model, wanted)| Context::new(&model, &wanted)).transpose()?;
@@ -87,8 +87,8 @@ impl Executor {
             Ok((context, draft)) => {
                 let resized = self.swap(context, params);
                 let changed = matches!(resized, Resized::Moved | Resized::Emptied);
-                if let Some((drafter, draft)) = self.drafter.as_mut().zip(draft).filter(|_| changed) {
-                    drafter.swap(draft, &mut self.staging);
+                if let Some((guesser, draft)) = self.guesser.as_mut().zip(draft).filter(|_| changed) {
+                    guesser.swap(draft, &mut self.staging);
                 }
                 resized
             }
@@ -179,8 +179,8 @@ impl Executor {
         if !moved {
             self.clear();
         }
-        if let Some(drafter) = self.drafter.as_mut().filter(|_| refused.is_none()) {
-            drafter.replace(cells);
+        if let Some(guesser) = self.guesser.as_mut().filter(|_| refused.is_none()) {
+            guesser.replace(cells);
         }
         if !survives && refused.is_none() {
             self.host.clear();
@@ -196,8 +196,8 @@ impl Executor {
     /// Nobody has cells any more.
     fn clear(&mut self) {
         self.pool.clear();
-        if let Some(drafter) = &mut self.drafter {
-            drafter.clear();
+        if let Some(guesser) = &mut self.guesser {
+            guesser.clear();
         }
     }
 

@@ -12,16 +12,18 @@ use crate::engine::request::{Token, Usage};
 /// company: three times what was measured.
 const BOUND: f32 = 0.03;
 
-/// A model, large enough that rounding shows.
+/// Large enough that rounding shows.
+pub(super) fn spec() -> Spec {
+    Spec { architecture: Architecture::Qwen35, layers: 4, embd: 128, heads: 4, kv_heads: 2, ..Spec::default() }
+}
+
 fn hybrid(folder: &Path) -> PathBuf {
     let path = folder.join("hybrid.gguf");
-    let spec =
-        Spec { architecture: Architecture::Qwen35, layers: 4, embd: 128, heads: 4, kv_heads: 2, ..Spec::default() };
-    spec.write(&path).expect("the model is written");
+    spec().write(&path).expect("the model is written");
     path
 }
 
-fn context(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {
+pub(super) fn context(min_tokens: i32, max_tokens: i32, parallel: i32) -> ContextSpec {
     ContextSpec { min_tokens: Some(min_tokens), max_tokens: Some(max_tokens), parallel, ..ContextSpec::default() }
 }
 
@@ -30,7 +32,7 @@ fn start(model: &Path, context: ContextSpec) -> Engine {
 }
 
 /// Tokens of printable text, different for each seed.
-fn tokens(length: usize, seed: u32) -> Vec<Token> {
+pub(super) fn tokens(length: usize, seed: u32) -> Vec<Token> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -39,7 +41,7 @@ fn tokens(length: usize, seed: u32) -> Vec<Token> {
     (0..length).map(|_| next()).collect()
 }
 
-fn request(prompt: &[Token], count: u32) -> GenerateRequest {
+pub(super) fn request(prompt: &[Token], count: u32) -> GenerateRequest {
     GenerateRequest {
         prompt: prompt.to_vec(),
         max_tokens: Some(count),
@@ -51,9 +53,9 @@ fn request(prompt: &[Token], count: u32) -> GenerateRequest {
 }
 
 /// Each token with the most probable ones at its place.
-type Said = Vec<(Token, Vec<(Token, f32)>)>;
+pub(super) type Said = Vec<(Token, Vec<(Token, f32)>)>;
 
-async fn hear(mut generation: Generation) -> (Said, Usage) {
+pub(super) async fn hear(mut generation: Generation) -> (Said, Usage) {
     let mut said = Said::new();
     loop {
         let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
@@ -68,16 +70,16 @@ async fn hear(mut generation: Generation) -> (Said, Usage) {
     }
 }
 
-async fn ask(engine: &Engine, request: GenerateRequest) -> (Said, Usage) {
+pub(super) async fn ask(engine: &Engine, request: GenerateRequest) -> (Said, Usage) {
     hear(engine.submit(request).expect("the request is taken")).await
 }
 
-fn text(prompt: &[Token], said: &Said) -> Vec<Token> {
+pub(super) fn text(prompt: &[Token], said: &Said) -> Vec<Token> {
     prompt.iter().copied().chain(said.iter().map(|(token, _)| *token)).collect()
 }
 
 /// What was said after a prompt is what the model says there when it reads all before in one piece, alone.
-async fn is_the_models_own(judge: &Engine, what: &str, prompt: &[Token], said: &Said) {
+pub(super) async fn is_the_models_own(judge: &Engine, what: &str, prompt: &[Token], said: &Said) {
     let whole = text(prompt, said);
     let mut most = 0.0_f32;
     for place in (0..said.len()).step_by(said.len().div_ceil(7)) {
@@ -165,7 +167,7 @@ async fn prefixes_copies_and_company_change_nothing() {
     engine.shutdown(Instant::now());
 }
 
-fn salt(salt: &str) -> CacheKey {
+pub(super) fn salt(salt: &str) -> CacheKey {
     CacheKey { salt: salt.to_owned(), ..CacheKey::default() }
 }
 

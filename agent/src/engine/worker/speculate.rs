@@ -36,7 +36,7 @@ impl Worker {
         }
         match settings.kind {
             Kind::NGram { matching } => self.guess_from_the_past(&wishes, matching),
-            Kind::Draft => self.guess_by_model(&wishes, settings),
+            Kind::Draft | Kind::Mtp => self.guess_by_model(&wishes, settings),
         }
         let mut guessed = false;
         for (lane, _) in wishes {
@@ -80,6 +80,12 @@ impl Worker {
         for (lane, draft) in drafts {
             self.running[lane].speculation.draft = draft;
         }
+    }
+
+    /// Whether the model's own head has to know what the step has read. Beside so many streams that nobody guesses it has not.
+    pub(super) fn is_heard(&self) -> bool {
+        let settings = self.plan.speculative.filter(|settings| settings.kind == Kind::Mtp);
+        settings.is_some_and(|settings| settings.share(self.step.len().max(1)) > 0)
     }
 
     /// False: there were none.

@@ -8,10 +8,9 @@ use serde::{Deserialize, Serialize};
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.type != 'MTP'").message("speculative.type MTP is not there yet; use Draft or NGram"),
     validation = Rule::new("!has(self.minTokens) || self.minTokens <= (has(self.maxTokens) ? self.maxTokens : self.type == 'NGram' ? 48 : 3)")
         .message("minTokens must not be greater than maxTokens"),
-    validation = Rule::new("!has(self.minProbability) || self.type == 'Draft'").message("minProbability is for type Draft"),
+    validation = Rule::new("!has(self.minProbability) || self.type != 'NGram'").message("minProbability is for types Draft and MTP"),
     validation = Rule::new("!has(self.matchTokens) || self.type == 'NGram'").message("matchTokens is for type NGram")
 )]
 pub struct SpeculativeSpec {
@@ -19,7 +18,8 @@ pub struct SpeculativeSpec {
     #[serde(rename = "type")]
     pub kind: SpeculativeType,
 
-    /// Tokens that are guessed at once at most. Default: 3 for Draft, 48 for `NGram`.
+    /// Tokens that are guessed at once at most. Default: 3 for Draft and MTP, 48 for `NGram`. At most 4 of a model with
+    /// recurrent layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub max_tokens: Option<i32>,
@@ -29,7 +29,7 @@ pub struct SpeculativeSpec {
     #[schemars(range(min = 0, max = 64))]
     pub min_tokens: Option<i32>,
 
-    /// Draft only: a guess ends before a token that the draft model holds for less probable than this, such as "0.75".
+    /// Draft and MTP: a guess ends before a token that who guesses holds for less probable than this, such as "0.75".
     /// Default: "0".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16), regex(pattern = r"^(0(\.[0-9]+)?|1(\.0+)?)$"))]
@@ -49,7 +49,7 @@ pub enum SpeculativeType {
     /// What came after the same tokens before, in the same request's prompt and answer: for answers that repeat, such
     /// as edited code.
     NGram,
-    /// The model's own heads for the tokens to come. Not there yet.
+    /// The model's own head for the token after the next one, where its file has one (`nextn_predict_layers`).
     #[serde(rename = "MTP")]
     Mtp,
 }
