@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::adopt::Door;
 use super::grants;
 use super::protocol::{RunnerCommand, RunnerConfig, RunnerEvent, RunnerFailure};
+use super::socket::Listener;
 use crate::engine::{self, Activity, Engine, EngineError};
 
 /// What a worker process is asked to do.
@@ -302,7 +303,7 @@ async fn serve_engine(
         let stopped = async move {
             let _ = stop.wait_for(|stop| *stop).await;
         };
-        async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await }
+        async move { axum::serve(Listener(listener), router).with_graceful_shutdown(stopped).await }
     });
     events.say(&RunnerEvent::Ready(engine.report()))?;
     let reporter = tokio::spawn(report(engine.clone(), events.clone()));

@@ -13,6 +13,7 @@ mod lines;
 mod log;
 mod process;
 pub mod protocol;
+mod socket;
 pub mod spawn;
 pub mod supervise;
 
