@@ -272,6 +272,30 @@ async fn prefixes_come_back_from_host_memory() {
     stop(&engine);
 }
 
+/// A stream that generates alone gets the first cells for itself: what was kept before it goes to host memory, and comes
+/// back from there.
+#[tokio::test]
+async fn a_lone_streams_cells_lie_together() {
+    let (_folder, path) = generated(Architecture::Llama);
+    let engine = start(path.clone(), dynamic(4096, 4096, 2));
+    let kept = tokens(240, 1);
+    // So little beside it that it may stay, were it not in front.
+    ask(&engine, request(&kept, 4)).await;
+    let lone = request(&tokens(300, 2), 60);
+    let before = engine.stats();
+    assert_eq!((before.cells_kept, before.host_cache_states), (243, 0), "{before:?}");
+    let (said, _) = ask(&engine, lone.clone()).await;
+    let after = engine.stats();
+    assert_eq!((after.cells_kept, after.host_cache_states), (359, 1), "{after:?}");
+    let (again, usage) = ask(&engine, request(&kept, 4)).await;
+    assert_eq!((again.len(), usage.cached_tokens), (4, 239), "{:?}", engine.stats());
+    stop(&engine);
+    let fresh = start(path, dynamic(4096, 4096, 2));
+    let (alone, _) = ask(&fresh, lone).await;
+    assert_alike(&said, &alone, "beside and alone");
+    stop(&fresh);
+}
+
 /// Models whose state cannot be cut go on from copies of it.
 #[tokio::test]
 async fn states_that_cannot_be_cut_are_copied_on_the_way() {

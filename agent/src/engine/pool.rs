@@ -158,6 +158,15 @@ impl Pool {
         self.count();
     }
 
+    /// The cells of a sequence were made again, `length` in one piece and only its own.
+    pub(super) fn gathered(&mut self, id: SeqId, length: u32) {
+        if let Some(sequence) = self.get_mut(id) {
+            *sequence = Sequence { state: State::Running, ..Sequence::default() };
+            self.count();
+            self.append(id, length);
+        }
+    }
+
     /// Cells of a sequence, from its first one on, whose state can be copied in few pieces.
     pub(super) fn solid(&self, id: SeqId) -> u32 {
         self.get(id).map_or(0, |sequence| sequence.solid.unwrap_or_else(|| sequence.length()))
@@ -332,6 +341,20 @@ mod tests {
         // 2 and 3 run: 1 and 4 are next to them, 0 is not.
         assert_eq!((pool.take(), pool.take(), pool.take(), pool.take()), (Some(1), Some(0), Some(4), None));
         assert!(!pool.has_spare());
+    }
+
+    #[test]
+    fn gathered_cells_are_ones_own() {
+        let mut pool = Pool::new(2, true);
+        let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
+        pool.append(a, 100);
+        pool.share(a, b, 60);
+        pool.append(b, 10);
+        pool.release(a);
+        pool.gathered(b, 70);
+        assert_eq!((pool.used(), pool.used_by_running(), pool.length(b), pool.solid(b)), (70, 70, 70, 70));
+        pool.append(b, 1);
+        assert_eq!((pool.used(), pool.length(b)), (71, 71));
     }
 
     #[test]

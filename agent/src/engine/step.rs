@@ -1,6 +1,7 @@
 //! Does what was decided to the llama.cpp context. Nothing else changes it.
 
 mod draft;
+mod gather;
 mod guesser;
 mod head;
 mod resize;

@@ -1,6 +1,7 @@
 //! The engine's thread: admits, steps, samples, hands out, until it is told to end.
 
 mod admit;
+mod alone;
 mod media;
 mod room;
 mod speculate;
@@ -48,6 +49,8 @@ pub(super) struct Worker {
     turns: Turns,
     pictures: Pictures,
     next_serial: Serial,
+    /// Steps in which one sequence has generated alone.
+    alone: u32,
     /// Cells when the size was last looked at.
     cells: u32,
     needs: Needs,
@@ -87,6 +90,7 @@ impl Worker {
             turns: Turns::default(),
             pictures: Pictures::new(encoder),
             next_serial: 0,
+            alone: 0,
             cells,
             needs: Needs::default(),
             last_resize: None,
@@ -275,7 +279,8 @@ impl Worker {
                 Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
             }
             self.observe(tokens, started, begun);
-            return self.advance();
+            self.advance()?;
+            return self.look_after_the_only_one();
         }
     }
 

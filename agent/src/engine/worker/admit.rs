@@ -75,6 +75,9 @@ impl Worker {
                 }
             }
         };
+        if self.running.is_empty() && self.plan.layers_offloaded == 0 {
+            self.executor.make_way(choice.reuse);
+        }
         if !self.begin(&mut sequence, choice) {
             return Ok(Some(sequence));
         }
