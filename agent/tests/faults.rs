@@ -4,14 +4,18 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use altiplano_test_models::{Spec, toy};
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
-use support::{Agent, PATIENCE, chat, gone, is_alive, kill, workers};
+use support::{Agent, PATIENCE, chat, command, deployment, free_address, gone, is_alive, kill, source, workers};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 /// An agent with `toy`, whose file is the test's own, and `other`; and the worker of `toy`.
 async fn agent() -> (Agent, Pid, PathBuf, TempDir) {
@@ -121,6 +125,101 @@ async fn a_corrupt_file_swapped_in_fails_the_next_load_alone() {
     std::fs::rename(&corrupt, &file).expect("the good one is back");
     agent.ready("toy", 2).await;
     agent.check("toy").await;
+}
+
+/// Serves the file: half of it, then the rest when `go` is true.
+async fn halting_server(file: &Path, go: watch::Receiver<bool>) -> String {
+    let body: Arc<[u8]> = std::fs::read(file).expect("the file").into();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/toy.gguf", listener.local_addr().expect("an address"));
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let (body, mut go) = (Arc::clone(&body), go.clone());
+            tokio::spawn(async move {
+                let mut request = [0; 8192];
+                let _ = stream.read(&mut request).await;
+                let (half, rest) = body.split_at(body.len() / 2);
+                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+                // A client that hangs up is as good.
+                let _ = stream.write_all(head.as_bytes()).await;
+                let _ = stream.write_all(half).await;
+                let _ = go.wait_for(|go| *go).await;
+                let _ = stream.write_all(rest).await;
+                let _ = stream.shutdown().await;
+            });
+        }
+    });
+    url
+}
+
+/// A disk that others fill while a file arrives: that is said with the numbers, what has arrived gives its room back, the
+/// other model serves on, and the file comes when there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_fails_the_download_until_there_is_room() {
+    let (release, go) = watch::channel(false);
+    let url = halting_server(&toy::path(), go).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let disk = folder.path().join("disk");
+    std::fs::create_dir(&disk).expect("a folder");
+    // A file system of its own, seen by the agent alone. The store leaves 64 MiB free for others.
+    let mount = format!("mount -t tmpfs -o size=72m tmpfs {} && exec \"$@\"", disk.display());
+    let prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", &mount, "sh"];
+    let file = folder.path().join("models.yaml");
+    let models = [
+        deployment("toy", &format!("{{source: {{uri: '{url}'}}}}")),
+        deployment("other", &format!("{{source: {}}}", source(&toy::path()))),
+    ];
+    std::fs::write(&file, models.join("---\n")).expect("the file is written");
+    let shared = free_address();
+    let mut command = command();
+    let agent = {
+        let program = command.get_program().to_owned();
+        command = std::process::Command::new(prefix[0]);
+        command.args(&prefix[1..]).arg(program).arg("serve").arg(&file).args(["--listen", &shared.to_string()]);
+        command.arg("--state-dir").arg(&disk).args(["--allow-http", "--allow-private-networks"]);
+        Agent::spawn(&mut command, shared, folder)
+    };
+    agent.answers().await;
+    agent.ready("other", 1).await;
+
+    let seen = PathBuf::from(format!("/proc/{}/root{}", agent.pid().as_raw_nonzero(), disk.display()));
+    let store = seen.join("models");
+    let names = || -> Vec<String> {
+        let all = std::fs::read_dir(&store).expect("the store");
+        all.flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name != "lock")
+            .collect()
+    };
+    let half = std::fs::metadata(toy::path()).expect("the file").len() / 2;
+    let arrived = || {
+        let partial = names().into_iter().find(|name| Path::new(name).extension().is_some_and(|e| e == "partial"));
+        partial.and_then(|name| std::fs::metadata(store.join(name)).ok()).map_or(0, |metadata| metadata.len())
+    };
+    agent.until("half of the file", || async { arrived() >= half }).await;
+    fill(&seen.join("filler"));
+    release.send_replace(true);
+    let line = agent.line("default/toy: Failed (InsufficientStorage): ", 1).await;
+    assert!(line.contains("bytes are needed and ") && line.contains("(the file system)"), "{line}");
+    assert_eq!(names(), [""; 0], "nothing half is left");
+    agent.check("other").await;
+
+    std::fs::remove_file(seen.join("filler")).expect("room");
+    agent.ready("toy", 1).await;
+    agent.check("toy").await;
+}
+
+/// Writes until nothing more fits.
+fn fill(path: &Path) {
+    use std::io::Write as _;
+    let mut file = std::fs::File::create(path).expect("a file");
+    let mut size = 1 << 20;
+    while size > 0 {
+        // Smaller and smaller pieces: the last one is a byte.
+        if file.write_all(&vec![0; size]).is_err() {
+            size /= 2;
+        }
+    }
 }
 
 /// A control group of this test's own for an agent's memory, of version 2 or 1. Needs root, as in a container that may

@@ -293,7 +293,11 @@ impl Fetch<'_> {
             // The file first: the record is what makes it count.
             std::fs::rename(&slot.partial, &slot.whole)
                 .map_err(StoreError::io(format!("rename {}", slot.partial.display())))?;
-            layout::write_json(&slot.record, &record)?;
+            if let Err(error) = layout::write_json(&slot.record, &record) {
+                // A file without its record counts for nothing and takes room.
+                slot.remove()?;
+                return Err(error);
+            }
             layout::remove_if_there(&slot.partial_record)?;
             layout::remove_if_there(&slot.refused)?;
             if let Some(directory) = slot.whole.parent() {

@@ -180,10 +180,12 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Stor
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let bytes = serde_json::to_vec_pretty(value).map_err(io::Error::from);
-    bytes
-        .and_then(|bytes| fs::write(&temporary, bytes))
-        .and_then(|()| fs::rename(&temporary, path))
-        .map_err(StoreError::io(format!("write {}", path.display())))
+    let written = bytes.and_then(|bytes| fs::write(&temporary, bytes)).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // Half of it may be there, on a disk that is full.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map_err(StoreError::io(format!("write {}", path.display())))
 }
 
 /// The kernel's name for the time since it started; empty where there is none.

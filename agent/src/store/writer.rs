@@ -31,7 +31,7 @@ pub(super) struct Written {
 
 /// Appends the chunks until the channel closes. A file that shows itself to be no model ends it early. Blocking.
 pub(super) fn run(job: &Job, mut chunks: mpsc::Receiver<Bytes>) -> Result<Written, StoreError> {
-    let context = || StoreError::io(format!("write {}", job.path.display()));
+    let context = || |error| failed(job, error);
     let file = File::options().create(true).read(true).append(true).open(&job.path).map_err(context())?;
     file.set_len(job.keep).map_err(context())?;
     let mut state = Writer { job, file, hasher: Sha256::new(), length: 0, next_look: 4 };
@@ -46,6 +46,20 @@ pub(super) fn run(job: &Job, mut chunks: mpsc::Receiver<Bytes>) -> Result<Writte
     }
     state.file.sync_all().map_err(context())?;
     Ok(Written { length: state.length, sha256: layout::hex(&state.hasher.finalize()) })
+}
+
+/// Room was claimed for the file, but others may have filled the disk meanwhile.
+fn failed(job: &Job, error: io::Error) -> StoreError {
+    if !matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+        return StoreError::io(format!("write {}", job.path.display()))(error);
+    }
+    let written = std::fs::metadata(&job.path).map_or(0, |metadata| metadata.len());
+    let free = job.path.parent().and_then(|root| layout::filesystem(root).ok()).map_or(0, |(_, free)| free);
+    StoreError::InsufficientStorage {
+        needed_bytes: job.total.unwrap_or(written).max(written),
+        available_bytes: free.saturating_add(written),
+        capacity: "the file system",
+    }
 }
 
 struct Writer<'a> {
