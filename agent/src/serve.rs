@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::node::observe::{Desired, Entry};
 use crate::node::status::Identity;
 use crate::node::{Node, NodeError};
-use crate::setup::{ServingArgs, Setup, SetupError};
+use crate::setup::{PortTaken, ServingArgs, Setup, SetupError};
 
 /// Largest file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
@@ -104,7 +104,7 @@ pub async fn run(args: ServeArgs, shutdown: CancellationToken) -> Result<(), Ser
         serving.file_root.push(PathBuf::from("/"));
     }
     let state_dir = args.state_dir.clone().unwrap_or_else(default_state_dir);
-    let setup = match Setup::open(&serving, state_dir, args.listen, Duration::ZERO, &shutdown).await {
+    let setup = match Setup::open(&serving, state_dir, args.listen, PortTaken::Fail, Duration::ZERO, &shutdown).await {
         Err(SetupError::Stopped) => return Ok(()),
         setup => setup?,
     };

@@ -15,6 +15,7 @@ use crate::front::{Front, FrontConfig, FrontError, FrontLimits};
 use crate::metrics::AgentMetrics;
 use crate::node::apply::{Means, socket_directory};
 use crate::node::plan::Limits;
+use crate::runner::spare;
 use crate::runner::spawn::Runner;
 use crate::runner::supervise::Patience;
 use crate::store::{Store, StoreConfig, StoreError};
@@ -22,8 +23,8 @@ use crate::store::{Store, StoreConfig, StoreError};
 /// Models that are loaded at the same time.
 const LOADING: usize = 4;
 
-/// Wait between two looks at a store that another agent still holds.
-const STORE_WAIT: Duration = Duration::from_millis(500);
+/// Wait between two looks at a store or a port that another agent still holds.
+const WAIT: Duration = Duration::from_millis(500);
 
 /// How long answers that are on their way out get when all models have drained.
 const LISTENER_GRACE: Duration = Duration::from_secs(2);
@@ -129,6 +130,7 @@ impl Setup {
         args: &ServingArgs,
         state_dir: PathBuf,
         listen: SocketAddr,
+        conflict: PortTaken,
         lame_duck: Duration,
         shutdown: &CancellationToken,
     ) -> Result<Self, SetupError> {
@@ -150,16 +152,19 @@ impl Setup {
             .unwrap_or_else(|panicked| Err(panicked.into()))
             .map_err(|error| SetupError::State(state_dir, error))?;
         let metrics = Arc::new(AgentMetrics::new(env!("CARGO_PKG_VERSION"))?);
-        let front = Front::bind(FrontConfig {
+        let config = FrontConfig {
             listen,
             model_ip: listen.ip(),
             model_ports: args.model_ports.clone(),
             token,
             metrics: Arc::clone(&metrics),
             limits: FrontLimits::default(),
-        })
-        .await?;
-        let memory_limit = args.memory_limit_bytes.unwrap_or_else(host_memory_limit);
+        };
+        let front = tokio::select! {
+            front = open_front(config, conflict) => front?,
+            () = shutdown.cancelled() => return Err(SetupError::Stopped),
+        };
+        let memory_limit = args.memory_limit_bytes.unwrap_or_else(|| host_memory_limit().saturating_sub(spare::BYTES));
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let means = Means {
             runner,
@@ -182,6 +187,33 @@ impl Setup {
             tracing::warn!(%error, directory = %means.sockets.display(), "cannot remove the sockets' directory");
         }
         drop(sockets_lock);
+    }
+}
+
+/// What to do when somebody else listens on the shared port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortTaken {
+    /// Say so and end: a person chose the port.
+    Fail,
+    /// Say so and wait: in a Pod it is held by what is on its way out.
+    Wait,
+}
+
+async fn open_front(config: FrontConfig, conflict: PortTaken) -> Result<Front, FrontError> {
+    let mut told = false;
+    loop {
+        match Front::bind(config.clone()).await {
+            Err(FrontError::Listen { address, source })
+                if conflict == PortTaken::Wait && source.kind() == std::io::ErrorKind::AddrInUse =>
+            {
+                if !told {
+                    tracing::warn!(%address, "somebody else listens on the shared port; waiting for it");
+                    told = true;
+                }
+                tokio::time::sleep(WAIT).await;
+            }
+            front => return front,
+        }
     }
 }
 
@@ -210,7 +242,7 @@ async fn open_store(args: &ServingArgs, state_dir: &std::path::Path) -> Result<S
                     tracing::info!(root, "another agent still holds the store; waiting for it");
                     told = true;
                 }
-                tokio::time::sleep(STORE_WAIT).await;
+                tokio::time::sleep(WAIT).await;
             }
             result => return Ok(result?),
         }

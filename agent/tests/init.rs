@@ -9,7 +9,7 @@ use altiplano_test_models::toy;
 use futures::StreamExt as _;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
-use support::{Agent, agent_process, below, chat, gone, is_alive, kill, workers};
+use support::{Agent, agent_process, below, chat, command, gone, is_alive, kill, workers};
 
 /// A container as far as processes go: `init` is number 1 and sees nobody else.
 const NAMESPACE: [&str; 7] =
@@ -124,5 +124,13 @@ async fn nobody_outlives_init() {
         for (pid, _) in all {
             gone(pid).await;
         }
+        // The container starts again, on the files of the last one: everything is loaded again.
+        let mut again = command();
+        again.args(["init", "serve"]).arg(agent.state.with_file_name("models.yaml"));
+        again.args(["--listen", &agent.shared.to_string(), "--state-dir"]).arg(&agent.state);
+        let next = Agent::spawn(&mut again, agent.shared, tempfile::tempdir().expect("a folder"));
+        next.answers().await;
+        next.check("toy").await;
+        assert_eq!(workers(next.pid()).len(), 1, "{}", next.story());
     }
 }

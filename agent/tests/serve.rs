@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use altiplano_agent::runner::protocol::RunnerConfig;
+use altiplano_agent::runner::spare::SPARE;
 use altiplano_agent::runner::spawn::{Runner, SpawnError};
 use altiplano_test_models::{BadFile, Lora, Projector, ProjectorKind, Spec, toy};
 use futures::StreamExt as _;
@@ -15,16 +16,16 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use support::{
-    Agent, Model, PATIENCE, below, command, deployment, free_address, gone, is_alive, kill, question, source,
+    Agent, Model, PATIENCE, below, command, deployment, free_address, gone, is_alive, kill, question, source, workers,
 };
 
 async fn serve(models: &[Model<'_>]) -> Agent {
     Agent::start(&[], &["serve"], models, &["--drain-seconds", "60"], &[]).await
 }
 
-/// The processes below the agent.
+/// The processes below the agent that have a model.
 fn children(agent: &Agent) -> Vec<Pid> {
-    below(agent.pid()).into_iter().map(|(pid, _)| pid).collect()
+    workers(agent.pid())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -226,11 +227,47 @@ async fn an_answer_under_way_ends_before_the_agent_does() {
 async fn workers_end_with_an_agent_that_is_killed() {
     let mut agent = serve(&[("toy", &toy::path(), "")]).await;
     agent.ready("toy", 1).await;
-    let workers = children(&agent);
-    assert_eq!(workers.len(), 1);
+    agent.until("a spare runner", || async { spare(&agent).is_some() }).await;
+    let all = below(agent.pid());
+    assert!(all.len() >= 2, "{all:?}");
     kill(agent.pid(), Signal::KILL);
     agent.exited().await;
-    gone(workers[0]).await;
+    for (pid, _) in all {
+        gone(pid).await;
+    }
+}
+
+/// The process that waits for a model.
+fn spare(agent: &Agent) -> Option<Pid> {
+    let name = |pid: &Pid| std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).unwrap_or_default();
+    below(agent.pid()).into_iter().map(|(pid, _)| pid).find(|pid| name(pid).trim() == SPARE)
+}
+
+/// A wake, or a worker's replacement, does not wait for a process to start; and a spare runner that is killed is no loss.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_takes_the_spare_runner() {
+    let agent = serve(&[("toy", &toy::path(), ", unload: {policy: Never}")]).await;
+    agent.ready("toy", 1).await;
+    agent.until("a spare runner", || async { spare(&agent).is_some() }).await;
+    let waits = spare(&agent).expect("it was there");
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", waits.as_raw_nonzero())).expect("its files").flatten();
+    let devices: Vec<_> = fds
+        .filter_map(|fd| std::fs::read_link(fd.path()).ok())
+        .filter(|file| file.starts_with("/dev") && !file.starts_with("/dev/null"))
+        .collect();
+    assert!(devices.is_empty(), "it opens no device: {devices:?}");
+    kill(children(&agent)[0], Signal::KILL);
+    agent.ready("toy", 2).await;
+    assert_eq!(children(&agent), [waits], "it got the model");
+    agent.check("toy").await;
+
+    agent.until("another spare runner", || async { spare(&agent).is_some() }).await;
+    let another = spare(&agent).expect("it was there");
+    kill(another, Signal::KILL);
+    gone(another).await;
+    kill(waits, Signal::KILL);
+    agent.ready("toy", 3).await;
+    agent.check("toy").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -334,7 +371,11 @@ async fn a_node_cut_off_serves_what_it_was_last_told() {
         .arg("--state-dir")
         .arg(&state)
         .env("KUBECONFIG", &kubeconfig);
+    // And whose port somebody else still has.
+    let other = std::net::TcpListener::bind(shared).expect("the port");
     let mut agent = Agent::spawn(&mut command, shared, folder);
+    agent.until("it waits for the port", || async { agent.log().contains("listens on the shared port") }).await;
+    drop(other);
     agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
     agent.check("toy").await;
     kill(agent.pid(), Signal::TERM);

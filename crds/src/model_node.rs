@@ -18,7 +18,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
-use crate::model_deployment::{ContextSpec, EngineSpec, ModelInfo, ModelSpec, RolloutSpec, TrafficSpec, UnloadSpec};
+use crate::model_deployment::{
+    ContextSpec, EngineSpec, ModelInfo, ModelSpec, RolloutSpec, Termination, TrafficSpec, UnloadSpec,
+};
 use crate::schema;
 
 /// What should be on a node. The operator is the only writer.
@@ -426,6 +428,10 @@ pub struct ModelState {
     /// Times that the worker has ended on its own since the agent started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restarts: Option<i32>,
+
+    /// How it ended the last time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_termination: Option<Termination>,
 }
 
 /// Memory of a model on one device.

@@ -30,7 +30,7 @@ pub use chat::{Answer, ask, chat, content, http};
 pub use control_plane::{ControlPlane, free_port};
 pub use identity::PodIdentity;
 pub use process::Proc;
-pub use programs::{Agent, AgentOptions, Operator, program, reachable};
+pub use programs::{Agent, AgentOptions, Operator, is_worker, program, reachable};
 pub use wait::wait_for;
 
 use std::path::PathBuf;

@@ -150,6 +150,12 @@ impl Agent {
         get(&format!("{}/metrics", self.url)).await
     }
 
+    /// Its processes that have a model; the spare runner has another name.
+    #[must_use]
+    pub fn workers(&self) -> Vec<u32> {
+        self.proc.processes().into_iter().filter(|pid| is_worker(*pid)).collect()
+    }
+
     /// What another agent of the same node, pod and files is started with, after this one has ended.
     #[must_use]
     pub fn successor(&self) -> AgentOptions {
@@ -160,6 +166,12 @@ impl Agent {
     pub async fn stop(mut self, limit: Duration) -> Result<ExitStatus> {
         self.proc.terminate(limit).await
     }
+}
+
+/// Whether a process of an agent has a model, or is about to.
+#[must_use]
+pub fn is_worker(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "runner")
 }
 
 fn log_level() -> String {

@@ -148,7 +148,7 @@ async fn a_deleted_model_node_interrupts_nothing() -> Result<()> {
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    let worker = world.agents[0].proc.processes();
+    let worker = world.agents[0].workers();
 
     let nodes = Api::<ModelNode>::all(world.client.clone());
     let old = world.model_node(0).await?.metadata.uid;
@@ -160,7 +160,7 @@ async fn a_deleted_model_node_interrupts_nothing() -> Result<()> {
         if node.metadata.uid != old && states == ["Ready"] { Ok(()) } else { Err(format!("{node:?}")) }
     })
     .await?;
-    assert_eq!(world.agents[0].proc.processes(), worker, "the worker is the same process");
+    assert_eq!(world.agents[0].workers(), worker, "the worker is the same process");
     assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     world.wait_for_ready("toy", "1/1").await?;
     world.delete("toy").await
@@ -174,7 +174,7 @@ async fn a_node_made_again_keeps_its_models() -> Result<()> {
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     let url = world.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    let worker = world.agents[0].proc.processes();
+    let worker = world.agents[0].workers();
     let model_node = world.model_node(0).await?.metadata.uid;
 
     Api::<Node>::all(world.client.clone()).delete(&world.node(0), &DeleteParams::default()).await?;
@@ -186,7 +186,7 @@ async fn a_node_made_again_keeps_its_models() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
     assert_eq!(world.model_node(0).await?.metadata.uid, model_node, "the ModelNode went with the Node");
-    assert_eq!(world.agents[0].proc.processes(), worker, "the worker is the same process");
+    assert_eq!(world.agents[0].workers(), worker, "the worker is the same process");
     world.wait_for_ready("toy", "1/1").await?;
     world.delete("toy").await
 }
@@ -362,8 +362,8 @@ async fn a_namespace_goes_even_with_the_operator_away() -> Result<()> {
     })
     .await?;
     wait_for("no worker", SOON, || {
-        let processes = world.agents[0].proc.processes();
-        std::future::ready(if processes.len() == 1 { Ok(()) } else { Err(format!("{processes:?}")) })
+        let processes = world.agents[0].workers();
+        std::future::ready(if processes.is_empty() { Ok(()) } else { Err(format!("{processes:?}")) })
     })
     .await
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use altiplano_crds::conditions::{reasons, types};
+use altiplano_crds::conditions::{reasons, states, types};
 use altiplano_tests::scenario::{SOON, Scenario, toy_question};
 use altiplano_tests::{ask, chat, content, http, python, wait_for};
 use anyhow::{Context as _, Result, ensure};
@@ -65,7 +65,7 @@ async fn from_apply_to_nothing_left() -> Result<()> {
     world.cluster.kubectl(&["-n", &world.namespace, "scale", "mdep/toy", "--replicas=0"])?;
     world.wait_for_condition("toy", types::READY, "False", reasons::SCALED_TO_ZERO).await?;
     wait_for("no worker", SOON, || {
-        let workers: usize = world.agents.iter().map(|agent| workers(agent).len()).sum();
+        let workers: usize = world.agents.iter().map(|agent| agent.workers().len()).sum();
         std::future::ready(if workers == 0 { Ok(()) } else { Err(format!("{workers} workers")) })
     })
     .await?;
@@ -75,7 +75,7 @@ async fn from_apply_to_nothing_left() -> Result<()> {
     // Gone without a trace.
     world.delete("toy").await?;
     wait_for("no worker, no entry", SOON, || async {
-        let workers: usize = world.agents.iter().map(|agent| workers(agent).len()).sum();
+        let workers: usize = world.agents.iter().map(|agent| agent.workers().len()).sum();
         let node = world.model_node(0).await.map_err(|error| error.to_string())?;
         let reported = node.status.map(|status| status.models.len()).unwrap_or_default();
         if workers == 0 && node.spec.models.is_empty() && reported == 0 {
@@ -125,15 +125,22 @@ async fn what_is_killed_comes_back() -> Result<()> {
     // A request in between is held or answered, never lost.
     assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     println!("kill -9 of a worker to the next answer: {:?}", begun.elapsed());
-    world.wait_until("toy", "one restart in the node's status", SOON, |_| Ok(())).await?;
-    wait_for("restarts: 1", SOON, || async {
-        let node = world.model_node(0).await.map_err(|error| error.to_string())?;
-        let status = node.status.ok_or("no status")?;
-        if status.models.iter().any(|model| model.restarts == Some(1)) {
-            Ok(())
-        } else {
-            Err(format!("{:?}", status.models))
-        }
+    // How it ended stands in the status when the model is ready again, and in one event.
+    world
+        .wait_until("toy", "how the worker ended", SOON, |model| {
+            let status = model.status.as_ref().ok_or("no status")?;
+            let [placement] = &status.placements[..] else { return Err(format!("{:?}", status.placements)) };
+            let end = placement.last_termination.as_ref().ok_or("no end")?;
+            let told = end.reason == reasons::WORKER_EXITED && end.message.contains("killed by SIGKILL");
+            let ready = placement.state == states::READY && placement.restarts == Some(1);
+            if told && ready { Ok(()) } else { Err(format!("{placement:?}")) }
+        })
+        .await?;
+    wait_for("an event about it", SOON, || async {
+        let events = world.events("toy").await.map_err(|error| format!("{error:#}"))?;
+        let about = events.iter().filter(|event| event.reason.as_deref() == Some(reasons::WORKER_EXITED));
+        let said: Vec<_> = about.filter_map(|event| event.message.as_deref()).collect();
+        if said.len() == 1 && said[0].contains("killed by SIGKILL") { Ok(()) } else { Err(format!("{said:?}")) }
     })
     .await?;
 
@@ -149,7 +156,7 @@ async fn what_is_killed_comes_back() -> Result<()> {
         async move { chat(&url, "toy", "Tell me a long story about the altiplano.", |_| ()).await }
     });
     tokio::time::sleep(Duration::from_millis(200)).await;
-    let workers_before = workers(&world.agents[0]);
+    let workers_before = world.agents[0].workers();
     world.agents[0].proc.kill()?;
     let _ = dying.await?;
     wait_for("the workers' end", SOON, || {
@@ -183,7 +190,7 @@ async fn an_idle_model_leaves_memory_and_a_request_wakes_it() -> Result<()> {
     world.apply(&world.toy("toy", "unload: {policy: WhenIdle, idleSeconds: 1, minResidentSeconds: 0}"))?;
     world.wait_for_condition("toy", types::READY, "True", reasons::IDLE).await?;
     wait_for("no worker", SOON, || {
-        let workers = workers(&world.agents[0]);
+        let workers = world.agents[0].workers();
         std::future::ready(if workers.is_empty() { Ok(()) } else { Err(format!("{workers:?}")) })
     })
     .await?;
@@ -191,6 +198,24 @@ async fn an_idle_model_leaves_memory_and_a_request_wakes_it() -> Result<()> {
     let begun = Instant::now();
     assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
     println!("wake of an unloaded model, request to answer: {:?}", begun.elapsed());
+
+    // Its owner wants it out of memory once, whatever its policy's time.
+    let unloads = |at: &str| {
+        world.apply(
+            &world.toy("toy", &format!("unload: {{idleSeconds: 3600, minResidentSeconds: 0, requestedAt: {at}}}")),
+        )
+    };
+    for at in ["'2026-01-01T00:00:00Z'", "again"] {
+        unloads(at)?;
+        world.wait_for_condition("toy", types::READY, "True", reasons::IDLE).await?;
+        wait_for("no worker", SOON, || {
+            let workers = world.agents[0].workers();
+            std::future::ready(if workers.is_empty() { Ok(()) } else { Err(format!("{workers:?}")) })
+        })
+        .await?;
+        assert_eq!(content(&ask(&url, "toy", &prompt).await?)?, answer);
+        world.wait_for_condition("toy", types::READY, "True", reasons::SERVING).await?;
+    }
     world.delete("toy").await
 }
 
@@ -245,11 +270,6 @@ async fn openai_sdk(url: &str, prompt: &str, answer: &str) -> Result<()> {
     Ok(())
 }
 
-/// The worker processes of an agent.
-fn workers(agent: &altiplano_tests::Agent) -> Vec<u32> {
-    agent.proc.processes().into_iter().filter(|pid| *pid != agent.proc.pid()).collect()
-}
-
 fn alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
@@ -274,7 +294,7 @@ fn worker_of(world: &Scenario, name: &str) -> Result<u32> {
             .filter_map(|file| std::fs::read_link(file.path()).ok())
             .any(|target| inodes.iter().any(|inode| target.as_os_str() == inode.as_str()))
     };
-    workers(agent).into_iter().find(holds).with_context(|| format!("no process has the socket of worker {number}"))
+    agent.workers().into_iter().find(holds).with_context(|| format!("no process has the socket of worker {number}"))
 }
 
 fn sockets_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {

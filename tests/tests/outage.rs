@@ -18,7 +18,7 @@ async fn an_api_outage_moves_nothing() -> Result<()> {
     world.wait_for_ready("toy", "2/2").await?;
     let endpoints = world.wait_for_endpoints("toy", 2).await?;
     let before = world.placed().await?;
-    let workers: Vec<_> = world.agents.iter().map(|agent| agent.proc.processes()).collect();
+    let workers: Vec<_> = world.agents.iter().map(altiplano_tests::Agent::workers).collect();
 
     world.cluster.kill_api_server()?;
     let end = Instant::now() + OUTAGE;
@@ -60,7 +60,7 @@ async fn an_api_outage_moves_nothing() -> Result<()> {
         ensure!(now == before, "a model was moved: {before:?} -> {now:?}");
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    let workers_now: Vec<_> = world.agents.iter().map(|agent| agent.proc.processes()).collect();
+    let workers_now: Vec<_> = world.agents.iter().map(altiplano_tests::Agent::workers).collect();
     assert_eq!(workers_now, workers, "no worker was started or ended");
     world.wait_for_ready("toy", "2/2").await?;
     world.delete("toy").await

@@ -20,9 +20,10 @@ use super::host;
 use super::sampling::SamplingParams;
 use super::sizing::Limits;
 use super::speculative::{Kind, Settings};
+use super::worker::probe::PROBE_AFTER;
 use super::{Ability, ModelFacts};
 use crate::runner::protocol::{
-    AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport,
+    AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport, WARM_UP_PERCENT,
 };
 
 pub(super) use draft::LoadedDraft;
@@ -38,9 +39,6 @@ pub(super) const MICRO_BATCH: u32 = 512;
 
 /// Tokens in one call on a GPU, where a long prompt must not wait for the host between micro-batches.
 pub(super) const GPU_BATCH: u32 = 2048;
-
-/// Percent of the progress when the weights are loaded.
-const LOADED_PERCENT: u8 = 90;
 
 /// A model that can generate.
 pub(super) struct Loaded {
@@ -77,6 +75,8 @@ pub(super) struct Plan {
     pub(super) host_cache: u64,
     /// How long a larger context must have been of no use before it shrinks.
     pub(super) shrink_after: Duration,
+    /// How long nothing was computed before a token is, to see that the GPU answers; `None` without one.
+    pub(super) probe_after: Option<Duration>,
     /// What the model's state can do.
     pub(super) capability: Capability,
     /// Layers on a GPU.
@@ -91,7 +91,7 @@ pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Mode
     progress(0);
     let gpu = !devices.is_empty();
     let model = load_model(config, devices, false, progress)?;
-    progress(LOADED_PERCENT);
+    progress(WARM_UP_PERCENT);
     if let Some(reason) = model.unsupported() {
         return Err(EngineError::UnsupportedModel(reason.to_owned()));
     }
@@ -239,7 +239,7 @@ fn load_model(
             let mut last = 0;
             Model::load(&params, move |fraction| {
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 90")]
-                let percent = (fraction.clamp(0.0, 1.0) * f32::from(LOADED_PERCENT)) as u8;
+                let percent = (fraction.clamp(0.0, 1.0) * f32::from(WARM_UP_PERCENT)) as u8;
                 if percent > last {
                     last = percent;
                     // Nobody reads any more: then nobody needs it.
@@ -310,6 +310,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
         unified,
         host_cache,
         shrink_after: SHRINK_AFTER,
+        probe_after: (layers_offloaded > 0).then_some(PROBE_AFTER),
         capability,
         layers_offloaded,
         layers_total,

@@ -238,6 +238,8 @@ pub struct EngineStats {
     pub host_cache_states: u32,
     /// Steps done.
     pub steps: u64,
+    /// Tokens that were computed while nobody asked, to see that the GPU answers.
+    pub probes: u64,
     /// Sequences that took part in them, summed over the steps.
     pub step_sequences: u64,
     /// How long the present step runs; zero while the engine is idle.
@@ -612,6 +614,11 @@ fn random_seed() -> u32 {
     // The standard library's keys are random and differ each time.
     let number = RandomState::new().build_hasher().finish();
     u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default()
+}
+
+/// Keeps llama.cpp from looking for Vulkan devices. Called by a process that has one thread and none of llama.cpp yet.
+pub(crate) fn without_vulkan() {
+    ffi::without_vulkan();
 }
 
 /// The devices that llama.cpp sees in this process, the CPU last. Opens them, so only a short-lived process should ask.

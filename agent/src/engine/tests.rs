@@ -215,6 +215,37 @@ async fn a_context_shrinks_when_it_is_of_no_use() {
     engine.shutdown(Instant::now());
 }
 
+/// An idle engine computes a token now and then, which changes nothing that is kept or said.
+#[tokio::test]
+async fn an_idle_engine_is_probed() {
+    let config = config(toy::path());
+    let (model, gpu) = load::open(&config, &|_| {}).expect("the toy model loads");
+    let mut loaded = load::load(&config, model, gpu).expect("the context is made");
+    assert_eq!(loaded.plan.probe_after, None, "not on a CPU");
+    loaded.plan.probe_after = Some(Duration::from_millis(30));
+    let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
+    let request = || GenerateRequest {
+        prompt: vec![300; 100],
+        max_tokens: Some(20),
+        ignore_eos: true,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        ..GenerateRequest::default()
+    };
+    let ask = || read(engine.submit(request()).expect("the request is taken"));
+    let first = ask().await;
+    let (kept, probes) = (engine.stats().cells_used, engine.stats().probes);
+    assert!(kept >= 100, "the prefix is kept: {kept}");
+    let patience = Instant::now() + Duration::from_mins(1);
+    while engine.stats().probes < probes + 3 {
+        assert!(Instant::now() < patience, "{:?}", engine.stats());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(ask().await, first);
+    let stats = engine.stats();
+    assert!(stats.cached_prompt_tokens > 0 && stats.failed == 0 && stats.resizes == 0, "{stats:?}");
+    engine.shutdown(Instant::now());
+}
+
 /// An embedder gives back what a long text took; in the crate's own tests after a second instead of a minute.
 #[tokio::test]
 async fn an_embedder_shrinks_when_nothing_long_comes() {

@@ -3,6 +3,7 @@
 mod admit;
 mod alone;
 mod media;
+pub(super) mod probe;
 mod room;
 mod speculate;
 
@@ -51,6 +52,8 @@ pub(super) struct Worker {
     next_serial: Serial,
     /// Steps in which one sequence has generated alone.
     alone: u32,
+    /// When something was last computed.
+    last_step: Instant,
     /// Cells when the size was last looked at.
     cells: u32,
     needs: Needs,
@@ -91,6 +94,7 @@ impl Worker {
             pictures: Pictures::new(encoder),
             next_serial: 0,
             alone: 0,
+            last_step: Instant::now(),
             cells,
             needs: Needs::default(),
             last_resize: None,
@@ -131,6 +135,7 @@ impl Worker {
             let picture = self.picture_lane();
             if self.step.is_empty() && picture.is_none() {
                 self.publish_cells();
+                self.probe(now)?;
                 self.wait(now);
             } else {
                 self.shared.step_begins();
@@ -142,6 +147,7 @@ impl Worker {
                     self.make_step(started)
                 };
                 self.shared.step_ends();
+                self.last_step = Instant::now();
                 result?;
                 self.publish_cells();
             }
@@ -167,7 +173,7 @@ impl Worker {
             Phase::Draining(deadline) => Some(deadline),
             Phase::Open | Phase::Ended => None,
         };
-        let next = [self.mailbox.next_deadline(), drained].into_iter().flatten().min();
+        let next = [self.mailbox.next_deadline(), drained, self.probe_due()].into_iter().flatten().min();
         self.mailbox.wait(next.map_or(IDLE, |next| next.saturating_duration_since(now)).min(IDLE));
     }
 

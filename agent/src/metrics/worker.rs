@@ -75,6 +75,9 @@ pub struct WorkerMetrics {
     image_seconds: Counter,
     audio_parts: IntCounter,
     audio_seconds: Counter,
+    steps: IntCounter,
+    step_age: Gauge,
+    probes: IntCounter,
     cells_total: Gauge,
     cells_used: Gauge,
     cells_kept: Gauge,
@@ -193,6 +196,12 @@ impl WorkerMetrics {
             image_seconds: seconds_counter("image_seconds_total", "Seconds for that, steps of others included.")?,
             audio_parts: counter("audio_parts_total", "Sounds, or parts of them, of which embeddings were made.")?,
             audio_seconds: seconds_counter("audio_seconds_total", "Seconds for that, steps of others included.")?,
+            steps: counter("engine_steps_total", "Steps that the engine has done.")?,
+            probes: counter("engine_probes_total", "Tokens computed while nobody asked, to see that the GPU answers.")?,
+            step_age: gauge(
+                "engine_step_seconds",
+                "Seconds that the engine's present step has taken; 0 while it is idle.",
+            )?,
             cells_total: gauge("context_tokens", "Tokens that the KV cache has cells for.")?,
             cells_used: gauge("context_tokens_used", "Cells of the KV cache that hold a token.")?,
             cells_kept: gauge("context_tokens_kept", "Of these, the cells of prefixes that nobody uses now.")?,
@@ -259,6 +268,8 @@ impl WorkerMetrics {
             (&self.followed, stats.followed),
             (&self.images, stats.pictures),
             (&self.audio_parts, stats.sounds),
+            (&self.steps, stats.steps),
+            (&self.probes, stats.probes),
             (&self.embedded_texts, stats.embedded_texts),
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
@@ -277,6 +288,7 @@ impl WorkerMetrics {
         ] {
             gauge.set(f64::from(now));
         }
+        self.step_age.set(stats.step_age.as_secs_f64());
         #[expect(clippy::cast_precision_loss, reason = "a size to look at")]
         self.host_bytes.set(stats.host_cache_bytes as f64);
         super::render(&self.registry)
@@ -383,6 +395,8 @@ mod tests {
             sound_time: Duration::from_millis(3500),
             resize_time: Duration::from_millis(1500),
             host_cache_bytes: 4096,
+            steps: 7,
+            step_age: Duration::from_millis(250),
             ..EngineStats::default()
         };
         let text = metrics.render(&stats).unwrap();
@@ -405,5 +419,7 @@ mod tests {
         assert!(line(&text, "altiplano_audio_parts_total").ends_with(" 3"));
         assert!(line(&text, "altiplano_audio_seconds_total").ends_with(" 3.5"));
         assert!(line(&text, "altiplano_prefix_cache_host_bytes").ends_with(" 4096"));
+        assert!(line(&text, "altiplano_engine_steps_total").ends_with(" 7"));
+        assert!(line(&text, "altiplano_engine_step_seconds").ends_with(" 0.25"));
     }
 }

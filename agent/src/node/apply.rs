@@ -240,8 +240,18 @@ impl Executor {
         }
     }
 
+    /// Has a spare runner started, or ended because memory is short.
+    pub(super) fn keep_spare(&self, keep: bool) {
+        if keep {
+            self.means.runner.prepare_spare();
+        } else {
+            self.means.runner.end_spare();
+        }
+    }
+
     /// Ends everything that still runs. Dropping the handles kills workers that are left.
     pub(super) async fn shutdown(mut self) {
+        self.means.runner.close_spare();
         self.fetches.values().for_each(CancellationToken::cancel);
         self.workers.clear();
         // Their last messages have nobody to go to, so nobody must wait for it.
@@ -516,4 +526,32 @@ fn directory_of(init: i32) -> Option<String> {
 fn may_be_adopted(directory: &str) -> bool {
     let init = directory.strip_prefix('i').and_then(|rest| rest.split_once('-')?.0.parse().ok());
     init.and_then(directory_of).is_some_and(|name| name == directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{FlockOperation, flock};
+
+    use super::*;
+
+    #[test]
+    fn what_others_left_or_hold_stops_no_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let made = |name: &str| {
+            let directory = folder.path().join("run").join(name);
+            std::fs::create_dir_all(&directory).unwrap();
+            std::fs::write(directory.join("0.sock"), "").unwrap();
+            (std::fs::File::create(directory.join("lock")).unwrap(), directory)
+        };
+        let ((_, stale), (held, living), (_, orphaned)) = (made("stale"), made("living"), made("i999999999-1"));
+        flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let (first, first_lock) = socket_directory(folder.path()).unwrap();
+        assert!(!stale.exists() && !orphaned.exists(), "what the dead left is gone");
+        assert!(living.join("0.sock").exists(), "what another agent uses stays");
+        let (second, _second_lock) = socket_directory(folder.path()).unwrap();
+        assert!(first != second && first.exists() && second.exists(), "{first:?} {second:?}");
+        drop(first_lock);
+        socket_directory(folder.path()).unwrap();
+        assert!(!first.exists() && second.exists());
+    }
 }

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use self::apply::{Executor, Means, Report};
 use self::measure::Measurer;
 use self::observe::{Activity, Desired, Happened, HostMemory, Model, Observed};
-use self::plan::{Limits, Plan, plan};
+use self::plan::{Limits, Plan, Step, plan};
 use self::status::{Identity, status};
 use crate::cgroup::{self, GroupMemory};
 use crate::front::Expected;
@@ -102,6 +102,7 @@ impl Node {
         desired.entries = self.observed.as_wanted().entries;
         self.probe(&mut probe);
         self.executor.measure_storage();
+        self.executor.keep_spare(true);
         let mut memory_watch = tokio::time::interval(MEMORY_WATCH);
         memory_watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -135,6 +136,7 @@ impl Node {
                 changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
                 () = sleep_until(next) => {}
                 group = memory_is_short(&mut memory_watch) => {
+                    self.executor.keep_spare(false);
                     let held = self.executor.held();
                     self.note("", Happened::Measured(HostMemory { group, held }));
                 }
@@ -169,10 +171,15 @@ impl Node {
             if decided.steps.is_empty() {
                 break;
             }
-            for step in std::mem::take(&mut decided.steps) {
-                self.measurer.step(&step, &self.observed, now);
+            let steps = std::mem::take(&mut decided.steps);
+            for step in &steps {
+                self.measurer.step(step, &self.observed, now);
                 self.executor.run(step.clone(), &self.observed);
-                self.observed.begin(&step, now);
+                self.observed.begin(step, now);
+            }
+            if steps.iter().any(|step| matches!(step, Step::Route { .. })) {
+                // Who lost its route has no new requests from here on, and may have none at all.
+                self.count_requests();
             }
         }
         // It was true a moment ago, not for later plans.

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use altiplano_crds::model_deployment::Termination;
 use altiplano_crds::model_node::ModelAssignment;
 
 pub use self::desired::{Desired, Entry};
@@ -97,8 +98,12 @@ pub struct Model {
     crashes: u32,
     /// Times that a worker ended on its own.
     pub restarts: u32,
-    /// Unloaded by policy, or to make room.
+    /// How its last worker ended that ended on its own.
+    pub last_termination: Option<Termination>,
+    /// Unloaded by policy, because the owner asked for it, or to make room.
     pub asleep: bool,
+    /// The owner wants it out of memory once (`unload.requestedAt`), which is still to be done.
+    pub unload_asked: bool,
     /// Its requests, as the listener counts them.
     pub activity: Activity,
     /// Since when requests have waited for it, without a pause.
@@ -369,7 +374,9 @@ impl Model {
             failures: 0,
             crashes: 0,
             restarts: 0,
+            last_termination: None,
             asleep: false,
+            unload_asked: false,
             activity: Activity::default(),
             waiting_since: None,
             yields: false,
@@ -441,6 +448,10 @@ impl Model {
         if self.source != source {
             self.source = source;
             self.file = FileState::Unknown;
+        }
+        if self.assignment.unload.requested_at != wanted.unload.requested_at {
+            // One that is not loaded has what its owner wants.
+            self.unload_asked = wanted.unload.requested_at.is_some() && !self.workers.is_empty();
         }
         if self.assignment != *wanted {
             self.assignment = Arc::clone(wanted);

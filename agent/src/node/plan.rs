@@ -13,6 +13,7 @@ use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase
 use crate::devices::Target;
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
+use crate::runner::protocol::WARM_UP_PERCENT;
 use crate::runner::supervise::WorkerId;
 
 mod pressure;
@@ -23,7 +24,8 @@ mod room;
 mod tests;
 mod victims;
 
-/// How long requests that were on their way to a worker get to reach it after it has lost its route.
+/// How long requests that were on their way to a worker get to reach it after it has lost its route, where the listener
+/// cannot say that there are none.
 const SETTLE: Duration = Duration::from_millis(200);
 
 /// How long a worker has to end after it was asked to, when it has no request any more.
@@ -315,6 +317,7 @@ impl Planner<'_> {
                 Phase::Ready { since } => self.ready(wanted, model, id, worker, since),
                 Phase::Loading { percent } => Verdict {
                     percent: Some(percent),
+                    message: (percent >= WARM_UP_PERCENT).then(|| "warms up".to_owned()),
                     ready_at: Some(worker.started + model.load_time()),
                     ..Verdict::new(states::LOADING)
                 },
@@ -341,19 +344,26 @@ impl Planner<'_> {
             self.drain(wanted, former);
         }
         self.room_to_grow(wanted, model);
+        if model.unload_asked && wanted.unload.policy != UnloadPolicy::Never && is_idle(model) {
+            let why = "its owner asked for it (unload.requestedAt)".to_owned();
+            return self.unload_ready(wanted, id, why);
+        }
         if let Some(idle) = idle_limit(wanted, model)
             && is_idle(model)
         {
             let due = last_use(model, since) + idle;
             if self.now >= due {
-                let why = format!("no request for {} s", idle.as_secs());
-                self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why, for_room: false });
-                self.drain(wanted, id);
-                return Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model");
+                return self.unload_ready(wanted, id, format!("no request for {} s", idle.as_secs()));
             }
             self.look_again(due);
         }
         Verdict { message: worker.note.clone(), ..Verdict::new(states::READY) }
+    }
+
+    fn unload_ready(&mut self, wanted: &ModelAssignment, worker: WorkerId, why: String) -> Verdict {
+        self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why, for_room: false });
+        self.drain(wanted, worker);
+        Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model")
     }
 
     /// Sees to the model's file; an error is what keeps it from being there.
@@ -481,7 +491,8 @@ impl Planner<'_> {
                 let Some(leaving) = worker.leaving.filter(|leaving| !leaving.stopped) else { continue };
                 let is_routed = model.route == Some(RouteTo::Worker(*id));
                 let lame_duck = if wanted.contains(uid.as_str()) { Duration::ZERO } else { self.limits.lame_duck };
-                let quiet_from = (leaving.since + lame_duck + SETTLE).min(leaving.deadline);
+                let settle = if leaving.settled { Duration::ZERO } else { SETTLE };
+                let quiet_from = (leaving.since + lame_duck + settle).min(leaving.deadline);
                 let is_quiet = worker.requests == 0 && !is_routed && self.now >= quiet_from;
                 if is_quiet || self.now >= leaving.deadline {
                     let kill_at = leaving.deadline.max(self.now + STOP_GRACE);

@@ -17,7 +17,7 @@ use super::recall::Recall;
 use super::status::Identity;
 use super::{Node, NodeError, cluster};
 use crate::lease::{self, LeaseConfig};
-use crate::setup::{ServingArgs, Setup, SetupError};
+use crate::setup::{PortTaken, ServingArgs, Setup, SetupError};
 
 /// How long a model that leaves still accepts requests: until its `EndpointSlice`s have reached every node.
 const LAME_DUCK: Duration = Duration::from_secs(1);
@@ -91,10 +91,13 @@ pub enum RoleError {
 /// Runs until `shutdown`, then drains.
 pub async fn run(args: NodeArgs, shutdown: CancellationToken) -> Result<(), RoleError> {
     let client = Client::try_from(Config::infer().await?).map_err(|error| RoleError::Client(Box::new(error)))?;
-    let setup = match Setup::open(&args.serving, args.state_dir.clone(), args.listen, LAME_DUCK, &shutdown).await {
-        Err(SetupError::Stopped) => return Ok(()),
-        setup => setup?,
-    };
+    let setup =
+        match Setup::open(&args.serving, args.state_dir.clone(), args.listen, PortTaken::Wait, LAME_DUCK, &shutdown)
+            .await
+        {
+            Err(SetupError::Stopped) => return Ok(()),
+            setup => setup?,
+        };
     tracing::info!(
         node = args.node_name,
         pod = args.pod_name,

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use altiplano_crds::conditions::{reasons, states, types};
-use altiplano_crds::model_deployment::ModelInfo;
+use altiplano_crds::model_deployment::{ModelInfo, Termination};
 use altiplano_crds::model_node::{
     AgentInfo, Device, DeviceMemory, ModelNodeStatus, ModelState, NodeAddress, RequiredMemory, Storage,
 };
@@ -128,6 +128,10 @@ fn model_state(uid: &str, revision: &str, model: Option<&Model>, verdict: &Verdi
         file_present: file.is_some(),
         model: file.map(|stored| info(stored)),
         restarts: (model.restarts > 0).then(|| i32::try_from(model.restarts).unwrap_or(i32::MAX)),
+        last_termination: model.last_termination.as_ref().map(|Termination { reason, message }| Termination {
+            reason: clip(reason, 64),
+            message: clip(message, MAX_MESSAGE_CHARS),
+        }),
         ..state
     };
     worker.map_or(state.clone(), |worker| with_worker(state, worker))

@@ -17,6 +17,7 @@ use super::adopt::Door;
 use super::grants;
 use super::protocol::{RunnerCommand, RunnerConfig, RunnerEvent, RunnerFailure};
 use super::socket::Listener;
+use super::spare::{RUNNER, SPARE};
 use crate::engine::{self, Activity, Engine, EngineError};
 
 /// What a worker process is asked to do.
@@ -100,14 +101,27 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
     let result = match mode {
         Mode::Probe => engine::probe().map_err(ChildError::from).and_then(|report| events.write(&report)),
         Mode::Estimate => {
-            read_config().and_then(|config| Ok(engine::estimate(&config)?)).and_then(|report| events.write(&report))
+            let report = read_config().and_then(|config| {
+                choose_backends(&config);
+                Ok(engine::estimate(&config)?)
+            });
+            report.and_then(|report| events.write(&report))
         }
         Mode::MeasureResizes => read_config()
             .and_then(|config| Ok(engine::measure_resizes(&config)?))
             .and_then(|report| events.write(&report)),
         Mode::Serve => {
             volunteer();
-            read_config().and_then(|config| serve(&config, &events))
+            call_it(SPARE);
+            if io::stdin().lock().fill_buf().is_ok_and(<[u8]>::is_empty) {
+                // An agent that never needed it is gone.
+                return Ok(());
+            }
+            call_it(RUNNER);
+            read_config().and_then(|config| {
+                choose_backends(&config);
+                serve(&config, &events)
+            })
         }
     };
     if let Err(error) = &result {
@@ -115,6 +129,19 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
         let _ = events.write(&RunnerEvent::Failed(error.failure()));
     }
     result
+}
+
+/// Vulkan's drivers take 60 MB and a quarter of a second to say what nobody asks. Called while there is one thread.
+fn choose_backends(config: &RunnerConfig) {
+    if !config.uses_gpu() {
+        engine::without_vulkan();
+    }
+}
+
+/// The process's name, as `ps` shows it.
+fn call_it(name: &str) {
+    // For people, who can do without it.
+    let _ = std::fs::write("/proc/self/comm", name);
 }
 
 /// Should the kernel run out of memory after all, it ends a worker rather than the agent.

@@ -14,6 +14,7 @@ mod log;
 mod process;
 pub mod protocol;
 mod socket;
+pub mod spare;
 pub mod spawn;
 pub mod supervise;
 

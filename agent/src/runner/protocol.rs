@@ -69,6 +69,9 @@ pub struct AdapterFile {
     pub scale_percent: u32,
 }
 
+/// Percent of a load from which on the weights are there, and the context is made and warmed up.
+pub const WARM_UP_PERCENT: u8 = 90;
+
 /// What a worker reports, one JSON object a line on standard output.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase", tag = "event")]

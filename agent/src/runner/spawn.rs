@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use super::lines::{Tail, next_line};
 use super::log;
 use super::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerEvent, RunnerFailure};
+use super::spare::{self, Spare};
 use super::supervise::Patience;
 
 /// Most bytes that a child may answer.
@@ -68,6 +69,7 @@ fn after(last_lines: &str) -> String {
 pub struct Runner {
     executable: PathBuf,
     patience: Patience,
+    spare: Spare,
 }
 
 impl Runner {
@@ -79,7 +81,7 @@ impl Runner {
     /// Runners are the `altiplano-agent` at this path.
     #[must_use]
     pub fn of(executable: PathBuf) -> Self {
-        Self { executable, patience: Patience::default() }
+        Self { executable, patience: Patience::default(), spare: Spare::default() }
     }
 
     /// With another patience for workers that seem to hang.
@@ -103,14 +105,34 @@ impl Runner {
         self.ask("--estimate", Some(config), timeout).await
     }
 
-    /// Starts a worker and hands it its configuration.
+    /// Has a spare runner started in a moment, for the next load.
+    pub fn prepare_spare(&self) {
+        let executable = self.executable.clone();
+        self.spare.prepare(spare::PAUSE, move || command(&executable, None));
+    }
+
+    /// Ends the spare runner: its memory is needed.
+    pub fn end_spare(&self) {
+        self.spare.end();
+    }
+
+    /// Ends the spare runner, and starts none again.
+    pub fn close_spare(&self) {
+        self.spare.close();
+    }
+
+    /// Hands the spare runner its configuration, or starts a worker.
     pub(super) async fn start(&self, config: &RunnerConfig) -> Result<Child, SpawnError> {
-        let mut command = command(&self.executable, None);
-        if !config.uses_gpu() {
-            // Vulkan's drivers take 60 MB and a quarter of a second to say what nobody asks.
-            command.env("GGML_DISABLE_VULKAN", "1");
+        let spare = self.spare.take();
+        self.prepare_spare();
+        if let Some(mut child) = spare {
+            match configure(&mut child, config).await {
+                Ok(()) => return Ok(child),
+                // It has ended just now.
+                Err(error) => tracing::warn!(%error, "the spare runner does not listen; another one is started"),
+            }
         }
-        let mut child = command.spawn().map_err(SpawnError::Start)?;
+        let mut child = command(&self.executable, None).spawn().map_err(SpawnError::Start)?;
         configure(&mut child, config).await.map_err(SpawnError::Configure)?;
         Ok(child)
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use altiplano_agent::runner::spare::RUNNER;
 use altiplano_test_models::toy;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -280,11 +281,13 @@ pub fn below(pid: Pid) -> Vec<(Pid, String)> {
     found.into_iter().skip(1).filter_map(|number| Some((Pid::from_raw(number)?, command(number)))).collect()
 }
 
-/// The processes below `pid` that serve a model.
+/// The processes below `pid` that have a model, or are about to: a spare one has another name.
 pub fn workers(pid: Pid) -> Vec<Pid> {
-    let is_worker =
-        |command: &str| command.contains(" runner ") && !command.contains("--probe") && !command.contains("--estimate");
-    below(pid).into_iter().filter(|(_, command)| is_worker(command)).map(|(pid, _)| pid).collect()
+    let is_worker = |pid: &Pid| {
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).unwrap_or_default();
+        name.trim() == RUNNER
+    };
+    below(pid).into_iter().map(|(pid, _)| pid).filter(is_worker).collect()
 }
 
 /// The process below `pid` that is the agent itself.

@@ -114,6 +114,19 @@ pub struct ModelInfo {
     pub sha256: Option<String>,
 }
 
+/// How a worker ended that nobody had asked to end.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Termination {
+    /// In CamelCase, such as `WorkerExited`, `WorkerHung` or `OutOfMemory`.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+
+    /// Exit code or signal, and the last lines of llama.cpp's log.
+    #[schemars(length(max = 1024))]
+    pub message: String,
+}
+
 /// The model on one node.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", default)]
@@ -159,4 +172,12 @@ pub struct Placement {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     pub message: Option<String>,
+
+    /// Times that the worker has ended on its own since the node's agent started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<i32>,
+
+    /// How it ended the last time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_termination: Option<Termination>,
 }

@@ -1,6 +1,7 @@
 //! Events: one for each transition, none for a reconcile. Pure.
 
 use altiplano_crds::conditions::{reasons, types};
+use altiplano_crds::model_deployment::{Placement, Termination};
 use altiplano_crds::{ModelDeploymentStatus, names};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
@@ -59,7 +60,28 @@ pub fn events(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> 
             add(false, condition);
         }
     }
+    // One for each reason: the publisher tells a reason once in a while, and a status says the rest.
+    for (placement, end) in terminations(before, after) {
+        if !notes.iter().any(|note| note.reason == end.reason) {
+            let note = names::clip(&format!("{}: {}", placement.node, end.message), LONGEST_NOTE);
+            notes.push(Note { warning: true, reason: end.reason.clone(), note });
+        }
+    }
     notes
+}
+
+/// Workers that have ended on their own since.
+fn terminations<'a>(
+    before: &'a ModelDeploymentStatus,
+    after: &'a ModelDeploymentStatus,
+) -> impl Iterator<Item = (&'a Placement, &'a Termination)> {
+    after.placements.iter().filter_map(|now| {
+        let was = before.placements.iter().find(|was| was.node == now.node);
+        let counted = was.and_then(|was| was.restarts).unwrap_or(0);
+        // An agent that was started again counts from nothing.
+        let ended = now.restarts.is_some_and(|count| count != counted);
+        now.last_termination.as_ref().filter(|_| ended).map(|end| (now, end))
+    })
 }
 
 #[cfg(test)]
@@ -98,5 +120,31 @@ mod tests {
         let idle = [("Ready", "True", "Idle"), ("Placed", "True", "AllPlaced")];
         assert_eq!(reasons_of(&serving, &idle), Vec::<String>::new(), "unloading is no news");
         assert_eq!(reasons_of(&serving, &[("Degraded", "True", "OnCPU")]), ["Warning OnCPU"]);
+    }
+
+    #[test]
+    fn an_end_of_a_worker_is_told_with_its_reason() {
+        let status = |nodes: &[(&str, i32, &str)]| {
+            let placement = |(node, restarts, reason): &(&str, i32, &str)| Placement {
+                node: (*node).to_owned(),
+                restarts: (*restarts > 0).then_some(*restarts),
+                last_termination: (*restarts > 0)
+                    .then(|| Termination { reason: (*reason).to_owned(), message: "the worker ended".to_owned() }),
+                ..Placement::default()
+            };
+            ModelDeploymentStatus { placements: nodes.iter().map(placement).collect(), ..Default::default() }
+        };
+        let told = |before: &[(&str, i32, &str)], after: &[(&str, i32, &str)]| -> Vec<String> {
+            let notes = events(&status(before), &status(after));
+            notes.iter().map(|note| format!("{} {} {}", note.warning, note.reason, note.note)).collect()
+        };
+        let none: [String; 0] = [];
+        let first = [("a", 0, ""), ("b", 1, "OutOfMemory")];
+        assert_eq!(told(&[("a", 0, "")], &first), ["true OutOfMemory b: the worker ended"]);
+        assert_eq!(told(&first, &first), none, "nothing has happened");
+        let both = [("a", 1, "WorkerExited"), ("b", 2, "WorkerExited")];
+        assert_eq!(told(&first, &both), ["true WorkerExited a: the worker ended"], "one for each reason");
+        assert_eq!(told(&first, &[("a", 0, ""), ("b", 0, "")]), none, "the agent was started again");
+        assert_eq!(told(&[("a", 3, "x")], &[("a", 1, "WorkerHung")]), ["true WorkerHung a: the worker ended"]);
     }
 }

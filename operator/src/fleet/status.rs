@@ -213,6 +213,8 @@ fn placement(site: &Site<'_>) -> Placement {
         memory_measured_bytes: total(state.memory.iter().filter_map(|memory| memory.measured_bytes).collect()),
         progress_percent: state.progress_percent,
         message: message.map(|message| names::clip(&message, names::MAX_MESSAGE_CHARS)),
+        restarts: state.restarts,
+        last_termination: state.last_termination.clone(),
     }
 }
 

@@ -29,6 +29,15 @@ pub(in crate::engine) struct Device {
     pub(in crate::engine) free: u64,
 }
 
+/// Keeps llama.cpp from looking for Vulkan devices in this process.
+///
+/// Before anything else of llama.cpp, which looks at it when it starts.
+pub(in crate::engine) fn without_vulkan() {
+    // SAFETY: a runner calls this when it has read its configuration, before it starts its first thread, so nobody reads
+    // or changes the environment meanwhile.
+    unsafe { std::env::set_var("GGML_DISABLE_VULKAN", "1") }
+}
+
 /// llama.cpp, initialised once in a process; logs go to tracing from then on.
 pub(super) fn backend() -> Result<&'static LlamaBackend, String> {
     static BACKEND: OnceLock<Result<LlamaBackend, String>> = OnceLock::new();

@@ -21,7 +21,7 @@ mod sampler;
 mod shim;
 
 pub(super) use adapter::Adapter;
-pub(super) use backend::{Device, available_bytes, devices, version};
+pub(super) use backend::{Device, available_bytes, devices, version, without_vulkan};
 pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow, MediaBatch, Part};

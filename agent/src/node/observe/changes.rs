@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use altiplano_crds::conditions::reasons;
+use altiplano_crds::model_deployment::Termination;
 
 use super::super::plan::Step;
-use super::{Estimate, Failure, FileState, Happened, Leaving, Listener, Model, Phase, Trouble, Worker};
+use super::{Estimate, Failure, FileState, Happened, Leaving, Listener, Model, Phase, RouteTo, Trouble, Worker};
 use crate::ledger::Need;
 use crate::runner::protocol::RunnerEvent;
 use crate::runner::supervise::{WorkerEnd, WorkerId};
@@ -49,6 +50,7 @@ impl Model {
             Step::Route { to, .. } => self.route = Some(to.clone()),
             Step::Unload { .. } => {
                 self.asleep = true;
+                self.unload_asked = false;
                 self.yields = false;
             }
             Step::Yield { .. } => self.yields = true,
@@ -56,7 +58,12 @@ impl Model {
             Step::Wake { .. } => self.asleep = false,
             Step::Drain { worker, deadline, .. } => {
                 if let Some(worker) = self.workers.get_mut(worker) {
-                    worker.leaving.get_or_insert(Leaving { since: now, deadline: *deadline, stopped: false });
+                    worker.leaving.get_or_insert(Leaving {
+                        since: now,
+                        deadline: *deadline,
+                        settled: false,
+                        stopped: false,
+                    });
                 }
             }
             Step::Stop { worker, .. } => {
@@ -108,6 +115,13 @@ impl Model {
             Happened::Woken => self.asleep = false,
             Happened::Activity(activity) => {
                 self.waiting_since = (activity.waiting > 0).then(|| self.waiting_since.unwrap_or(now));
+                if activity.running == 0 && activity.waiting == 0 {
+                    let route = &self.route;
+                    let unrouted = self.workers.iter_mut().filter(|(id, _)| *route != Some(RouteTo::Worker(**id)));
+                    unrouted
+                        .filter_map(|(_, worker)| worker.leaving.as_mut())
+                        .for_each(|leaving| leaving.settled = true);
+                }
                 self.activity = activity;
             }
             // Of a source or revision that is not wanted any more, or not about one model.
@@ -154,8 +168,14 @@ impl Model {
         if worker.leaving.is_some() {
             return;
         }
+        let why = end.failure.as_ref().map(|failure| format!(": {}", failure.message));
+        let message = format!("the worker {}{}", end.how, why.unwrap_or_else(|| log_of(end)));
+        let reason = end.failure.as_ref().map_or(reasons::WORKER_EXITED, |failure| &failure.reason).to_owned();
+        if matches!(worker.phase, Phase::Ready { .. }) {
+            self.restarts = self.restarts.saturating_add(1);
+            self.last_termination = Some(Termination { reason: reason.clone(), message: message.clone() });
+        }
         if worker.revision != self.assignment.revision {
-            self.restarts += u32::from(matches!(worker.phase, Phase::Ready { .. }));
             return;
         }
         match worker.phase {
@@ -170,12 +190,8 @@ impl Model {
                 self.fail(trouble, now);
             }
             Phase::Ready { since } => {
-                self.restarts += 1;
                 self.crashes = if now.duration_since(since) >= STABLE { 1 } else { self.crashes + 1 };
-                let why = end.failure.as_ref().map(|failure| format!(": {}", failure.message));
-                let message = format!("the worker {}{}", end.how, why.unwrap_or_else(|| log_of(end)));
                 let retry_at = now + self.crashes.checked_sub(2).map_or(Duration::ZERO, backoff);
-                let reason = end.failure.as_ref().map_or(reasons::WORKER_EXITED, |failure| &failure.reason).to_owned();
                 self.failure = Some(Failure { reason, message, retry_at });
             }
         }

@@ -52,6 +52,8 @@ pub struct Leaving {
     pub since: Instant,
     /// When its requests must have ended.
     pub deadline: Instant,
+    /// Since it lost its route no request of its model was seen, so none is on its way to it.
+    pub settled: bool,
     /// It was asked to end.
     pub stopped: bool,
 }

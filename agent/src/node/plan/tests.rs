@@ -417,6 +417,7 @@ scenarios!(
     new_revision_instead,
     idle_unload_and_wake,
     keep_alive,
+    unload_asked,
     room_from_idle_models,
     by_score,
     exclusive_in_turn,

@@ -28,6 +28,12 @@ pub struct UnloadSpec {
     #[serde(default = "thirty")]
     #[schemars(range(min = 0, max = 86_400))]
     pub min_resident_seconds: i32,
+
+    /// Unloads the model once, each time that this changes, as soon as no request runs; the next request loads it
+    /// again. Any text, usually the time. Without effect while `policy` is Never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub requested_at: Option<String>,
 }
 
 impl Default for UnloadSpec {
@@ -37,6 +43,7 @@ impl Default for UnloadSpec {
             idle_seconds: idle_seconds(),
             grace_seconds: two(),
             min_resident_seconds: thirty(),
+            requested_at: None,
         }
     }
 }
