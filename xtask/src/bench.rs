@@ -20,7 +20,7 @@ pub(crate) struct Options {
 }
 
 /// Measurements of the request path, beside llama-server or alone: with an optimised agent.
-const OF_THE_ENGINE: [&str; 4] = ["context", "engine", "leaks", "logits"];
+const OF_THE_ENGINE: [&str; 5] = ["context", "engine", "leaks", "logits", "node"];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::cluster()?;

@@ -5,6 +5,7 @@ mod context;
 mod engine;
 mod leaks;
 mod logits;
+mod node;
 mod suite;
 
 use std::process::ExitCode;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 6] = [
+const BENCHES: [(&str, &str); 7] = [
     ("apply", "from apply to Ready and to the first token; memory at rest"),
     (
         "context",
@@ -21,6 +22,7 @@ const BENCHES: [(&str, &str); 6] = [
     ("engine", "speed, latency and memory beside llama-server and llama-bench; scenarios may be named"),
     ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
     ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
+    ("node", "wake, switch, crash and adoption of workers beside llama.cpp's programs; scenarios may be named"),
     ("suite", "llama.cpp's own tests of its server, against ours; more arguments are pytest's"),
 ];
 
@@ -42,6 +44,7 @@ async fn run(arguments: &[String]) -> Result<()> {
         Some("context") => context::run().await?,
         Some("engine") => engine::run(&arguments[1..]).await?,
         Some("leaks") => leaks::run().await?,
+        Some("node") => node::run(&arguments[1..]).await?,
         Some("suite") => {
             println!("written to {}", suite::run(&arguments[1..]).await?.display());
             return Ok(());

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use altiplano_test_models::Spec;
-use altiplano_tests::{Proc, free_port, http, program, sandbox, wait_for};
+use altiplano_tests::{Proc, free_port, http, is_worker, program, sandbox, wait_for};
 use anyhow::{Context as _, Result, bail, ensure};
 
 const START: Duration = Duration::from_mins(1);
@@ -44,12 +44,38 @@ impl Server {
         if !self.is_ours {
             return Ok(self.proc.pid());
         }
-        let is_worker = |pid: &u32| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.split(|byte| *byte == 0).any(|word| word == b"runner")
-        };
-        self.proc.processes().into_iter().find(is_worker).context("no worker runs")
+        self.workers().first().copied().context("no worker runs")
     }
+
+    /// The processes that have models; a spare one has another name.
+    pub(crate) fn workers(&self) -> Vec<u32> {
+        self.proc.processes().into_iter().filter(|pid| is_worker(*pid)).collect()
+    }
+
+    /// The agent's process, which may be below `init`.
+    pub(crate) fn agent(&self) -> Result<u32> {
+        let is_agent = |pid: &u32| role(*pid).is_some_and(|role| role == "serve");
+        self.proc.processes().into_iter().find(is_agent).context("no agent runs")
+    }
+
+    /// Waits until its log has these words so many times.
+    pub(crate) async fn logs(&mut self, times: usize, words: &str) -> Result<()> {
+        wait_for(format!("{words:?}, {times} times"), START, || {
+            let said = self.proc.assert_running().map(|()| self.proc.log());
+            std::future::ready(match said {
+                Ok(log) if log.matches(words).count() >= times => Ok(()),
+                Ok(_) => Err(anyhow::anyhow!("{}", self.proc.log_tail())),
+                Err(error) => Err(error),
+            })
+        })
+        .await
+    }
+}
+
+/// What `altiplano-agent` was started as.
+fn role(pid: u32) -> Option<String> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    line.split(|byte| *byte == 0).nth(1).map(|word| String::from_utf8_lossy(word).into_owned())
 }
 
 /// How many threads both compute with: the machine's cores, as the agent does by itself.
@@ -57,40 +83,46 @@ pub(crate) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Altiplano, its whole path. `context` is the YAML of `spec.context`.
+/// Altiplano, its whole path, with the model loaded for good. `context` is the YAML of `spec.context`.
 pub(crate) async fn ours(model: &Model, context: &str) -> Result<Server> {
+    let spec = format!("context: {context}\n  unload: {{policy: Never}}");
+    let mut server = serve(&["serve"], &[(model, &spec)], &[]).await?;
+    server.name = format!("ours, {context}");
+    server.logs(1, ": Ready as ").await?;
+    Ok(server)
+}
+
+/// `altiplano-agent ROLE… FILE ARGUMENTS…`, with these models and the rest of their specs, on the CPU. It answers; its models
+/// may be on their way. The first one is asked.
+pub(crate) async fn serve(role: &[&str], models: &[(&Model, &str)], arguments: &[&str]) -> Result<Server> {
     let dir = sandbox::subdir("serve")?;
-    let file = dir.join("model.yaml");
-    let Model { name, path, .. } = model;
-    std::fs::write(
-        &file,
-        format!(
-            "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
-             spec:\n  model: {{source: {{uri: 'file://{}'}}}}\n  context: {context}\n  engine: {{gpu: Never}}\n\
-             \x20 unload: {{policy: Never}}\n\
-             \x20 traffic: {{requestTimeoutSeconds: 3600}}\n",
-            path.display()
-        ),
-    )?;
+    let file = dir.join("models.yaml");
+    let deployments: Vec<String> = models
+        .iter()
+        .map(|(Model { name, path, .. }, spec)| {
+            format!(
+                "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
+                 spec:\n  model: {{source: {{uri: 'file://{}'}}}}\n  {spec}\n  engine: {{gpu: Never}}\n\
+                 \x20 traffic: {{requestTimeoutSeconds: 3600}}\n",
+                path.display()
+            )
+        })
+        .collect();
+    std::fs::write(&file, deployments.join("---\n"))?;
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
     let mut command = Command::new(program("altiplano-agent")?);
     command
-        .arg("serve")
+        .args(role)
         .arg(&file)
         .args(["--listen", &address.to_string(), "--state-dir"])
         .arg(dir.join("state"))
+        .args(arguments)
         .env("ALTIPLANO_LOG", "info");
-    let mut proc = Proc::start("altiplano", command)?;
-    let start = wait_for("the model to be ready", START, || {
-        let said = proc.assert_running().map(|()| proc.log());
-        std::future::ready(match said {
-            Ok(log) if log.contains(": Ready as ") => Ok(()),
-            Ok(_) => Err(anyhow::anyhow!("{}", proc.log_tail())),
-            Err(error) => Err(error),
-        })
-    });
-    start.await?;
-    Ok(Server { name: format!("ours, {context}"), is_ours: true, address, model: name.clone(), proc })
+    let proc = Proc::start("altiplano", command)?;
+    let model = models.first().map(|(model, _)| model.name.clone()).unwrap_or_default();
+    let mut server = Server { name: "ours".to_owned(), is_ours: true, address, model, proc };
+    server.logs(1, "listening on ").await?;
+    Ok(server)
 }
 
 /// llama-server with `cells` of context and more arguments.
@@ -177,7 +209,8 @@ pub(crate) fn our_version() -> Result<String> {
     Ok(versions.into_iter().collect::<Vec<_>>().join(" or "))
 }
 
-fn peer(name: &str) -> Result<PathBuf> {
+/// A program that set-up has built.
+pub(crate) fn peer(name: &str) -> Result<PathBuf> {
     let path = xtask::llama_server_dir().join(name);
     ensure!(path.exists(), "{} is not there: run `cargo xtask bench engine`", path.display());
     Ok(path)
