@@ -1,20 +1,21 @@
 //! `POST /v1/completions`.
 
 use axum::response::Response;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::ApiState;
 use super::dialect::{ChoiceJob, Job};
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::intake::Intake;
+use super::media::{MarkedPrompt, PromptObject};
 use super::openai::OpenAi;
 use super::output::PlainText;
 use super::overflow::fit_prompts;
 use super::params::Params;
 use super::run;
 use super::wire::Shape;
-use crate::engine::{MAX_TOP_LOGPROBS, SamplingParams, Token};
+use crate::engine::{MAX_TOP_LOGPROBS, Media, SamplingParams, Token};
 
 /// Prompts that one request may have.
 pub const MAX_PROMPTS: usize = 16;
@@ -28,6 +29,7 @@ pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiErro
     let CompletionRequest { params, prompts, logprobs, echo } = CompletionRequest::read(fields, state.defaults())?;
     let resolve = move |state: &ApiState| {
         let resolved = prompts.into_iter().map(|prompt| prompt.resolve(state, echo)).collect::<Result<Vec<_>, _>>()?;
+        let (resolved, media): (Vec<_>, Vec<Media>) = resolved.into_iter().unzip();
         let (prompts, mut texts): (Vec<_>, Vec<String>) = resolved.into_iter().unzip();
         let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
         let (prompts, truncation) = fit_prompts(state, &params, prompts)?;
@@ -37,13 +39,14 @@ pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiErro
                 *text = state.engine().detokenize(prompt);
             }
         }
-        Ok((params, prompts, texts, truncation))
+        Ok((params, prompts, media, texts, truncation))
     };
-    let (params, prompts, texts, truncation) = state.prepare(resolve).await?;
+    let (params, prompts, media, texts, truncation) = state.prepare(resolve).await?;
     let per_prompt = params.n as usize;
     let echoes = texts.iter().flat_map(|text| std::iter::repeat_n(text.clone(), per_prompt)).collect();
     let dialect = OpenAi::new(&state, Shape::Text, &params, logprobs.is_some()).echoing(echoes);
-    let requests = params.requests(logprobs, prompts, &visit);
+    let mut requests = params.requests(logprobs, prompts, &visit);
+    params.lend(&mut requests, media);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
     let stream = params.stream;
     run::answer(&state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream, truncation }).await
@@ -53,6 +56,7 @@ pub(super) async fn text_completions(intake: Intake) -> Result<Response, ApiErro
 pub(crate) enum Prompt {
     Text(String),
     Tokens(Vec<Token>),
+    Marked(MarkedPrompt),
 }
 
 /// A completion request, checked.
@@ -96,13 +100,13 @@ impl CompletionRequest {
 }
 
 impl Prompt {
-    /// Tokens, and the text to echo.
-    pub(crate) fn resolve(self, state: &ApiState, echo: bool) -> Result<(Vec<Token>, String), ApiError> {
+    /// Tokens and the text to echo, and images and sounds among them.
+    fn resolve(self, state: &ApiState, echo: bool) -> Result<((Vec<Token>, String), Media), ApiError> {
         match self {
             Self::Text(text) => {
                 let tokens = state.engine().tokenize(&text, true, true);
                 let tokens = tokens.map_err(|error| ApiError::internal(error.to_string()))?;
-                Ok((tokens, if echo { text } else { String::new() }))
+                Ok(((tokens, if echo { text } else { String::new() }), Media::default()))
             }
             Self::Tokens(tokens) => {
                 let n_vocab = state.engine().model().n_vocab;
@@ -112,7 +116,11 @@ impl Prompt {
                     return Err(ApiError::invalid("prompt", message));
                 }
                 let text = if echo { state.engine().detokenize(&tokens) } else { String::new() };
-                Ok((tokens, text))
+                Ok(((tokens, text), Media::default()))
+            }
+            Self::Marked(marked) => {
+                let (tokens, media) = marked.resolve(state)?;
+                Ok(((tokens, if echo { marked.said } else { String::new() }), media))
             }
         }
     }
@@ -120,9 +128,11 @@ impl Prompt {
 
 /// A string, strings, tokens, or arrays of tokens.
 fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
-    const EXPECTED: &str = "a string, an array of strings, or one or more arrays of token ids";
+    const EXPECTED: &str =
+        "a string, an array of strings, one or more arrays of token ids, or objects with a prompt_string";
     let items = match value {
         Value::String(text) => return Ok(vec![Prompt::Text(text)]),
+        Value::Object(object) => return Ok(vec![marked(object)?]),
         Value::Array(items) => items,
         other => return Err(wrong_type("prompt", EXPECTED, &other)),
     };
@@ -132,9 +142,18 @@ fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
     let one = |item: Value| match item {
         Value::String(text) => Ok(Prompt::Text(text)),
         Value::Array(items) => Ok(Prompt::Tokens(tokens(&items)?)),
+        Value::Object(object) => marked(object),
         other => Err(wrong_type("prompt", EXPECTED, &other)),
     };
     items.into_iter().map(one).collect()
+}
+
+/// llama-server's form of a prompt with images or sounds.
+fn marked(object: Map<String, Value>) -> Result<Prompt, ApiError> {
+    Ok(match PromptObject::read("prompt", object)? {
+        PromptObject::Text(text) => Prompt::Text(text),
+        PromptObject::Marked(marked) => Prompt::Marked(marked),
+    })
 }
 
 fn tokens(items: &[Value]) -> Result<Vec<Token>, ApiError> {
@@ -161,6 +180,7 @@ mod tests {
             (r#""hi""#, vec![text("hi")]),
             (r#"["a", "b"]"#, vec![text("a"), text("b")]),
             ("[1, 2]", vec![Prompt::Tokens(vec![1, 2])]),
+            (r#"[{"prompt_string": "a"}, "b"]"#, vec![text("a"), text("b")]),
             ("[[1, 2], [3]]", vec![Prompt::Tokens(vec![1, 2]), Prompt::Tokens(vec![3])]),
         ] {
             let request = read(&format!(r#"{{"prompt": {json}}}"#)).unwrap();
@@ -178,7 +198,12 @@ mod tests {
             (r#"{"prompt": 5}"#, "prompt", "invalid_value"),
             (r#"{"prompt": []}"#, "prompt", "invalid_value"),
             (r#"{"prompt": [1, "a"]}"#, "prompt", "invalid_value"),
-            (r#"{"prompt": [[1], {}]}"#, "prompt", "invalid_value"),
+            (r#"{"prompt": [[1], {}]}"#, "prompt.prompt_string", "invalid_value"),
+            (
+                r#"{"prompt": {"prompt_string": "a", "multimodal_data": ["AAAA"]}}"#,
+                "prompt.multimodal_data",
+                "invalid_value",
+            ),
             (r#"{"prompt": [99999999999]}"#, "prompt", "invalid_value"),
             (r#"{"prompt": "a", "logprobs": 21}"#, "logprobs", "invalid_value"),
             (r#"{"prompt": "a", "logprobs": 1, "echo": true}"#, "echo", "unsupported_parameter"),

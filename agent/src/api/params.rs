@@ -46,7 +46,7 @@ use super::fields::{Fields, wrong_type};
 use super::intake::Visit;
 use super::overflow;
 use super::sampling;
-use crate::engine::{CacheKey, GenerateRequest, Grammar, Media, SamplingParams, Token};
+use crate::engine::{CacheKey, GenerateRequest, Grammar, LineLimits, Media, SamplingParams, Token};
 
 /// Choices that one request may ask for.
 pub const MAX_CHOICES: u32 = 8;
@@ -110,6 +110,15 @@ impl Params {
         })
     }
 
+    /// Gives each prompt's requests its images and sounds.
+    pub(crate) fn lend(&self, requests: &mut [GenerateRequest], media: Vec<Media>) {
+        for (requests, media) in requests.chunks_mut(self.n.max(1) as usize).zip(media) {
+            for request in requests {
+                request.media.clone_from(&media);
+            }
+        }
+    }
+
     /// `n` generations for each prompt. With a seed, each choice has its own, so that they differ and can be repeated.
     pub(crate) fn requests(
         &self,
@@ -147,6 +156,7 @@ impl Params {
                     grammar: grammar.clone(),
                     reasoning: None,
                     stop: stop.clone(),
+                    lines: LineLimits::default(),
                     preserved: Vec::new(),
                     ignore_eos: *ignore_eos,
                     logprobs,

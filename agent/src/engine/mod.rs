@@ -17,6 +17,7 @@ mod ffi;
 mod gbnf;
 mod grammar;
 mod host;
+mod lines;
 mod load;
 mod mailbox;
 mod measure;
@@ -49,6 +50,7 @@ use tokio::sync::{mpsc, watch};
 pub use budget::{MAX_BUDGET_TEXT_BYTES, ReasoningBudget};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
+pub use lines::LineLimits;
 pub use media::{MAX_MEDIA_ALIVE, Media, MediaError, MediaPrompt, Medium, Picture, Sound};
 pub use request::{
     CacheKey, FinishReason, GenerateEvent, GenerateRequest, Generation, MAX_TOP_LOGPROBS, PromptProgress, SubmitError,

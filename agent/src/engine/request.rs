@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::budget::ReasoningBudget;
 use super::error::EngineError;
+use super::lines::LineLimits;
 use super::mailbox::Mailbox;
 use super::media::Media;
 use super::sampling::{Grammar, SamplingParams};
@@ -38,6 +39,8 @@ pub struct GenerateRequest {
     pub reasoning: Option<ReasoningBudget>,
     /// Texts that end the generation; they never appear in the output.
     pub stop: Vec<String>,
+    /// Where its lines end it.
+    pub lines: LineLimits,
     /// Control tokens whose text belongs to the output: marks of reasoning and of tool calls.
     pub preserved: Vec<Token>,
     /// Goes on after the model's end-of-generation token, as benchmarks do.
@@ -75,6 +78,7 @@ impl Default for GenerateRequest {
             grammar: None,
             reasoning: None,
             stop: Vec::new(),
+            lines: LineLimits::default(),
             preserved: Vec::new(),
             ignore_eos: false,
             logprobs: None,

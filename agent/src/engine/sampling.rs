@@ -215,6 +215,8 @@ pub enum SamplerKind {
     Temperature,
     /// [`SamplingParams::adaptive_target`]; it chooses, so that it is the last wherever it stands.
     AdaptiveP,
+    /// Ends a text that fills a gap when the model is nearly as sure of its end as of what follows; it has to be asked for.
+    Infill,
 }
 
 impl SamplerKind {
@@ -231,8 +233,8 @@ impl SamplerKind {
         Self::Temperature,
     ];
 
-    /// All of them: those of llama.cpp's order, and the one that has to be asked for.
-    pub const ALL: [Self; 10] = [
+    /// All of them: those of llama.cpp's order, and those that have to be asked for.
+    pub const ALL: [Self; 11] = [
         Self::Penalties,
         Self::Dry,
         Self::TopNSigma,
@@ -243,6 +245,7 @@ impl SamplerKind {
         Self::Xtc,
         Self::Temperature,
         Self::AdaptiveP,
+        Self::Infill,
     ];
 
     /// llama-server's word for it.
@@ -259,6 +262,7 @@ impl SamplerKind {
             Self::Xtc => "xtc",
             Self::Temperature => "temperature",
             Self::AdaptiveP => "adaptive_p",
+            Self::Infill => "infill",
         }
     }
 
@@ -290,6 +294,7 @@ impl SamplerKind {
             'x' => Self::Xtc,
             't' => Self::Temperature,
             'a' => Self::AdaptiveP,
+            'i' => Self::Infill,
             _ => return None,
         })
     }
@@ -377,7 +382,7 @@ mod tests {
 
     #[test]
     fn samplers_have_llama_cpps_names_and_letters() {
-        let letters: Vec<_> = "edskypmxta".chars().filter_map(SamplerKind::from_letter).collect();
+        let letters: Vec<_> = "edskypmxtai".chars().filter_map(SamplerKind::from_letter).collect();
         assert_eq!(letters, SamplerKind::ALL);
         assert_eq!(SamplerKind::ALL[..9], SamplerKind::DEFAULT_ORDER);
         for kind in SamplerKind::ALL {
@@ -388,6 +393,6 @@ mod tests {
         {
             assert_eq!(SamplerKind::from_name(name), Some(kind));
         }
-        assert_eq!(SamplerKind::from_name("infill"), None);
+        assert_eq!(SamplerKind::from_name("greedy"), None);
     }
 }

@@ -1,6 +1,6 @@
 //! One request while it is generated.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{OwnedPermit, Sender};
 
@@ -8,6 +8,7 @@ use super::adapters::AdapterId;
 use super::chooser::Chooser;
 use super::error::EngineError;
 use super::ffi::{LogprobRow, Model};
+use super::lines::Lines;
 use super::mailbox::Waiting;
 use super::media::{Media, MediaPiece};
 use super::pool::SeqId;
@@ -73,6 +74,7 @@ pub(super) struct Sequence {
     /// The reader wants tokens without text too.
     every_token: bool,
     text: TextAssembler,
+    lines: Lines,
     events: Sender<GenerateEvent>,
     /// For the last text and the last event, so that a full channel cannot lose them.
     last: [OwnedPermit<GenerateEvent>; 2],
@@ -103,6 +105,7 @@ impl Sequence {
             grammar: _,
             reasoning: _,
             stop,
+            lines,
             preserved,
             ignore_eos,
             logprobs,
@@ -143,6 +146,7 @@ impl Sequence {
             progress,
             every_token,
             text: TextAssembler::new(stop),
+            lines: Lines::new(lines),
             last: [reserve()?, reserve()?],
             events,
             submitted,
@@ -307,11 +311,20 @@ impl Sequence {
         }
         let logprob = logprobs.map(|row| described(model, token, row)).transpose()?;
         model.append_piece(token, self.preserved.contains(&token), self.text.buffer())?;
-        let passed = self.text.advance();
+        let mut passed = self.text.advance();
+        let elapsed = self.first_token.map_or(Duration::ZERO, |first| now - first);
+        let end = self.lines.pass(&passed.text, elapsed);
+        if let Some(end) = end {
+            passed.text.truncate(end);
+            self.text.clear();
+        }
         if !passed.text.is_empty() || logprob.is_some() || self.every_token {
             // The channel has room, because a sequence whose channel is full takes no part in a step; a reader that
             // has gone is seen before the next one.
             let _ = self.events.try_send(GenerateEvent::Token { text: passed.text, token, logprob });
+        }
+        if end.is_some() {
+            return Ok(Some(FinishReason::Length));
         }
         if passed.stopped || self.chooser.is_complete() {
             return Ok(Some(FinishReason::Stop));

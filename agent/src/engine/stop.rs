@@ -58,6 +58,13 @@ impl TextAssembler {
         std::mem::take(&mut self.held)
     }
 
+    /// Drops what was held back: the text ends before it, and with no stop text.
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+        self.held.clear();
+        self.matched = None;
+    }
+
     /// The stop text that ended it.
     pub(super) fn matched(&self) -> Option<&str> {
         self.stops.get(self.matched?).map(String::as_str)

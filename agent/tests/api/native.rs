@@ -308,3 +308,32 @@ async fn the_deployments_seed_is_every_requests() {
     assert_eq!(one, same);
     assert_ne!(one, other);
 }
+
+/// What editors send to have a block of code completed.
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_end_an_answer() {
+    let node = Node::start().await;
+    let asked = |grammar: &str, more: Value| {
+        let body = json!({"prompt": prompt(), "grammar": grammar, "n_predict": 400, "temperature": 0});
+        with(body, more)
+    };
+    let block = r#"root ::= "a\n  b\n c\nd""#;
+    let whole = node.json("/completion", &asked(block, json!({"n_indent": 0, "t_max_predict_ms": -1}))).await;
+    assert_eq!(whole["content"], "a\n  b\n c\nd", "{whole}");
+    let cut = node.json("/completion", &asked(block, json!({"n_indent": 2}))).await;
+    assert_eq!((&cut["content"], &cut["stop_type"]), (&"a\n  b\n ".into(), &"limit".into()), "{cut}");
+    let events = stream(&node, "/completion", &asked(block, json!({"n_indent": 2}))).await;
+    let said: String = events.iter().filter_map(|event| event["content"].as_str()).collect();
+    assert_eq!(said, "a\n  b\n ", "nothing of what was cut was streamed");
+
+    let late = node.json("/completion", &asked(r#"root ::= ("a\n")+"#, json!({"t_max_predict_ms": 1}))).await;
+    let content = late["content"].as_str().unwrap();
+    assert!(content.ends_with('\n') && content.len() < 200 && late["stop_type"] == "limit", "{late}");
+    // The samplers of llama.vim, and an order without a bound on the candidates.
+    for samplers in [json!(["top_k", "top_p", "infill"]), json!(["infill"])] {
+        let body = json!({"prompt": prompt(), "samplers": samplers, "n_predict": 8, "top_k": 40, "top_p": 0.9});
+        let answer = node.json("/completion", &body).await;
+        assert!(answer["tokens_predicted"].as_u64().unwrap() > 0, "{answer}");
+        assert_eq!(answer["generation_settings"]["samplers"], samplers);
+    }
+}

@@ -164,3 +164,62 @@ async fn what_cannot_be_heard_is_refused() {
     assert_eq!((status.as_u16(), &answer["error"]["code"]), (400, &json!("context_length_exceeded")), "{answer}");
     engine.shutdown(Instant::now());
 }
+
+/// llama-server's form of prompts that are no chat.
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_that_are_no_chat_take_sounds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (engine, router) = serve(folder.path(), Some(ProjectorKind::Ultravox));
+    let marker = get(&router, "/props").await["media_marker"].as_str().unwrap().to_owned();
+    let object = |text: &str, files: &[String]| json!({"prompt_string": text, "multimodal_data": files});
+    let one = object(&format!("Hear {marker}?"), &[wav(1)]);
+    let short = json!({"n_predict": 3, "max_tokens": 3, "temperature": 0, "ignore_eos": true});
+    let with = |prompt: Value, more: &Value| {
+        let mut body = short.clone();
+        body["prompt"] = prompt;
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let none = json!({});
+    let (status, native) = post(&router, "/completion", &with(one.clone(), &none)).await;
+    assert!(status == 200 && native["tokens_evaluated"].as_u64().unwrap() > 187, "{native}");
+    let (status, openai) = post(&router, "/v1/completions", &with(one.clone(), &json!({"echo": true}))).await;
+    assert_eq!(status, 200, "{openai}");
+    let said = format!("Hear {marker}?{}", native["content"].as_str().unwrap());
+    assert_eq!(
+        (&openai["choices"][0]["text"], &openai["usage"]["prompt_tokens"]),
+        (&said.into(), &native["tokens_evaluated"])
+    );
+    assert_eq!(engine.stats().sounds, 1, "the same sound is computed once");
+
+    // Prompts with and without, several choices of each: every one has its own files.
+    let prompts = json!([one, "plain", object(&marker, &[wav(2)])]);
+    let (status, many) = post(&router, "/v1/completions", &with(prompts, &json!({"n": 2}))).await;
+    assert_eq!((status.as_u16(), many["choices"].as_array().map(Vec::len)), (200, Some(6)), "{many}");
+    assert_eq!(engine.stats().sounds, 2);
+
+    for (prompt, more, param, words) in [
+        (object("no place", &[wav(1)]), &none, "prompt.multimodal_data", "1 files"),
+        (object(&marker, &["aGVsbG8=".to_owned()]), &none, "prompt.multimodal_data[0]", "reads text and audio only"),
+        (object(&marker, &[wav(1)[..400].to_owned()]), &none, "prompt.multimodal_data[0]", "cannot be read"),
+        // Six sounds do not fit, and what has sounds is not cut.
+        (
+            object(&marker.repeat(6), &vec![wav(1); 6]),
+            &json!({"altiplano": {"overflow": "DropOldest"}}),
+            "prompt",
+            "context",
+        ),
+    ] {
+        let (status, answer) = post(&router, "/v1/completions", &with(prompt, more)).await;
+        let error = &answer["error"];
+        assert_eq!(status, 400, "{answer}");
+        assert!(param == "prompt" || error["param"] == param, "{answer}");
+        assert!(error["message"].as_str().unwrap().contains(words), "{answer}");
+    }
+    engine.shutdown(Instant::now());
+
+    let (deaf, router) = serve(folder.path(), None);
+    let (status, answer) = post(&router, "/completion", &with(one, &none)).await;
+    assert!(status == 400 && answer.to_string().contains("reads text only"), "{answer}");
+    deaf.shutdown(Instant::now());
+}

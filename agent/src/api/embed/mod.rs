@@ -2,7 +2,7 @@
 //!
 //! | path | |
 //! |---|---|
-//! | `POST /v1/embeddings` | OpenAI's: `input` a string, strings, tokens or arrays of tokens; `encoding_format` float or base64; `dimensions` |
+//! | `POST /v1/embeddings` | OpenAI's: `input` a string, strings, tokens or arrays of tokens; as llama-server also `content`, tokens and strings in one array, objects with `prompt_string`; `encoding_format` float or base64; `dimensions` |
 //! | `POST /embedding`, `/embeddings` | llama-server's own form: `input` or `content`, `embd_normalize` -1 or 2; an array of `{index, embedding: [[…]]}` |
 //! | `POST /v1/rerank`, `/v1/reranking`, `/rerank`, `/reranking` | Jina's and Cohere's: `query`, `documents`, `top_n`, `return_documents`; with `texts` the form of TEI |
 //!
@@ -22,12 +22,13 @@ use std::time::Instant;
 use axum::response::Response;
 use axum::routing::{MethodRouter, post};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::ApiState;
-use super::error::ApiError;
+use super::error::{ApiError, clip};
 use super::fields::wrong_type;
 use super::intake::{Intake, Visit};
+use super::native::tokens::text_tokens;
 use crate::engine::{EmbedRequest, EmbedTask, Embedded, MAX_TEXTS, Token};
 use crate::metrics::{EndReason, RequestMetrics};
 
@@ -79,6 +80,8 @@ impl UsageBody {
 pub(crate) enum Input {
     Text(String),
     Tokens(Vec<Token>),
+    /// Both, one after the other.
+    Mixed(Vec<Input>),
 }
 
 impl Input {
@@ -90,37 +93,87 @@ impl Input {
                 tokens.map_err(|error| ApiError::internal(error.to_string()))
             }
             Self::Tokens(tokens) => Ok(tokens),
+            Self::Mixed(parts) => {
+                let mut all = Vec::new();
+                for (at, part) in parts.into_iter().enumerate() {
+                    match part {
+                        // Where a text begins the whole, the model's own first token stands before it.
+                        Self::Text(text) if at > 0 => all.extend(text_tokens(state, &text, false, true)?),
+                        part => all.extend(part.resolve(state)?),
+                    }
+                }
+                Ok(all)
+            }
         }
     }
 }
 
-/// A string, strings, tokens, or arrays of tokens: OpenAI's `input`.
+/// A string, strings, tokens, or arrays of tokens: OpenAI's `input`. As llama-server also tokens and strings in one array,
+/// and objects with a text.
 pub(crate) fn inputs(name: &'static str, value: Value) -> Result<Vec<Input>, ApiError> {
-    const EXPECTED: &str = "a string, an array of strings, or one or more arrays of token ids";
-    let items = match value {
-        Value::String(text) => return Ok(vec![Input::Text(text)]),
-        Value::Array(items) => items,
-        other => return Err(wrong_type(name, EXPECTED, &other)),
+    match value {
+        Value::Array(items) if items.iter().any(Value::is_number) => Ok(vec![mixed(name, items)?]),
+        Value::Array(items) => {
+            count(name, items.len(), "texts")?;
+            items.into_iter().map(|item| one(name, item)).collect()
+        }
+        other => Ok(vec![one(name, other)?]),
+    }
+}
+
+fn one(name: &'static str, value: Value) -> Result<Input, ApiError> {
+    const EXPECTED: &str =
+        "a string, an array of strings, one or more arrays of token ids, or objects with 'prompt_string' or 'content'";
+    match value {
+        Value::String(text) => Ok(Input::Text(text)),
+        Value::Array(items) => mixed(name, items),
+        Value::Object(object) => Ok(Input::Text(text(name, object)?)),
+        other => Err(wrong_type(name, EXPECTED, &other)),
+    }
+}
+
+/// Tokens, and strings among them.
+fn mixed(name: &'static str, items: Vec<Value>) -> Result<Input, ApiError> {
+    let token = |item: &Value| item.as_i64().and_then(|token| Token::try_from(token).ok());
+    let wrong = |item: &Value| {
+        ApiError::invalid(name, format!("'{name}' has {} where a token id is expected", clip(&item.to_string())))
     };
-    let tokens = |items: &[Value]| {
-        let one = |item: &Value| {
-            let token = item.as_i64().and_then(|token| Token::try_from(token).ok());
-            token.ok_or_else(|| ApiError::invalid(name, format!("'{name}' has {item} where a token id is expected")))
-        };
-        items.iter().map(one).collect::<Result<Vec<_>, _>>()
+    if !items.iter().any(Value::is_string) {
+        let tokens = items.iter().map(|item| token(item).ok_or_else(|| wrong(item)));
+        return tokens.collect::<Result<_, _>>().map(Input::Tokens);
+    }
+    let part = |item: Value| match item {
+        Value::String(text) => Ok(Input::Text(text)),
+        number => token(&number).map(|token| Input::Tokens(vec![token])).ok_or_else(|| wrong(&number)),
     };
-    let inputs = if items.first().is_some_and(Value::is_number) {
-        vec![Input::Tokens(tokens(&items)?)]
-    } else {
-        count(name, items.len(), "texts")?;
-        let one = |item: Value| match item {
-            Value::String(text) => Ok(Input::Text(text)),
-            Value::Array(items) => Ok(Input::Tokens(tokens(&items)?)),
-            other => Err(wrong_type(name, EXPECTED, &other)),
-        };
-        items.into_iter().map(one).collect::<Result<Vec<_>, _>>()?
+    items.into_iter().map(part).collect::<Result<_, _>>().map(Input::Mixed)
+}
+
+/// The text of an object: llama-server's `prompt_string`, or `content` as in a chat's message.
+fn text(name: &'static str, mut object: Map<String, Value>) -> Result<String, ApiError> {
+    if object.get("multimodal_data").is_some_and(|data| data.as_array().is_none_or(|data| !data.is_empty())) {
+        let name = format!("{name}.multimodal_data");
+        return Err(ApiError::unsupported(
+            name.clone(),
+            format!("'{name}' is not supported here: only texts are embedded"),
+        ));
+    }
+    let wrong = || {
+        let message =
+            format!("an object in '{name}' must have 'prompt_string' or 'content', a string or parts of type 'text'");
+        ApiError::invalid(name, message)
     };
-    Ok(inputs)
+    match object.remove("prompt_string").or_else(|| object.remove("content")) {
+        Some(Value::String(text)) => Ok(text),
+        Some(Value::Array(parts)) => {
+            let part = |part: &Value| match (part.get("type"), part.get("text")) {
+                (Some(kind), Some(Value::String(text))) if kind == "text" => Ok(text.clone()),
+                _ => Err(wrong()),
+            };
+            parts.iter().map(part).collect()
+        }
+        _ => Err(wrong()),
+    }
 }
 
 /// Refuses none, and more than a request may have.
@@ -191,12 +244,27 @@ mod tests {
         assert_eq!(inputs("input", json!(["a", "b"])), Ok(vec![text("a"), text("b")]));
         assert_eq!(inputs("input", json!([1, 2])), Ok(vec![Input::Tokens(vec![1, 2])]));
         assert_eq!(inputs("input", json!([[1], "b"])), Ok(vec![Input::Tokens(vec![1]), text("b")]));
+        let mixed = Input::Mixed(vec![Input::Tokens(vec![1]), text("a"), Input::Tokens(vec![2])]);
+        assert_eq!(inputs("input", json!([1, "a", 2])), Ok(vec![mixed.clone()]));
+        assert_eq!(inputs("input", json!([[1, "a", 2], "b"])), Ok(vec![mixed, text("b")]));
+        let parts = json!({"content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]});
+        assert_eq!(inputs("input", parts.clone()), Ok(vec![text("a b")]));
+        assert_eq!(inputs("input", json!([parts, {"prompt_string": "c"}])), Ok(vec![text("a b"), text("c")]));
+        for object in [
+            json!({}),
+            json!({"prompt_string": 1}),
+            json!({"content": [{"type": "image_url"}]}),
+            json!({"prompt_string": "a", "multimodal_data": ["AAAA"]}),
+        ] {
+            assert_eq!(inputs("input", json!([object])).unwrap_err().status, 400, "{object}");
+        }
         for (bad, words) in [
             (json!([]), "'input' must have 1 to 2048 texts, not 0"),
             (json!(vec!["a"; 2049]), "'input' must have 1 to 2048 texts, not 2049"),
             (json!(7), "'input' must be a string, an array of strings"),
-            (json!([{}]), "'input' must be a string, an array of strings"),
-            (json!([1, "a"]), r#"'input' has "a" where a token id is expected"#),
+            (json!([{}]), "an object in 'input' must have 'prompt_string' or 'content'"),
+            (json!([1, {}]), "'input' has {} where a token id is expected"),
+            (json!([["a", [2]]]), "'input' has [2] where a token id is expected"),
             (json!([1.5]), "'input' has 1.5 where a token id is expected"),
         ] {
             let error = inputs("input", bad).unwrap_err();

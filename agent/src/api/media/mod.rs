@@ -5,6 +5,7 @@
 //! reaches what they cannot. In a message's text a word stands for each that nobody else writes; after the template it is
 //! looked for, so a template may leave messages out.
 
+mod marked;
 mod picture;
 mod sound;
 
@@ -21,6 +22,7 @@ use super::fields::wrong_type;
 use super::state::ApiState;
 use crate::engine::{Ability, Media, MediaError, MediaPrompt, Medium, Token};
 
+pub(crate) use marked::{MARKER, MarkedPrompt, PromptObject};
 pub use picture::{MAX_ALL_PIXELS, MAX_PIXELS, MAX_RATIO};
 pub(in crate::api) use sound::is_audio;
 pub use sound::{MAX_CHANNELS, MAX_SECONDS};
@@ -29,7 +31,7 @@ pub use sound::{MAX_CHANNELS, MAX_SECONDS};
 pub const MAX_MEDIA: usize = 64;
 
 /// An image or a sound of a request, as it came.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Attachment {
     /// The field, for errors.
     name: String,

@@ -1,8 +1,11 @@
 //! `POST /completion`: llama-server's options in, its answer out.
 //!
-//! `n_predict`, `n_cmpl`, `n_probs`, `return_tokens` and `response_fields` are read here; `n_predict: 0` reads the
+//! `n_predict`, `n_cmpl`, `n_probs`, `n_indent`, `t_max_predict_ms`, `return_tokens` and `response_fields` are read here; `n_predict: 0` reads the
 //! prompt and generates nothing. All other options are those of [`params`](crate::api::params), which has llama.cpp's
-//! names. Refused: `post_sampling_probs`, `t_max_predict_ms`, `n_indent`, `multimodal_data`. Ignored: `id_slot`.
+//! names. A prompt may have images and sounds: an object of
+//! `prompt_string` and `multimodal_data`. Refused: `post_sampling_probs`. Ignored: `id_slot`.
+
+use std::time::Duration;
 
 use axum::response::Response;
 use serde_json::{Map, Value, json};
@@ -13,12 +16,13 @@ use crate::api::dialect::{ChoiceJob, Job};
 use crate::api::error::{ApiError, clip};
 use crate::api::fields::{Fields, wrong_type};
 use crate::api::intake::{Intake, Visit};
+use crate::api::media::{MarkedPrompt, PromptObject};
 use crate::api::output::PlainText;
 use crate::api::overflow::{Truncation, fit_prompts};
 use crate::api::params::{MAX_CHOICES, Params};
 use crate::api::run;
 use crate::api::state::ApiState;
-use crate::engine::{Grammar, MAX_TOP_LOGPROBS, Mirostat, SamplingParams, Token, WHOLE_CONTEXT};
+use crate::engine::{Grammar, LineLimits, MAX_TOP_LOGPROBS, Media, Mirostat, SamplingParams, Token, WHOLE_CONTEXT};
 
 /// Prompts that one request may have.
 const MAX_PROMPTS: usize = 16;
@@ -35,11 +39,12 @@ pub(in crate::api) async fn completion(intake: Intake) -> Result<Response, ApiEr
     let prompts = prompts(fields.take("prompt").ok_or_else(|| ApiError::missing("prompt"))?)?;
     let options = Options::read(fields, state.defaults())?;
     let prepare = move |state: &ApiState| {
-        let prompts = prompts.iter().map(|prompt| resolve(state, prompt)).collect::<Result<_, _>>()?;
-        Ok((fit_prompts(state, &options.params, prompts)?, options))
+        let prompts = prompts.iter().map(|prompt| resolve(state, prompt)).collect::<Result<Vec<_>, _>>()?;
+        let (prompts, media) = prompts.into_iter().unzip();
+        Ok((fit_prompts(state, &options.params, prompts)?, media, options))
     };
-    let ((prompts, truncation), options) = state.prepare(prepare).await?;
-    answer(&state, visit, options, prompts, truncation).await
+    let ((prompts, truncation), media, options) = state.prepare(prepare).await?;
+    answer(&state, visit, options, prompts, media, truncation).await
 }
 
 /// What `/completion` and `/infill` have in common.
@@ -48,17 +53,21 @@ pub(super) struct Options {
     pub(super) params: Params,
     pub(super) logprobs: Option<u32>,
     pub(super) return_tokens: bool,
+    pub(super) lines: LineLimits,
     /// What the client wants of the whole object; empty: all of it.
     pub(super) response_fields: Vec<String>,
 }
 
 impl Options {
     pub(super) fn read(mut fields: Fields, defaults: &SamplingParams) -> Result<Self, ApiError> {
-        for (name, most) in [("t_max_predict_ms", 0), ("n_indent", 0)] {
-            if fields.integer(name, i64::MIN..=i64::MAX)?.is_some_and(|number| number > most) {
-                return Err(ApiError::unsupported(name, format!("'{name}' is not supported by this server")));
-            }
-        }
+        // Below zero both are off, as with llama-server.
+        let number =
+            |name| Ok(fields.integer(name, i64::MIN..=i64::MAX)?.and_then(|number| u32::try_from(number).ok()));
+        let milliseconds = number("t_max_predict_ms")?.filter(|milliseconds| *milliseconds > 0);
+        let lines = LineLimits {
+            indent: number("n_indent")?.unwrap_or(0),
+            time: milliseconds.map(|milliseconds| Duration::from_millis(milliseconds.into())),
+        };
         if fields.boolean("post_sampling_probs")? == Some(true) {
             let message = "'post_sampling_probs' is not supported by this server: probabilities are the model's own";
             return Err(ApiError::unsupported("post_sampling_probs", message));
@@ -76,7 +85,7 @@ impl Options {
         if let Some(n_predict) = n_predict {
             params.max_tokens = u32::try_from(n_predict).ok();
         }
-        Ok(Self { params, logprobs, return_tokens, response_fields })
+        Ok(Self { params, logprobs, return_tokens, lines, response_fields })
     }
 
     /// As llama-server reports them.
@@ -87,20 +96,23 @@ impl Options {
     }
 }
 
-/// Generates for each of the prompts.
+/// Generates for each of the prompts; `media` are theirs, as far as they have some.
 pub(super) async fn answer(
     state: &ApiState,
     visit: Visit,
     options: Options,
     prompts: Vec<Vec<Token>>,
+    media: Vec<Media>,
     truncation: Option<Truncation>,
 ) -> Result<Response, ApiError> {
     let stream = options.params.stream;
     let mut requests = options.params.requests(options.logprobs, prompts, &visit);
     for request in &mut requests {
         request.every_token = options.return_tokens || stream;
+        request.lines = options.lines;
     }
     let per_prompt = options.params.n as usize;
+    options.params.lend(&mut requests, media);
     let dialect = Native::new(state, &options, &requests, per_prompt);
     let choices = requests.into_iter().map(|request| ChoiceJob { request, parser: Box::new(PlainText) }).collect();
     run::answer(state, visit, Job { dialect: Box::new(dialect), choices, per_prompt, stream, truncation }).await
@@ -130,6 +142,8 @@ fn response_fields(given: Option<Value>) -> Result<Vec<String>, ApiError> {
 enum Part {
     Text(String),
     Token(Token),
+    /// A whole prompt.
+    Marked(MarkedPrompt),
 }
 
 /// A string, an array of tokens and strings, an object with `prompt_string`, or an array of these.
@@ -150,16 +164,10 @@ fn one(value: Value) -> Result<Vec<Part>, ApiError> {
     match value {
         Value::String(text) => Ok(vec![Part::Text(text)]),
         Value::Array(items) => mixed(&items),
-        Value::Object(mut object) => {
-            if object.get("multimodal_data").is_some_and(|data| data.as_array().is_none_or(|data| !data.is_empty())) {
-                let message = "'multimodal_data' is not supported here: send media to /v1/chat/completions";
-                return Err(ApiError::unsupported("prompt.multimodal_data", message));
-            }
-            match object.remove("prompt_string") {
-                Some(Value::String(text)) => Ok(vec![Part::Text(text)]),
-                _ => Err(ApiError::invalid("prompt.prompt_string", "'prompt.prompt_string' must be a string")),
-            }
-        }
+        Value::Object(object) => Ok(vec![match PromptObject::read("prompt", object)? {
+            PromptObject::Text(text) => Part::Text(text),
+            PromptObject::Marked(marked) => Part::Marked(marked),
+        }]),
         other => Err(wrong_type("prompt", "a string, an array of token ids and strings, or several of these", &other)),
     }
 }
@@ -180,16 +188,17 @@ fn mixed(items: &[Value]) -> Result<Vec<Part>, ApiError> {
 }
 
 /// The model's own first token comes first where a text does.
-fn resolve(state: &ApiState, prompt: &[Part]) -> Result<Vec<Token>, ApiError> {
+fn resolve(state: &ApiState, prompt: &[Part]) -> Result<(Vec<Token>, Media), ApiError> {
     let mut tokens = Vec::new();
     for (at, part) in prompt.iter().enumerate() {
         match part {
             Part::Text(text) => tokens.extend(text_tokens(state, text, at == 0, true)?),
             Part::Token(token) if state.engine().piece(*token).is_some() => tokens.push(*token),
             Part::Token(token) => return Err(stranger(state, "prompt", *token)),
+            Part::Marked(marked) => return marked.resolve(state),
         }
     }
-    Ok(tokens)
+    Ok((tokens, Media::default()))
 }
 
 /// The options as llama-server reports them.
@@ -291,6 +300,10 @@ mod tests {
             "[1, null]",
             "[99999999999]",
             r#"{"multimodal_data": ["x"]}"#,
+            r#"{"prompt_string": "<__media__>", "multimodal_data": "x"}"#,
+            r#"{"prompt_string": "<__media__>", "multimodal_data": [1]}"#,
+            r#"{"prompt_string": "no place", "multimodal_data": ["AAAA"]}"#,
+            r#"{"prompt_string": "<__media__><__media__>", "multimodal_data": ["AAAA"]}"#,
             "{}",
             seventeen.as_str(),
         ] {
@@ -308,7 +321,8 @@ mod tests {
         let options =
             read(r#"{"n_predict": 7, "n_cmpl": 2, "n_probs": 3, "return_tokens": true, "id_slot": 4}"#).unwrap();
         assert_eq!((&options.settings()["n_predict"], &options.settings()["n_probs"]), (&json!(7), &json!(3)));
-        let Options { params, logprobs, return_tokens, response_fields } = options;
+        let Options { params, logprobs, return_tokens, lines, response_fields } = options;
+        assert_eq!(lines, LineLimits::default());
         assert_eq!((params.max_tokens, params.n, logprobs, return_tokens), (Some(7), 2, Some(3), true));
         assert_eq!(response_fields, Vec::<String>::new());
         let settings = read(
@@ -321,6 +335,10 @@ mod tests {
         let biases = json!([{"token": 3, "bias": 1.5}, {"token": 4, "bias": null}, {"text": "x", "bias": -1.0}]);
         assert_eq!((&settings["logit_bias"], &settings["samplers"]), (&biases, &json!(["top_k"])));
         assert_eq!(settings["grammar"], "root ::= \"a\"");
+        let lines = |json: &str| read(json).unwrap().lines;
+        assert_eq!(lines(r#"{"n_indent": -1, "t_max_predict_ms": -1}"#), LineLimits::default());
+        let limits = LineLimits { indent: 4, time: Some(Duration::from_secs(1)) };
+        assert_eq!(lines(r#"{"n_indent": 4, "t_max_predict_ms": 1000}"#), limits);
         assert_eq!(read(r#"{"n_predict": -1}"#).unwrap().params.max_tokens, None);
         assert_eq!(read(r#"{"n_predict": 0}"#).unwrap().params.max_tokens, Some(0));
         for (json, param) in [
@@ -330,7 +348,8 @@ mod tests {
             (r#"{"response_fields": "content"}"#, "response_fields"),
             (r#"{"response_fields": [1]}"#, "response_fields"),
             (r#"{"post_sampling_probs": true}"#, "post_sampling_probs"),
-            (r#"{"t_max_predict_ms": 100}"#, "t_max_predict_ms"),
+            (r#"{"t_max_predict_ms": "1 s"}"#, "t_max_predict_ms"),
+            (r#"{"n_indent": []}"#, "n_indent"),
         ] {
             assert_eq!(read(json).unwrap_err().param.as_deref(), Some(param), "{json}");
         }

@@ -42,7 +42,7 @@ pub(in crate::api) async fn infill(intake: Intake) -> Result<Response, ApiError>
     let gap = Gap::read(&mut fields)?;
     let options = Options::read(fields, state.defaults())?;
     let prompt = state.prepare(move |state| gap.tokens(state, "input_prefix")).await?;
-    completion::answer(&state, visit, options, vec![prompt], None).await
+    completion::answer(&state, visit, options, vec![prompt], Vec::new(), None).await
 }
 
 impl Gap {

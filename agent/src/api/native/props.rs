@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::completion::settings;
 use crate::api::error::ApiError;
 use crate::api::fields::Fields;
+use crate::api::media::MARKER;
 use crate::api::params::Params;
 use crate::api::state::ApiState;
 use crate::api::wire::FINGERPRINT;
@@ -32,6 +33,8 @@ pub(in crate::api) async fn props(State(state): State<ApiState>) -> Result<Respo
         "model_path": state.file_name(),
         "chat_template": facts.chat_template.as_deref().unwrap_or_default(),
         "modalities": {"vision": facts.can(Ability::Vision), "audio": facts.can(Ability::Audio)},
+        // What stands for a file of `multimodal_data` in a prompt.
+        "media_marker": MARKER,
         "bos_token": facts.bos_text,
         "eos_token": facts.eos_text,
         "build_info": FINGERPRINT.as_str(),

@@ -24,7 +24,9 @@ pub(crate) fn fit_prompts(
     let mut fitted = Vec::with_capacity(prompts.len());
     for prompt in prompts {
         let tokens_before = count(&prompt);
-        if tokens_before < budget.limit || policy == OverflowPolicy::Reject {
+        // An image cannot be cut, and what stands for one is below zero.
+        let has_media = prompt.iter().any(|&token| token < 0);
+        if tokens_before < budget.limit || policy == OverflowPolicy::Reject || has_media {
             fitted.push(prompt);
             continue;
         }

@@ -53,6 +53,9 @@ impl Chain {
     }
 }
 
+/// Candidates that the infill sampler gets: it compares each with each.
+const INFILL_CANDIDATES: i32 = 64;
+
 impl Sampler {
     /// The chain for parameters that [`check`](crate::engine::check) has let through; a request has `context` tokens at
     /// most. DRY's sequence breakers are compared with the whole vocabulary, which takes a while.
@@ -77,6 +80,7 @@ impl Sampler {
             && has(SamplerKind::Temperature)
             && params.temperature <= 0.0
             && params.dynatemp_range <= 0.0
+            && !has(SamplerKind::Infill)
             && !(has(SamplerKind::TypicalP) && params.typical_p < 1.0)
             && !(has(SamplerKind::Xtc) && params.xtc_probability > 0.0);
         if greedy && !penalties && !dry && biases.is_empty() {
@@ -92,7 +96,19 @@ impl Sampler {
         }
         if params.mirostat == Mirostat::Off {
             for &kind in &params.samplers {
-                if let Some(sampler) = sampler(model, params, kind, seed, context, greedy)? {
+                if kind == SamplerKind::Infill {
+                    // A model that knows no end has nothing for it to choose, and llama.cpp aborts.
+                    if model.eos().is_some() {
+                        // SAFETY: plain constructors; the vocabulary lives with the model.
+                        let samplers = unsafe {
+                            [
+                                sys::llama_sampler_init_top_k(INFILL_CANDIDATES),
+                                sys::llama_sampler_init_infill(model.vocab()),
+                            ]
+                        };
+                        samplers.into_iter().try_for_each(|sampler| chain.add(sampler))?;
+                    }
+                } else if let Some(sampler) = sampler(model, params, kind, seed, context, greedy)? {
                     chain.add(sampler)?;
                 }
             }
