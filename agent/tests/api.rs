@@ -149,6 +149,22 @@ fn with(mut body: Value, more: Value) -> Value {
     body
 }
 
+/// The named events of a stream, each of which has its name as its type.
+async fn named_events(node: &Node, path: &str, body: &Value) -> Vec<Value> {
+    let response = node.post(path, body).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
+    let text = response.text().await.unwrap();
+    let one = |event: &str| {
+        let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        data
+    };
+    text.trim_end().split("\n\n").filter(|event| !event.starts_with(':')).map(one).collect()
+}
+
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
@@ -238,149 +254,6 @@ async fn completions_take_text_and_tokens() {
 const MESSAGES: &str = "/v1/messages";
 const RESPONSES: &str = "/v1/responses";
 
-/// The named events of a stream, each of which has its name as its type.
-async fn named_events(node: &Node, path: &str, body: &Value) -> Vec<Value> {
-    let response = node.post(path, body).await;
-    assert_eq!(response.status(), 200);
-    assert_eq!(response.headers()["content-type"], "text/event-stream");
-    assert_eq!(response.headers()["x-accel-buffering"], "no");
-    let text = response.text().await.unwrap();
-    let one = |event: &str| {
-        let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
-        let data: Value = serde_json::from_str(data).unwrap();
-        assert_eq!(data["type"], name);
-        data
-    };
-    text.trim_end().split("\n\n").filter(|event| !event.starts_with(':')).map(one).collect()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn messages_are_answered_in_anthropics_form() {
-    let node = Node::start().await;
-    let body = json!({"model": "toy-chat", "max_tokens": 100, "messages": [{"role": "user", "content": QUESTION}]});
-    let answer = node.json(MESSAGES, &body).await;
-    assert_eq!(
-        (&answer["type"], &answer["role"], &answer["model"]),
-        (&json!("message"), &json!("assistant"), &json!("toy-chat"))
-    );
-    assert_eq!(answer["content"], json!([{"type": "text", "text": ANSWER}]));
-    assert_eq!((&answer["stop_reason"], &answer["stop_sequence"]), (&json!("end_turn"), &Value::Null));
-    let prompt = answer["usage"]["input_tokens"].as_u64().unwrap()
-        + answer["usage"]["cache_read_input_tokens"].as_u64().unwrap();
-    let counted = node.json("/v1/messages/count_tokens", &with(body.clone(), json!({"max_tokens": null}))).await;
-    assert_eq!(counted, json!({"input_tokens": prompt}));
-
-    let events = named_events(&node, MESSAGES, &with(body.clone(), json!({"stream": true}))).await;
-    assert_eq!(events[0]["message"]["usage"]["input_tokens"], prompt);
-    assert_eq!(events[1]["content_block"], json!({"type": "text", "text": ""}));
-    let text: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
-    assert_eq!(text, ANSWER);
-    let end: Vec<_> = events[events.len() - 3..].iter().map(|event| event["type"].as_str().unwrap()).collect();
-    assert_eq!(end, ["content_block_stop", "message_delta", "message_stop"]);
-    assert_eq!(events[events.len() - 2]["usage"]["output_tokens"], answer["usage"]["output_tokens"]);
-
-    let cut = node.json(MESSAGES, &with(body.clone(), json!({"max_tokens": 2}))).await;
-    assert_eq!((&cut["stop_reason"], &cut["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(2)));
-    for (more, status, kind) in [
-        (json!({"model": "claude"}), 404, "not_found_error"),
-        (json!({"max_tokens": null}), 400, "invalid_request_error"),
-        (json!({"messages": "hi"}), 400, "invalid_request_error"),
-    ] {
-        let response = node.post(MESSAGES, &with(body.clone(), more)).await;
-        assert_eq!(response.status(), status);
-        let id = response.headers()["request-id"].to_str().unwrap().to_owned();
-        assert_eq!(response.headers()["x-request-id"], id);
-        let error: Value = response.json().await.unwrap();
-        assert_eq!(
-            (&error["type"], &error["error"]["type"], &error["request_id"]),
-            (&json!("error"), &json!(kind), &json!(id))
-        );
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn responses_are_answered_without_state() {
-    let node = Node::start().await;
-    let body = json!({"model": "toy-chat", "input": QUESTION, "store": true});
-    let answer = node.json(RESPONSES, &body).await;
-    assert_eq!(
-        (&answer["object"], &answer["status"], &answer["store"]),
-        (&json!("response"), &json!("completed"), &json!(false))
-    );
-    assert_eq!(
-        answer["output"][0]["content"],
-        json!([{"type": "output_text", "text": ANSWER, "annotations": [], "logprobs": []}])
-    );
-    let usage = &answer["usage"];
-    assert_eq!(
-        usage["total_tokens"].as_u64().unwrap(),
-        usage["input_tokens"].as_u64().unwrap() + usage["output_tokens"].as_u64().unwrap()
-    );
-
-    let items =
-        json!({"input": [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}], "stream": true});
-    let events = named_events(&node, RESPONSES, &with(body.clone(), items)).await;
-    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
-    let text: String = deltas.filter_map(|event| event["delta"].as_str()).collect();
-    assert_eq!(text, ANSWER);
-    for (number, event) in events.iter().enumerate() {
-        assert_eq!(event["sequence_number"], number);
-    }
-    let last = &events[events.len() - 1];
-    assert_eq!(
-        (&last["type"], &last["response"]["output"][0]["content"]),
-        (&json!("response.completed"), &answer["output"][0]["content"])
-    );
-
-    let cut = node.json(RESPONSES, &with(body.clone(), json!({"max_output_tokens": 2}))).await;
-    assert_eq!(
-        (&cut["status"], &cut["incomplete_details"]["reason"]),
-        (&json!("incomplete"), &json!("max_output_tokens"))
-    );
-    let probable = with(
-        body.clone(),
-        json!({"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 2}),
-    );
-    let probable = node.json(RESPONSES, &probable).await;
-    let tokens = probable["output"][0]["content"][0]["logprobs"].as_array().unwrap();
-    assert_eq!((tokens.len(), tokens[0]["top_logprobs"].as_array().unwrap().len()), (2, 2));
-    let refused = node.post(RESPONSES, &with(body, json!({"previous_response_id": "resp_1"}))).await;
-    assert_eq!(refused.status(), 400);
-    let error: Value = refused.json().await.unwrap();
-    assert_eq!(
-        (&error["error"]["param"], &error["error"]["code"]),
-        (&json!("previous_response_id"), &json!("unsupported_parameter"))
-    );
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_fails_ends_in_its_apis_own_words() {
-    let node = Node::start_with(|config| {
-        config.traffic.request_timeout_seconds = 1;
-        config.context.max_tokens = Some(8192);
-        config.context.rope = Some(RopeSpec { scaling: RopeScaling::Yarn, factor: 2, original_tokens: None });
-    })
-    .await;
-    let forever = json!({"stream": true, "ignore_eos": true});
-    let text = async |path: &str, body: Value| {
-        let response = node.post(path, &with(body, forever.clone())).await;
-        assert_eq!(response.status(), 200);
-        response.text().await.unwrap()
-    };
-    let (a, b) = futures::future::join(
-        text(MESSAGES, json!({"max_tokens": 8000, "messages": [{"role": "user", "content": "Sing."}]})),
-        text(RESPONSES, json!({"input": "Sing."})),
-    )
-    .await;
-    let end = |text: &str| text.trim_end().rsplit("\n\n").next().unwrap().to_owned();
-    let said = end(&a);
-    assert!(said.starts_with("event: error\n") && said.contains(r#""type":"timeout_error""#), "{said}");
-    assert!(!a.contains("message_stop"));
-    let said = end(&b);
-    assert!(said.starts_with("event: response.failed\n") && said.contains(r#""status":"failed""#), "{said}");
-    assert!(b.contains("event: error\n") && b.contains(r#""code":"request_timeout""#), "{b}");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn parameters_reach_the_engine() {
     let node = Node::start().await;
@@ -418,131 +291,6 @@ async fn parameters_reach_the_engine() {
     assert_eq!(texts(&several).len(), 3);
     assert_eq!(texts(&again).len(), 3);
     assert_eq!(several["usage"]["prompt_tokens"], cut["usage"]["prompt_tokens"]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_goes_away_ends_its_generation() {
-    let node = Node::start().await;
-    let forever = with(chat("Sing forever."), json!({"max_tokens": 900, "ignore_eos": true}));
-    let streamed = with(forever.clone(), json!({"stream": true}));
-    let mut pieces = node.post(CHAT, &streamed).await.bytes_stream();
-    for _ in 0..3 {
-        within("an event", pieces.next()).await.unwrap().unwrap();
-    }
-    drop(pieces);
-    node.until("the stream's generation is cancelled", |stats| stats.cancelled == 1 && stats.running == 0).await;
-
-    tokio::select! {
-        answer = node.post(CHAT, &forever) => panic!("answered before it was given up: {:?}", answer.status()),
-        _ = node.until("the generation runs", |stats| stats.running == 1) => {}
-    }
-    let stats = node.until("the second one too", |stats| stats.cancelled == 2 && stats.running == 0).await;
-    assert_eq!((stats.finished_stop, stats.finished_length, stats.failed), (0, 0, 0));
-    let activity = node.front.activity("uid").unwrap();
-    assert_eq!((activity.running, activity.waiting), (0, 0));
-    assert_eq!(node.json(CHAT, &chat(QUESTION)).await["choices"][0]["message"]["content"], ANSWER, "others go on");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_is_said_in_openais_form() {
-    let node = Node::start().await;
-    let long = "llama ".repeat(3000);
-    let cases = [
-        (CHAT, with(chat(QUESTION), json!({"model": "gpt-4"})), 404, "model_not_found", "model"),
-        (CHAT, json!({"model": "toy"}), 400, "missing_required_parameter", "messages"),
-        (CHAT, with(chat(QUESTION), json!({"temperature": 9})), 400, "invalid_value", "temperature"),
-        (
-            CHAT,
-            with(chat(QUESTION), json!({"tools": [{"type": "function", "function": {"name": "f"}}]})),
-            400,
-            "unsupported_parameter",
-            "tools",
-        ),
-        (
-            CHAT,
-            with(chat(QUESTION), json!({"response_format": {"type": "json_schema", "schema": {"type": "frob"}}})),
-            400,
-            "invalid_value",
-            "response_format",
-        ),
-        (TEXT, json!({"prompt": "a", "grammar": "root = 1"}), 400, "invalid_value", "grammar"),
-        (TEXT, json!({"prompt": "a", "samplers": ["luck"]}), 400, "invalid_value", "samplers"),
-        (CHAT, chat(&long), 400, "context_length_exceeded", "messages"),
-        (TEXT, json!({"prompt": long}), 400, "context_length_exceeded", "prompt"),
-        (TEXT, json!({"prompt": [1, 999_999]}), 400, "invalid_value", "prompt"),
-        (TEXT, json!({"prompt": [-1]}), 400, "invalid_value", "prompt"),
-        (TEXT, json!({}), 400, "missing_required_parameter", "prompt"),
-    ];
-    for (path, body, status, code, param) in cases {
-        for stream in [false, true] {
-            let response = node.post(path, &with(body.clone(), json!({"stream": stream}))).await;
-            assert_eq!(response.status(), status, "{code}");
-            assert!(response.headers().contains_key("x-request-id"));
-            let answer: Value = response.json().await.unwrap();
-            assert_eq!(
-                (answer["error"]["code"].as_str(), answer["error"]["param"].as_str()),
-                (Some(code), Some(param))
-            );
-            assert_eq!(answer["error"]["type"], "invalid_request_error");
-        }
-    }
-    let error: Value = node.post(CHAT, &chat(&long)).await.json().await.unwrap();
-    assert!(error["error"]["message"].as_str().unwrap().contains("1024 tokens"), "{error}");
-    assert_eq!(node.engine.stats().prompt_tokens, 0, "none of these reached a slot");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_queue_and_a_long_wait_are_said_at_once_and_in_time() {
-    let node = Node::start_with(|config| {
-        config.context.parallel = 1;
-        config.traffic.max_queued = 1;
-        config.traffic.queue_timeout_seconds = 1;
-    })
-    .await;
-    let forever = with(chat("Sing forever."), json!({"max_tokens": 900, "ignore_eos": true, "stream": true}));
-    let mut running = node.post(CHAT, &forever).await.bytes_stream();
-    within("the first event", running.next()).await.unwrap().unwrap();
-    // Keeps reading: a sequence whose client does not read is parked.
-    let reader = tokio::spawn(async move { while running.next().await.is_some() {} });
-    let started = Instant::now();
-    let quick = with(chat(QUESTION), json!({"max_tokens": 1}));
-    let waits = node.post(CHAT, &quick);
-    let refused = async {
-        node.until("one waits", |stats| stats.waiting == 1).await;
-        node.post(CHAT, &quick).await
-    };
-    let (waited, refused) = within("both answers", futures::future::join(waits, refused)).await;
-    assert_eq!(refused.status(), 429);
-    assert!(refused.headers()["retry-after"].to_str().unwrap().parse::<u32>().unwrap() >= 1);
-    let refused: Value = refused.json().await.unwrap();
-    assert_eq!(refused["error"]["code"], "queue_full");
-    assert!(started.elapsed() >= Duration::from_millis(900), "{:?}", started.elapsed());
-    assert_eq!(waited.status(), 503);
-    assert!(waited.headers().contains_key("retry-after"));
-    let waited: Value = waited.json().await.unwrap();
-    assert_eq!(waited["error"]["code"], "queue_timeout");
-    reader.abort();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_takes_too_long_is_ended() {
-    let node = Node::start_with(|config| {
-        config.traffic.request_timeout_seconds = 1;
-        config.context.max_tokens = Some(4096);
-    })
-    .await;
-    // More tokens than any machine makes in a second.
-    let forever = with(chat("Sing forever."), json!({"ignore_eos": true, "n": 8}));
-    let response = node.post(CHAT, &forever).await;
-    assert_eq!(response.status(), 504);
-    let error: Value = response.json().await.unwrap();
-    assert_eq!(error["error"]["code"], "request_timeout");
-    let response = node.post(CHAT, &with(forever, json!({"stream": true}))).await;
-    assert_eq!(response.status(), 200);
-    let text = response.text().await.unwrap();
-    let (_, end) = text.split_once("event: error\ndata: ").unwrap_or_else(|| panic!("no error event: {text}"));
-    assert!(end.contains("\"code\":\"request_timeout\"") && !end.contains("[DONE]"), "{end}");
-    node.until("nothing runs", |stats| stats.running == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -604,53 +352,12 @@ async fn the_worker_names_its_model_and_its_health() {
     assert_eq!(node.client.get(format!("{}/health", node.url)).send().await.unwrap().status(), 200);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_answer_has_the_form_that_was_asked_for() {
-    let node = Node::start().await;
-    let schema = json!({
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 9}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
-        "required": ["name", "legs"],
-        "additionalProperties": false,
-    });
-    let format = json!({"type": "json_schema", "json_schema": {"name": "animal", "strict": true, "schema": schema}});
-    let body = with(chat(QUESTION), json!({"response_format": format, "max_tokens": 200}));
-    let is_animal = |text: &str| {
-        let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
-        assert!(
-            value["name"].is_string() && value["legs"].is_u64() && value.as_object().unwrap().len() == 2,
-            "{value}"
-        );
-    };
-    let several = with(body.clone(), json!({"n": 3, "temperature": 1.5, "seed": 1}));
-    let answer = node.json(CHAT, &several).await;
-    let choices = answer["choices"].as_array().unwrap();
-    assert_eq!(choices.len(), 3);
-    for choice in choices {
-        assert_eq!(choice["finish_reason"], "stop", "{choice}");
-        is_animal(choice["message"]["content"].as_str().unwrap());
-    }
-    let events = node.events(CHAT, &with(body, json!({"stream": true}))).await;
-    let text: String = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
-    is_animal(&text);
-
-    let plain = |more: Value| with(json!({"prompt": "The answer is", "max_tokens": 40, "temperature": 1.0}), more);
-    let said = async |more: Value| node.json(TEXT, &plain(more)).await["choices"][0].clone();
-    let grammar = said(json!({"grammar": "root ::= \"yes\" | \"no\""})).await;
-    assert!(
-        ["yes", "no"].contains(&grammar["text"].as_str().unwrap()) && grammar["finish_reason"] == "stop",
-        "{grammar}"
-    );
-    let date = said(json!({"json_schema": {"type": "string", "format": "date"}})).await;
-    assert_eq!(date["text"].as_str().map(str::len), Some(12), "{date}");
-    let any = said(json!({"response_format": {"type": "json_object"}})).await;
-    assert!(any["text"].as_str().unwrap().starts_with('{'), "{any}");
-    let never = said(json!({"logit_bias": [[" plain", false]], "temperature": 0, "n_probs": 2})).await;
-    assert!(!never["text"].as_str().unwrap().contains(" plain") && never["logprobs"].is_object(), "{never}");
-}
-
 #[path = "api/borders.rs"]
 mod borders;
+#[path = "api/dialects.rs"]
+mod dialects;
+#[path = "api/limits.rs"]
+mod limits;
 #[path = "api/native.rs"]
 mod native;
 #[path = "api/ollama.rs"]
