@@ -6,10 +6,18 @@ use std::{env, fs};
 const FOLDER: &str = "src/engine/ffi";
 
 /// One for each topic.
-const SOURCES: [&str; 6] =
-    ["allowance.cpp", "shim.cpp", "shim_chat.cpp", "shim_head.cpp", "shim_media.cpp", "shim_sampler.cpp"];
+const SOURCES: [&str; 7] = [
+    "allowance.cpp",
+    "shim.cpp",
+    "shim_chat.cpp",
+    "shim_driver.cpp",
+    "shim_head.cpp",
+    "shim_media.cpp",
+    "shim_sampler.cpp",
+];
 
-const HEADERS: [&str; 6] = ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_head.h", "shim_media.h"];
+const HEADERS: [&str; 7] =
+    ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_driver.h", "shim_head.h", "shim_media.h"];
 
 fn main() -> Result<(), String> {
     for file in HEADERS.iter().chain(&SOURCES) {

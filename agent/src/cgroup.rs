@@ -13,6 +13,11 @@ pub struct GroupMemory {
     /// What the kernel cannot take back by itself: anonymous and shared memory, and its own. Pages of files, such as
     /// mapped weights, are not in it.
     pub used: u64,
+    /// Percent of the last ten seconds in which none of its processes got on for want of memory; of version 1, of the
+    /// machine's.
+    pub stalled_percent: u8,
+    /// Times that it was at its limit, since it was made.
+    pub limit_hits: u64,
 }
 
 impl GroupMemory {
@@ -35,6 +40,27 @@ pub fn host_memory_limit() -> u64 {
 #[must_use]
 pub fn tightest() -> Option<GroupMemory> {
     own_groups().filter_map(|group| group.memory(&read)).min_by_key(|memory| memory.left())
+}
+
+/// Whether the kernel ends all processes of a group of this one at once when memory runs out (version 2 alone; a
+/// container's runtime decides).
+#[must_use]
+pub fn ends_together() -> bool {
+    own_groups().any(|group| group.ends_together(&read))
+}
+
+/// Bytes that this process holds of host memory and that only its end gives back for sure: anonymous and shared, not
+/// mapped files.
+#[must_use]
+pub fn held_bytes() -> Option<u64> {
+    held(&read(Path::new("/proc/self/status"))?)
+}
+
+fn held(status: &str) -> Option<u64> {
+    let kib = |name: &str| -> Option<u64> {
+        status.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some((kib("RssAnon:")? + kib("RssShmem:")?) * 1024)
 }
 
 fn read(path: &Path) -> Option<String> {
@@ -101,8 +127,33 @@ impl Group {
             }
             Self::V2(dir) => stat(dir, &["anon", "shmem", "kernel"])?,
         };
-        Some(GroupMemory { limit, used })
+        let number = |path: &Path| read(path).and_then(|text| text.trim().parse().ok());
+        let (pressure, limit_hits) = match self {
+            // Processes stand still where the whole machine lacks memory, too: only with hits of the own limit it counts.
+            Self::V1(dir) => (read(Path::new("/proc/pressure/memory")), number(&dir.join("memory.failcnt"))),
+            Self::V2(dir) => {
+                let hits = read(&dir.join("memory.events"))
+                    .and_then(|text| text.lines().find_map(|line| line.strip_prefix("max ")?.trim().parse().ok()));
+                (read(&dir.join("memory.pressure")), hits)
+            }
+        };
+        let stalled_percent = pressure.as_deref().and_then(stalled).unwrap_or(0);
+        Some(GroupMemory { limit, used, stalled_percent, limit_hits: limit_hits.unwrap_or(0) })
     }
+
+    fn ends_together(&self, read: &dyn Fn(&Path) -> Option<String>) -> bool {
+        match self {
+            Self::V1(_) => false,
+            Self::V2(dir) => read(&dir.join("memory.oom.group")).is_some_and(|text| text.trim() == "1"),
+        }
+    }
+}
+
+/// Of the kernel's pressure stall information: `full avg10=…`, in whole percent.
+fn stalled(pressure: &str) -> Option<u8> {
+    let full = pressure.lines().find_map(|line| line.strip_prefix("full "))?;
+    let average = full.split_whitespace().find_map(|field| field.strip_prefix("avg10="))?;
+    average.split('.').next()?.parse::<u8>().ok().map(|percent| percent.min(100))
 }
 
 #[cfg(test)]
@@ -113,6 +164,13 @@ mod tests {
         let text = match path.to_str()? {
             "/sys/fs/cgroup/kubepods/pod1/memory.max" => "max\n",
             "/sys/fs/cgroup/kubepods/memory.max" => "4294967296\n",
+            "/sys/fs/cgroup/kubepods/memory.events" => "low 0\nhigh 2\nmax 17\noom 0\n",
+            "/sys/fs/cgroup/kubepods/memory.pressure" => {
+                "some avg10=40.31 avg60=1.0 avg300=0.0 total=9\nfull avg10=31.99 avg60=0.5 avg300=0.0 total=7\n"
+            }
+            "/sys/fs/cgroup/kubepods/memory.oom.group" => "1\n",
+            "/proc/pressure/memory" => "some avg10=3.0 total=9\nfull avg10=2.50 total=7\n",
+            "/sys/fs/cgroup/memory/a/memory.failcnt" => "5\n",
             "/sys/fs/cgroup/kubepods/memory.stat" => "anon 1000\nanon_thp 7\nfile 5000\nkernel 30\nshmem 200\n",
             "/sys/fs/cgroup/memory/memory.limit_in_bytes" => "9223372036854771712",
             "/sys/fs/cgroup/memory/a/memory.limit_in_bytes" => "1073741824",
@@ -126,10 +184,29 @@ mod tests {
     #[test]
     fn limits_and_use_of_both_versions() {
         let found = |cgroup| groups(cgroup).iter().filter_map(|group| group.memory(&files)).collect::<Vec<_>>();
-        assert_eq!(found("0::/kubepods/pod1\n"), [GroupMemory { limit: 4 << 30, used: 1230 }]);
-        assert_eq!(found("5:cpu:/x\n4:memory:/a/b\n"), [GroupMemory { limit: 1 << 30, used: 2050 }]);
+        assert_eq!(
+            found("0::/kubepods/pod1\n"),
+            [GroupMemory { limit: 4 << 30, used: 1230, stalled_percent: 31, limit_hits: 17 }]
+        );
+        assert_eq!(
+            found("5:cpu:/x\n4:memory:/a/b\n"),
+            [GroupMemory { limit: 1 << 30, used: 2050, stalled_percent: 2, limit_hits: 5 }]
+        );
         assert_eq!(found("5:cpu:/x\n"), []);
         assert_eq!(total("MemFree: 1 kB\nMemTotal:       8388608 kB\n"), Some(8 << 30));
         assert!(host_memory_limit() > 1 << 20);
+        let together = |cgroup| groups(cgroup).iter().any(|group| group.ends_together(&files));
+        assert!(together("0::/kubepods/pod1\n") && !together("4:memory:/a/b\n") && !together("0::/else\n"));
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_pressure_and_of_a_process() {
+        assert_eq!(stalled("full avg10=100.00 avg60=1"), Some(100));
+        assert_eq!(stalled("some avg10=100.00 avg60=1\n"), None);
+        assert_eq!(stalled("full total=1"), None);
+        let status = "VmRSS:\t 900 kB\nRssAnon:\t     100 kB\nRssFile:\t 700 kB\nRssShmem:\t      7 kB\n";
+        assert_eq!(held(status), Some(107 * 1024));
+        assert_eq!(held("RssAnon:\t 1 kB\n"), None);
+        assert!(held_bytes().is_some_and(|bytes| bytes > 0));
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use altiplano_crds::model_deployment::{EngineSpec, GpuPolicy};
 
-use crate::ledger::{Ledger, Need};
+use crate::ledger::{Ledger, Need, bytes};
 use crate::runner::protocol::{MemoryUse, ProbeReport, ProbedDevice};
 
 /// llama.cpp's name of host memory.
@@ -23,6 +23,8 @@ pub struct Devices {
     pub backends: Vec<String>,
     /// The devices that can hold a model, the CPU last. Its bytes are those that the agent may use.
     pub list: Vec<ProbedDevice>,
+    /// Bytes that a process takes of a device by opening it, where that was measured. The probe took them too.
+    pub process_bytes: Need,
 }
 
 /// A place for a model: the devices that its worker may use.
@@ -48,6 +50,7 @@ impl Devices {
                 kind: CPU.to_owned(),
                 memory_total_bytes: memory_limit,
                 memory_free_bytes: memory_limit,
+                driver: String::new(),
             });
         }
         for device in &mut list {
@@ -63,7 +66,7 @@ impl Devices {
         list.dedup_by(|a, b| a.id == b.id);
         let excess = list.len().saturating_sub(MAX_DEVICES);
         list.drain(..excess);
-        Self { backends, list }
+        Self { backends, list, process_bytes: Need::new() }
     }
 
     /// Bytes per device. An integrated GPU's memory is the host's and has no account of its own.
@@ -74,6 +77,47 @@ impl Devices {
             .filter(|device| !shares_host_memory(device) || is_cpu(device))
             .map(|device| (device.id.clone(), device.memory_total_bytes))
             .collect()
+    }
+
+    /// The same, where a process takes so much of each device by opening it.
+    #[must_use]
+    pub fn with_process_bytes(self, process_bytes: Need) -> Self {
+        Self { process_bytes, ..self }
+    }
+
+    /// The same, where models may take at most so many bytes of each GPU: others may hold the rest.
+    #[must_use]
+    pub fn limited(mut self, bytes: u64) -> Self {
+        for device in self.list.iter_mut().filter(|device| !shares_host_memory(device)) {
+            device.memory_total_bytes = device.memory_total_bytes.min(bytes);
+        }
+        self
+    }
+
+    /// Whether a driver of its own knows how much of the device is in use.
+    #[must_use]
+    pub fn has_driver(&self, device: &str) -> bool {
+        self.list.iter().any(|known| known.id == device && !shares_host_memory(known))
+    }
+
+    /// Bytes of each device that its driver says are in use, the probe's own left out.
+    pub fn used(&self) -> impl Iterator<Item = (&str, u64)> {
+        let with_driver = self.list.iter().filter(|device| !shares_host_memory(device));
+        with_driver.map(|device| {
+            let free = device.memory_free_bytes.min(device.memory_total_bytes);
+            let own = self.process_bytes.get(&device.id).copied().unwrap_or(0);
+            (device.id.as_str(), (device.memory_total_bytes - free).saturating_sub(own))
+        })
+    }
+
+    /// Bytes on the ledger's accounts of a worker that takes these: what its process takes of each device comes on top.
+    #[must_use]
+    pub fn worker_need(&self, memory: &[MemoryUse]) -> Need {
+        let mut need = self.need(memory);
+        for (device, bytes) in &mut need {
+            *bytes += self.process_bytes.get(device).copied().unwrap_or(0);
+        }
+        need
     }
 
     /// Bytes on the ledger's accounts.
@@ -104,6 +148,7 @@ impl Devices {
         match engine.gpu {
             GpuPolicy::Never => vec![on_cpu()],
             GpuPolicy::Preferred if gpus.is_empty() || no_layers => vec![on_cpu()],
+            GpuPolicy::Required if no_layers => Vec::new(),
             GpuPolicy::Preferred => gpu_tiers(&gpus, ledger).into_iter().chain([on_cpu()]).collect(),
             GpuPolicy::Required => gpu_tiers(&gpus, ledger),
         }
@@ -151,11 +196,34 @@ impl Target {
         memory
     }
 
+    /// The other way round: a worker's bytes as the dry run would have said them.
+    #[must_use]
+    pub fn translate_back(&self, memory: Vec<MemoryUse>) -> Vec<MemoryUse> {
+        let Self { devices, estimate_on } = self.clone();
+        Self { devices: estimate_on, estimate_on: devices }.translate(memory)
+    }
+
     /// Whether it is the CPU alone.
     #[must_use]
     pub fn is_cpu(&self) -> bool {
         self.devices.is_empty()
     }
+}
+
+/// What people should know about a device's memory, of which others hold so many bytes.
+#[must_use]
+pub fn note(device: &ProbedDevice, foreign: u64) -> Option<String> {
+    let mig = device.description.contains(" MIG ").then(|| {
+        "a MIG slice: its memory is its own, its cache and its copying may be shared with other slices".to_owned()
+    });
+    let shared = (foreign > 0).then(|| {
+        format!(
+            "others than this agent hold {} of it, as where GPUs are shared in time slices: what is free is not guaranteed",
+            bytes(foreign)
+        )
+    });
+    let notes: Vec<String> = mig.into_iter().chain(shared).collect();
+    (!notes.is_empty()).then(|| notes.join("; "))
 }
 
 fn is_cpu(device: &ProbedDevice) -> bool {
@@ -177,7 +245,8 @@ mod tests {
             backend: id.trim_end_matches(char::is_numeric).to_owned(),
             kind: kind.to_owned(),
             memory_total_bytes: gib << 30,
-            memory_free_bytes: 0,
+            memory_free_bytes: 1 << 30,
+            driver: String::new(),
         }
     }
 
@@ -217,6 +286,43 @@ mod tests {
     fn host_memory_is_what_the_cgroup_allows() {
         let (devices, _) = devices(vec![device("CUDA0", "GPU", 24), device("CPU", "CPU", 64)]);
         assert_eq!(devices.capacity(), Need::from([("CPU".to_owned(), 16 << 30), ("CUDA0".to_owned(), 24 << 30)]));
+    }
+
+    #[test]
+    fn what_drivers_say() {
+        let laptop =
+            || vec![device("CUDA0", "GPU", 24), device("Vulkan0", "IntegratedGPU", 64), device("CPU", "CPU", 64)];
+        let (devices, _) = devices(laptop());
+        assert_eq!(devices.used().collect::<Vec<_>>(), [("CUDA0", 23 << 30)]);
+        let devices = devices.with_process_bytes(Need::from([("CUDA0".to_owned(), 1 << 30)]));
+        assert_eq!(devices.used().collect::<Vec<_>>(), [("CUDA0", 22 << 30)]);
+        let used = ["CUDA0", "CPU"].map(|device| MemoryUse {
+            device: device.to_owned(),
+            weights_bytes: 1,
+            ..MemoryUse::default()
+        });
+        assert_eq!(
+            devices.worker_need(&used),
+            Need::from([("CPU".to_owned(), 1), ("CUDA0".to_owned(), (1 << 30) + 1)])
+        );
+        assert_eq!(
+            devices.clone().limited(1 << 29).used().collect::<Vec<_>>(),
+            [("CUDA0", 0)],
+            "others may hold the rest"
+        );
+        assert!(devices.has_driver("CUDA0") && !devices.has_driver("Vulkan0") && !devices.has_driver("CPU"));
+    }
+
+    #[test]
+    fn notes_on_devices() {
+        let named =
+            |description: &str| ProbedDevice { description: description.to_owned(), ..device("CUDA0", "GPU", 24) };
+        let whole = named("NVIDIA H200");
+        assert_eq!(note(&whole, 0), None);
+        let mig = note(&named("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), 0).unwrap();
+        assert!(mig.contains("MIG"), "{mig}");
+        let shared = note(&whole, 3 << 30).unwrap();
+        assert!(shared.contains("3.0Gi") && shared.contains("not guaranteed"), "{shared}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The ledger: bytes per device, and who holds them. Pure.
 //!
-//! Bytes are reserved before a worker starts (what llama.cpp's dry run says) and come back when it has exited. Nothing
-//! is ever granted beyond a device's capacity.
+//! Bytes are reserved before a worker starts (what llama.cpp's dry run says). When it has exited, host memory is back at
+//! once, a device's only when its driver says so ([`Ledger::look`]). What others have taken of a device is no room.
+//! Nothing is ever granted beyond what is left of a device's capacity.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,8 +16,16 @@ pub type Need = BTreeMap<String, u64>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
     capacity: Need,
+    /// Bytes that are in use and that nobody here holds.
+    foreign: Need,
     holdings: BTreeMap<WorkerId, Holding>,
 }
+
+/// In the name of bytes that are nobody's any more, or never were.
+const OTHERS: &str = "other processes";
+
+/// What a driver counts and a worker does not: that little more in use than expected says nothing of others (64 MiB).
+const ROUNDING_BYTES: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Holding {
@@ -24,9 +33,17 @@ struct Holding {
     bytes: Need,
     /// Granted beyond that, until a measurement settles it.
     growth: Need,
+    /// The bytes are measured, so they have been taken.
+    taken: bool,
+    /// The worker has ended, and the driver has not said yet that the bytes are back.
+    ended: bool,
 }
 
 impl Holding {
+    fn new(holder: &str, bytes: Need) -> Self {
+        Self { holder: holder.to_owned(), bytes, growth: Need::new(), taken: false, ended: false }
+    }
+
     fn of(&self, device: &str) -> u64 {
         self.bytes.get(device).copied().unwrap_or(0) + self.growth.get(device).copied().unwrap_or(0)
     }
@@ -94,16 +111,28 @@ impl Ledger {
         self.holdings.values().map(|holding| holding.of(device)).sum()
     }
 
-    /// Bytes of a device that are promised to nobody.
+    /// Bytes of a device that are in use and that nobody here holds, by the driver's word of its last look.
+    #[must_use]
+    pub fn foreign(&self, device: &str) -> u64 {
+        self.foreign.get(device).copied().unwrap_or(0)
+    }
+
+    /// Bytes of a device that are promised to nobody and that nobody else has.
     #[must_use]
     pub fn free(&self, device: &str) -> u64 {
-        self.capacity(device).saturating_sub(self.held(device))
+        self.capacity(device).saturating_sub(self.held(device)).saturating_sub(self.foreign(device))
     }
 
     /// What one worker holds.
     #[must_use]
     pub fn holding(&self, worker: WorkerId) -> Option<&Need> {
-        self.holdings.get(&worker).map(|holding| &holding.bytes)
+        self.holdings.get(&worker).filter(|holding| !holding.ended).map(|holding| &holding.bytes)
+    }
+
+    /// Bytes of a device that one worker holds or is promised.
+    #[must_use]
+    pub fn held_by(&self, worker: WorkerId, device: &str) -> u64 {
+        self.holdings.get(&worker).map_or(0, |holding| holding.of(device))
     }
 
     /// Whether there is room for `need`.
@@ -125,27 +154,42 @@ impl Ledger {
     /// Promises `need` to a worker, all of it or nothing.
     pub fn reserve(&mut self, worker: WorkerId, holder: &str, need: Need) -> Result<(), Shortage> {
         self.check(&need)?;
-        self.holdings.insert(worker, Holding { holder: holder.to_owned(), bytes: need, growth: Need::new() });
+        self.holdings.insert(worker, Holding::new(holder, need));
         Ok(())
     }
 
     /// Keeps `need` from everybody else, whether it is there or not: for one that is next.
     pub fn claim(&mut self, worker: WorkerId, holder: &str, need: Need) {
-        self.holdings.insert(worker, Holding { holder: holder.to_owned(), bytes: need, growth: Need::new() });
+        self.holdings.insert(worker, Holding::new(holder, need));
     }
 
     /// Measured bytes replace the predicted ones. They are a fact, so they count even beyond the capacity.
     pub fn settle(&mut self, worker: WorkerId, measured: Need) {
-        if let Some(holding) = self.holdings.get_mut(&worker) {
+        if let Some(holding) = self.alive(worker) {
             holding.bytes = measured;
             holding.growth.clear();
+            holding.taken = true;
+        }
+    }
+
+    /// A worker has taken what it was promised, as far as anybody knows.
+    pub fn taken(&mut self, worker: WorkerId) {
+        if let Some(holding) = self.alive(worker) {
+            holding.taken = true;
+        }
+    }
+
+    /// The worker holds so much of a device now. What it was promised beyond stays promised.
+    pub fn hold(&mut self, worker: WorkerId, device: &str, bytes: u64) {
+        if let Some(known) = self.alive(worker).and_then(|holding| holding.bytes.get_mut(device)) {
+            *known = bytes;
         }
     }
 
     /// Promises a worker more than it holds, all of it or nothing. [`Ledger::settle`] ends the promise.
     pub fn grow(&mut self, worker: WorkerId, more: &Need) -> Result<(), Shortage> {
         self.check(more)?;
-        if let Some(holding) = self.holdings.get_mut(&worker) {
+        if let Some(holding) = self.alive(worker) {
             for (device, bytes) in more {
                 *holding.growth.entry(device.clone()).or_default() += bytes;
             }
@@ -155,7 +199,7 @@ impl Ledger {
 
     /// What the worker was promised beyond its holding is not taken after all.
     pub fn shrink(&mut self, worker: WorkerId) {
-        if let Some(holding) = self.holdings.get_mut(&worker) {
+        if let Some(holding) = self.alive(worker) {
             holding.growth.clear();
         }
     }
@@ -165,9 +209,73 @@ impl Ledger {
         self.holdings.retain(|worker, _| stays(*worker));
     }
 
-    /// The worker has exited.
+    /// Nobody holds it any more, and nobody asks a driver about it.
     pub fn release(&mut self, worker: WorkerId) {
         self.holdings.remove(&worker);
+    }
+
+    /// The worker has exited: what it held is free, but of these devices only when their driver says so.
+    pub fn end(&mut self, worker: WorkerId, has_driver: impl Fn(&str) -> bool) {
+        let Some(holding) = self.alive(worker) else { return };
+        holding.ended = true;
+        for (device, bytes) in std::mem::take(&mut holding.growth) {
+            *holding.bytes.entry(device).or_default() += bytes;
+        }
+        holding.bytes.retain(|device, bytes| *bytes > 0 && has_driver(device));
+        if holding.bytes.is_empty() {
+            self.holdings.remove(&worker);
+        }
+    }
+
+    /// As if all that ended workers held were back.
+    pub fn expect_back(&mut self) {
+        self.holdings.retain(|_, holding| !holding.ended);
+    }
+
+    fn alive(&mut self, worker: WorkerId) -> Option<&mut Holding> {
+        self.holdings.get_mut(&worker).filter(|holding| !holding.ended)
+    }
+
+    /// Bytes of a device that ended workers held and that are not back yet.
+    #[must_use]
+    pub fn missing(&self, device: &str) -> u64 {
+        self.holdings.values().filter(|holding| holding.ended).map(|holding| holding.of(device)).sum()
+    }
+
+    /// Whether what ended workers held is back on all devices.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.holdings.values().all(|holding| !holding.ended)
+    }
+
+    /// So much of a device is in use that nobody here holds; little of it does not count.
+    pub fn set_foreign(&mut self, device: &str, bytes: u64) {
+        if bytes > ROUNDING_BYTES {
+            self.foreign.insert(device.to_owned(), bytes);
+        } else {
+            self.foreign.remove(device);
+        }
+    }
+
+    /// A driver says how much of its device is in use, by all processes. With `patient` what ended workers held may still
+    /// be on its way back; without, what is missing counts as foreign from now on.
+    pub fn look(&mut self, device: &str, used: u64, patient: bool) {
+        let alive = |only_taken: bool| -> u64 {
+            let alive = self.holdings.values().filter(|holding| !holding.ended && (holding.taken || !only_taken));
+            alive.map(|holding| holding.of(device)).sum()
+        };
+        // Those that are loading have taken some of what they are promised, nobody knows how much.
+        let (least, most) = (used.saturating_sub(alive(false)), used.saturating_sub(alive(true)));
+        let missing = self.missing(device);
+        let is_back = missing == 0 || most <= self.foreign(device).saturating_add(ROUNDING_BYTES);
+        if !is_back && patient {
+            return;
+        }
+        for holding in self.holdings.values_mut().filter(|holding| holding.ended) {
+            holding.bytes.remove(device);
+        }
+        self.holdings.retain(|_, holding| !holding.ended || !holding.bytes.is_empty());
+        self.set_foreign(device, least);
     }
 
     fn shortage(&self, device: &str, needed: u64) -> Shortage {
@@ -177,6 +285,10 @@ impl Ledger {
             if held > 0 {
                 *by_holder.entry(&holding.holder).or_default() += held;
             }
+        }
+        let foreign = self.foreign(device);
+        if foreign > 0 {
+            by_holder.insert(OTHERS, foreign);
         }
         let holder = |(who, held): (&str, u64)| Holder { who: who.to_owned(), bytes: held, why: None };
         let mut holders: Vec<Holder> = by_holder.into_iter().map(holder).collect();
@@ -224,6 +336,58 @@ mod tests {
         assert_eq!(ledger.free("CPU"), 63 << 30, "a refusal takes nothing");
     }
 
+    /// What a driver says, and what is free then: [loading, ready, ended] hold 100 each of 1000.
+    #[test]
+    fn memory_is_free_when_the_driver_says_so() {
+        const MIB: u64 = 1 << 20;
+        // (used, patient) in MiB; then (missing, foreign, free).
+        for (looks, expected) in [
+            (&[][..], (100, 0, 700)),
+            // All of it is still there.
+            (&[(300, true)], (100, 0, 700)),
+            // It may be the loading one's memory that is in use, so it is not sure yet.
+            (&[(200, true)], (100, 0, 700)),
+            (&[(110, true)], (0, 0, 800)),
+            // Somebody else has taken some: what is missing is not back as long as that may be it.
+            (&[(350, true)], (100, 0, 700)),
+            (&[(350, false)], (0, 150, 650)),
+            (&[(350, false), (350, true)], (0, 150, 650)),
+            (&[(350, false), (120, true)], (0, 0, 800)),
+            // A driver that says more than there is.
+            (&[(5000, false)], (0, 4800, 0)),
+            (&[(0, true)], (0, 0, 800)),
+        ] {
+            let mut ledger = Ledger::default();
+            ledger.set_capacity(need(&[("GPU", 1000 * MIB), ("CPU", 1000 * MIB)]));
+            for worker in 1..=3 {
+                ledger.reserve(worker, "m", need(&[("GPU", 100 * MIB), ("CPU", 100 * MIB)])).unwrap();
+            }
+            ledger.settle(2, need(&[("GPU", 100 * MIB), ("CPU", 100 * MIB)]));
+            ledger.end(3, |device| device == "GPU");
+            assert_eq!(ledger.held("CPU"), 200 * MIB, "a process that has ended holds no host memory");
+            for (used, patient) in looks {
+                ledger.look("GPU", used * MIB, *patient);
+            }
+            let found = (ledger.missing("GPU") / MIB, ledger.foreign("GPU") / MIB, ledger.free("GPU") / MIB);
+            assert_eq!(found, expected, "{looks:?}");
+            assert_eq!(ledger.is_settled(), expected.0 == 0);
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_other_processes() {
+        let mut ledger = Ledger::default();
+        ledger.set_capacity(need(&[("CUDA0", 24 << 30)]));
+        ledger.reserve(1, "a/small", need(&[("CUDA0", 4 << 30)])).unwrap();
+        ledger.look("CUDA0", 20 << 30, true);
+        let refusal = ledger.check(&need(&[("CUDA0", 8 << 30)])).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "needs 8.0Gi on CUDA0, which has 4.0Gi of 24Gi free; held by other processes 16Gi, a/small 4.0Gi"
+        );
+        assert!(ledger.check_empty(&need(&[("CUDA0", 8 << 30)])).is_ok(), "they may go");
+    }
+
     #[test]
     fn a_device_that_is_not_there_has_no_room() {
         assert_eq!(Ledger::default().check(&need(&[("CUDA9", 1)])).unwrap_err().capacity, 0);
@@ -243,7 +407,7 @@ mod tests {
         #[test]
         fn never_over_capacity(
             capacity in prop::array::uniform2(0_u64..1000),
-            calls in prop::collection::vec((0_u64..8, 0_u64..600, 0_u64..600, 0_u8..4), 0..60),
+            calls in prop::collection::vec((0_u64..8, 0_u64..600, 0_u64..600, 0_u8..6), 0..60),
         ) {
             let mut ledger = Ledger::default();
             ledger.set_capacity(need(&[("GPU", capacity[0]), ("CPU", capacity[1])]));
@@ -256,6 +420,8 @@ mod tests {
                         prop_assert_eq!(ledger.grow(worker, &wanted).is_ok(), fits);
                     }
                     3 if ledger.holding(worker).is_some() => ledger.shrink(worker),
+                    4 => ledger.end(worker, |device| device == "GPU"),
+                    5 => ledger.look("GPU", gpu << 20, cpu % 2 == 0),
                     1 => {
                         // A measurement at or below the promise.
                         let held = ledger.holding(worker).cloned().unwrap_or_default();
@@ -275,7 +441,8 @@ mod tests {
                 }
                 for device in ["GPU", "CPU"] {
                     prop_assert!(ledger.held(device) <= ledger.capacity(device));
-                    prop_assert_eq!(ledger.held(device) + ledger.free(device), ledger.capacity(device));
+                    let spoken_for = ledger.held(device) + ledger.foreign(device);
+                    prop_assert_eq!(ledger.free(device), ledger.capacity(device).saturating_sub(spoken_for));
                 }
             }
         }

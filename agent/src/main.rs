@@ -51,10 +51,15 @@ enum Role {
 }
 
 #[derive(Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 struct RunnerArgs {
     /// Print the devices and end.
     #[arg(long, conflicts_with = "estimate")]
     probe: bool,
+
+    /// With --probe: keep the devices open until standard input ends.
+    #[arg(long, requires = "probe")]
+    stay: bool,
 
     /// Print what the model would take and end.
     #[arg(long)]
@@ -67,7 +72,7 @@ struct RunnerArgs {
 impl RunnerArgs {
     fn mode(&self) -> Mode {
         match self {
-            Self { probe: true, .. } => Mode::Probe,
+            Self { probe: true, stay, .. } => Mode::Probe { stay: *stay },
             Self { estimate: true, .. } => Mode::Estimate,
             Self { measure_resizes: true, .. } => Mode::MeasureResizes,
             Self { .. } => Mode::Serve,

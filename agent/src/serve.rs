@@ -388,6 +388,11 @@ spec: {model: {source: {uri: 'file:///models/toy.gguf'}}}
                 "spec: {context: {minTokens: 4096, maxTokens: 512}, ",
                 "minTokens must not be greater than maxTokens",
             ),
+            (
+                "spec: {",
+                "spec: {engine: {gpu: Required, gpuLayers: 0}, ",
+                "gpuLayers must not be 0 when gpu is Required",
+            ),
             ("file:///models/toy.gguf", "toy.gguf", "spec.model.source.uri: \"toy.gguf\" does not match"),
             ("name: toy", "name: llama-3.1", "metadata.name must be a DNS-1035 label"),
             ("metadata: {name: toy}", "metadata: {}", "m.yaml: document 1: metadata.name: is required"),

@@ -14,6 +14,7 @@ use crate::cgroup::host_memory_limit;
 use crate::front::{Front, FrontConfig, FrontError, FrontLimits};
 use crate::metrics::AgentMetrics;
 use crate::node::apply::{Means, socket_directory};
+use crate::node::estimates::Estimates;
 use crate::node::plan::Limits;
 use crate::runner::spare;
 use crate::runner::spawn::Runner;
@@ -70,6 +71,10 @@ pub struct ServingArgs {
     /// Bytes of host memory that models may take; the cgroup's limit, or all there is, where it is absent.
     #[arg(long, env = "ALTIPLANO_MEMORY_LIMIT_BYTES")]
     pub memory_limit_bytes: Option<u64>,
+
+    /// Bytes of each GPU that models may take, for GPUs that others use as well; all there is where it is absent.
+    #[arg(long, env = "ALTIPLANO_DEVICE_MEMORY_LIMIT_BYTES")]
+    pub device_memory_limit_bytes: Option<u64>,
 
     /// Seconds that running requests get to end when a model or the agent goes.
     #[arg(long, env = "ALTIPLANO_DRAIN_SECONDS", default_value_t = 30)]
@@ -147,8 +152,8 @@ impl Setup {
             () = shutdown.cancelled() => return Err(SetupError::Stopped),
         };
         let of = state_dir.clone();
-        let directory = tokio::task::spawn_blocking(move || socket_directory(&of)).await;
-        let (sockets, sockets_lock) = directory
+        let opened = tokio::task::spawn_blocking(move || Ok((socket_directory(&of)?, Estimates::open(&of)))).await;
+        let ((sockets, sockets_lock), estimates) = opened
             .unwrap_or_else(|panicked| Err(panicked.into()))
             .map_err(|error| SetupError::State(state_dir, error))?;
         let metrics = Arc::new(AgentMetrics::new(env!("CARGO_PKG_VERSION"))?);
@@ -174,6 +179,8 @@ impl Setup {
             sockets,
             threads: u32::try_from(threads).unwrap_or(u32::MAX),
             memory_limit,
+            device_memory_limit: args.device_memory_limit_bytes,
+            estimates: Arc::new(estimates),
         };
         let limits = Limits { loading: LOADING, lame_duck, drain: Duration::from_secs(args.drain_seconds) };
         Ok(Self { means, limits, sockets_lock })

@@ -4,13 +4,12 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_agent::runner::spawn::Runner;
 use altiplano_test_models::toy;
-use support::{Agent, Model, PATIENCE, chat, question, workers};
+use support::{Agent, PATIENCE, chat, question, traffic, workers};
 
 /// Bytes that the toy model takes on the CPU, by the dry run.
 async fn need() -> u64 {
@@ -20,79 +19,13 @@ async fn need() -> u64 {
     estimate.memory.iter().map(MemoryUse::total).sum()
 }
 
-/// Numbers that look random; the same in every run.
-fn random(state: &AtomicU64) -> usize {
-    let next = state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-    let mixed = (next ^ (next >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    usize::try_from((mixed ^ (mixed >> 27)) >> 33).unwrap_or(0)
-}
-
 /// Twelve models where four fit, and six clients that ask anyone: nobody fails, everybody is served. Longer with
 /// `ALTIPLANO_SOAK_SECONDS`.
 #[tokio::test(flavor = "multi_thread")]
 async fn twelve_models_share_room_for_four() {
-    let soak = std::env::var("ALTIPLANO_SOAK_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(20);
-    let names: Vec<String> = (0..12).map(|number| format!("m{number}")).collect();
-    let path = toy::path();
     let more = ", unload: {minResidentSeconds: 1}, engine: {gpu: Never}, traffic: {queueTimeoutSeconds: 120}";
-    let models: Vec<Model<'_>> = names.iter().map(|name| (name.as_str(), path.as_path(), more)).collect();
     let limit = (need().await * 9 / 2).to_string();
-    let agent = Arc::new(Agent::start(&[], &["serve"], &models, &["--memory-limit-bytes", &limit], &[]).await);
-    agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
-
-    let (seed, until) = (Arc::new(AtomicU64::new(42)), Instant::now() + Duration::from_secs(soak));
-    let clients = (0..6).map(|number| {
-        let (agent, seed, names) = (Arc::clone(&agent), Arc::clone(&seed), names.clone());
-        tokio::spawn(async move {
-            let mut served = vec![0_u32; names.len()];
-            let (mut honest, mut longest) = (0, Duration::ZERO);
-            let (question, expected) = question();
-            // Two each, so that all twelve are asked for, then anyone.
-            let mut first = [2 * number, 2 * number + 1].into_iter();
-            loop {
-                let model = match first.next() {
-                    Some(model) => model,
-                    None if Instant::now() < until => random(&seed) % names.len(),
-                    None => break,
-                };
-                let asked = Instant::now();
-                let response = agent.post(&chat(&names[model], &question)).await.expect("an answer");
-                let (status, retry) = (response.status().as_u16(), response.headers().contains_key("retry-after"));
-                let answer = response.text().await.expect("a body");
-                match status {
-                    200 => {
-                        let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
-                        assert_eq!(answer["choices"][0]["message"]["content"], expected);
-                        served[model] += 1;
-                    }
-                    503 if retry => honest += 1,
-                    _ => panic!("{status}: {answer}; {}", agent.story()),
-                }
-                longest = longest.max(asked.elapsed());
-            }
-            (served, honest, longest)
-        })
-    });
-    let mut served = vec![0; names.len()];
-    let (mut honest, mut longest) = (0, Duration::ZERO);
-    for client in futures::future::join_all(clients).await {
-        let (its, refused, wait) = client.expect("a client that saw nothing wrong");
-        served.iter_mut().zip(its).for_each(|(sum, one)| *sum += one);
-        honest += refused;
-        longest = longest.max(wait);
-    }
-    let held = workers(agent.pid()).len();
-    assert!(held <= 4, "{held} workers where four fit");
-    let mut evictions = 0.0;
-    for name in &names {
-        evictions += agent.metric("altiplano_model_evictions_total", &format!("\"{name}\"")).await;
-    }
-    println!("served {served:?}, {honest} honest refusals, {evictions} evictions, longest wait {longest:?}");
-    assert!(served.iter().all(|count| *count > 0), "not everybody was served: {served:?}; {}", agent.story());
-    assert!(evictions > 0.0);
-    for wrong in ["was killed by", "worker ended\" uid", "out of memory", "InsufficientMemory: the"] {
-        assert!(!agent.log().contains(wrong), "{wrong}: {}", agent.story());
-    }
+    traffic(more, &["--memory-limit-bytes", &limit], &[], 20).await;
 }
 
 /// Requests that come together load a model once, and a client that leaves takes nothing from the others.

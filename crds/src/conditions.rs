@@ -14,6 +14,8 @@ pub mod types {
     pub const DEGRADED: &str = "Degraded";
     /// Of a ModelNode: what the agent cannot give, such as isolation of workers from each other.
     pub const AGENT_HEALTHY: &str = "AgentHealthy";
+    /// Of a ModelNode: a worker that takes too much memory ends alone. Where it is False, the kernel ends all of them.
+    pub const WORKERS_ISOLATED: &str = "WorkersIsolated";
 }
 
 /// Reasons, as they stand in conditions, Events and metric labels.
@@ -64,6 +66,8 @@ pub mod reasons {
     pub const WORKER_EXITED: &str = "WorkerExited";
     /// The worker was ended before the kernel had to: the node's agent and its workers had nearly used up their memory.
     pub const OUT_OF_MEMORY: &str = "OutOfMemory";
+    /// The kernel ends all processes of the agent's control group when its memory runs out (`memory.oom.group`).
+    pub const OOM_GROUP: &str = "OomGroup";
     /// llama.cpp could not load the file.
     pub const LOAD_FAILED: &str = "LoadFailed";
     /// The agent on the node has stopped renewing its Lease.

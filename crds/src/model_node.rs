@@ -317,6 +317,11 @@ pub struct Device {
     #[schemars(length(max = 256))]
     pub name: String,
 
+    /// The driver and its version, such as "NVIDIA 570.124.06" or "llvmpipe Mesa 22.3.6"; absent where nobody says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub driver: Option<String>,
+
     /// llama.cpp's backend, such as "Vulkan", "CUDA" or "CPU".
     #[schemars(length(max = 64))]
     pub backend: String,
@@ -331,6 +336,21 @@ pub struct Device {
 
     /// Bytes promised to models.
     pub memory_reserved_bytes: i64,
+
+    /// Bytes that the driver says are in use and that no worker of this agent holds: other processes', and what a
+    /// worker that has ended has not given back. In steps that keep the status quiet.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub memory_foreign_bytes: i64,
+
+    /// What people should know about the device's memory, such as that it is a MIG slice or shared with others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub note: Option<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &i64) -> bool {
+    *count == 0
 }
 
 /// Room for model files.
@@ -442,12 +462,16 @@ pub struct DeviceMemory {
     #[schemars(length(max = 64))]
     pub device: String,
 
-    /// Bytes that llama.cpp's dry run predicted.
+    /// Bytes that the dry run predicted; of a model that was loaded before in the same way: what was measured then.
     pub predicted_bytes: i64,
 
     /// Bytes after loading.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub measured_bytes: Option<i64>,
+
+    /// How far the prediction was off: measured bytes less predicted ones, as they were when the model had been loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_bytes: Option<i64>,
 }
 
 /// Memory that a model would need on one device.

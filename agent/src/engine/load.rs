@@ -22,6 +22,8 @@ use super::sizing::Limits;
 use super::speculative::{Kind, Settings};
 use super::worker::probe::PROBE_AFTER;
 use super::{Ability, ModelFacts};
+use crate::cgroup;
+use crate::ledger;
 use crate::runner::protocol::{
     AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport, WARM_UP_PERCENT,
 };
@@ -89,6 +91,7 @@ pub(super) struct Plan {
 pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Model, bool), EngineError> {
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
     progress(0);
+    check_reserved(config)?;
     let gpu = !devices.is_empty();
     let model = load_model(config, devices, false, progress)?;
     progress(WARM_UP_PERCENT);
@@ -108,7 +111,10 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
     }
     // Before the context, which is planned with the adapters that are there.
     let adapters = load_adapters(config, &model)?;
-    let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
+    let model = model
+        .with_adapter_bytes(adapter_bytes(config))
+        .with_projector(needs.memory)
+        .with_held_bytes(cgroup::held_bytes().unwrap_or(0));
     let (projector, encoder) = load_projector(config, &model, gpu, params.micro_batch)?.unzip();
     let mut context = new_context(&model, &params)?;
     let can_cut = warm_up(&model, &mut context, gpu)?;
@@ -132,6 +138,9 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
         load_milliseconds: 0,
         notes: notes(config, &model, &plan),
     };
+    if plan.layers_offloaded >= plan.layers_total {
+        drop_cache(config);
+    }
     let facts = facts(config, &model, plan.limits.max_tokens);
     let names = config.adapters.iter().map(|adapter| adapter.name.clone());
     let sees = projector.as_ref().is_some_and(Projector::sees).then_some(Ability::Vision);
@@ -156,12 +165,16 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
         return Err(EngineError::UnsupportedModel(reason.to_owned()));
     }
     if let Some(pooling) = embed::pooling(&model) {
+        let model = model.with_held_bytes(cgroup::held_bytes().unwrap_or(0));
         return embed::estimate(config, &model, pooling, gpu);
     }
     check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
     let (mut plan, params) = plan(config, &model, gpu, needs.together)?;
-    let model = model.with_adapter_bytes(adapter_bytes(config)).with_projector(needs.memory);
+    let model = model
+        .with_adapter_bytes(adapter_bytes(config))
+        .with_projector(needs.memory)
+        .with_held_bytes(cgroup::held_bytes().unwrap_or(0));
     check_books(&plan, &params)?;
     let context = new_context(&model, &params)?;
     settle_guessing(&mut plan, context.rollback())?;
@@ -178,11 +191,13 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
 
 /// The devices that llama.cpp sees in this process, the CPU last.
 pub(super) fn probe() -> Result<ProbeReport, EngineError> {
-    let mut devices: Vec<_> = ffi::devices()
-        .map_err(EngineError::Internal)?
+    let found = ffi::devices().map_err(EngineError::Internal)?;
+    let vulkan = ffi::vulkan_drivers();
+    let mut devices: Vec<_> = found
         .into_iter()
         .map(|device| {
             let Device { index: _, name, description, backend, kind, total, free } = device;
+            let driver = driver_of(&backend, &description, &vulkan);
             ProbedDevice {
                 id: name,
                 description,
@@ -190,6 +205,7 @@ pub(super) fn probe() -> Result<ProbeReport, EngineError> {
                 kind: kind.to_owned(),
                 memory_total_bytes: total,
                 memory_free_bytes: free,
+                driver,
             }
         })
         .collect();
@@ -201,6 +217,33 @@ pub(super) fn probe() -> Result<ProbeReport, EngineError> {
         }
     }
     Ok(ProbeReport { backends, devices })
+}
+
+/// Weights that are on a device need no copy in the kernel's cache of files, which counts as the container's memory. What
+/// is still mapped stays.
+fn drop_cache(config: &RunnerConfig) {
+    for path in std::iter::once(&config.model_path).chain(&config.draft_path) {
+        let dropped = std::fs::File::open(path)
+            .and_then(|file| Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?));
+        if let Err(error) = dropped {
+            tracing::debug!(%error, path = %path.display(), "the kernel keeps the file in its cache");
+        }
+    }
+}
+
+/// The driver of a device and its version; empty where nobody says.
+fn driver_of(backend: &str, description: &str, vulkan: &[(String, String)]) -> String {
+    let kernel = |module: &str| {
+        let version = std::fs::read_to_string(format!("/sys/module/{module}/version")).ok()?;
+        Some(version.trim().to_owned())
+    };
+    match backend {
+        "Vulkan" => vulkan.iter().find(|(device, _)| device == description).map(|(_, driver)| driver.clone()),
+        "CUDA" => kernel("nvidia").map(|version| format!("NVIDIA {version}")),
+        "ROCm" => kernel("amdgpu").map(|version| format!("amdgpu {version}")),
+        _ => None,
+    }
+    .unwrap_or_default()
 }
 
 /// llama.cpp's indices of the devices that the agent granted. No layer on them means no device: a context that is not
@@ -483,6 +526,21 @@ fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Re
     Ok(())
 }
 
+/// What the agent reserved may have been taken by another process meanwhile. Running out of it while computing would end
+/// this one.
+fn check_reserved(config: &RunnerConfig) -> Result<(), EngineError> {
+    for (device, &needed) in &config.reserved {
+        if let Some(free) = ffi::available_bytes(device).filter(|free| *free < needed) {
+            return Err(EngineError::InsufficientMemory(format!(
+                "the model needs {} on {device}, where {} are free",
+                ledger::bytes(needed),
+                ledger::bytes(free)
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.
 fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
     let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.has_context()));
@@ -591,6 +649,7 @@ pub(super) fn add(memory: &mut Vec<MemoryUse>, more: Vec<MemoryUse>) {
                 known.context_bytes += use_.context_bytes;
                 known.compute_bytes += use_.compute_bytes;
                 known.other_bytes += use_.other_bytes;
+                known.mapped_bytes += use_.mapped_bytes;
             }
             None => memory.push(use_),
         }

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use http::StatusCode;
+use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
 use super::{LOAD_SECONDS_BUCKETS, code_class};
+use crate::cgroup::GroupMemory;
 
 /// State of a model, as `altiplano_model_state{state}` counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +48,7 @@ pub struct AgentMetrics {
     state: IntGaugeVec,
     predicted: GaugeVec,
     measured: GaugeVec,
+    memory_error: GaugeVec,
     restarts: IntCounterVec,
     load: HistogramVec,
     wakes: IntCounterVec,
@@ -55,6 +58,10 @@ pub struct AgentMetrics {
     retries: IntCounterVec,
     device_total: GaugeVec,
     device_reserved: GaugeVec,
+    device_foreign: GaugeVec,
+    host_limit: Gauge,
+    host_used: Gauge,
+    host_stalled: Gauge,
     connections: IntGauge,
     buffered: Gauge,
     scrape_failures: IntCounter,
@@ -79,6 +86,13 @@ impl AgentMetrics {
             )?,
             measured: GaugeVec::new(
                 opts("model_memory_measured_bytes", "Bytes that the model takes on a device, measured after warm-up."),
+                &with(&["device"]),
+            )?,
+            memory_error: GaugeVec::new(
+                opts(
+                    "model_memory_error_bytes",
+                    "Bytes measured on a device less those predicted, as they were when the model had been loaded.",
+                ),
                 &with(&["device"]),
             )?,
             restarts: IntCounterVec::new(opts("worker_restarts_total", "Workers that ended by themselves."), &MODEL)?,
@@ -113,6 +127,25 @@ impl AgentMetrics {
                 opts("device_memory_reserved_bytes", "Bytes that the ledger has given away on a device."),
                 &["device"],
             )?,
+            device_foreign: GaugeVec::new(
+                opts(
+                    "device_memory_foreign_bytes",
+                    "Bytes of a device that are in use, by its driver's last word, and that no worker of this agent holds.",
+                ),
+                &["device"],
+            )?,
+            host_limit: Gauge::new(
+                "host_memory_limit_bytes",
+                "Bytes that the tightest of the agent's control groups may take; 0 without a limit.",
+            )?,
+            host_used: Gauge::new(
+                "host_memory_used_bytes",
+                "Bytes that this group takes and the kernel cannot take back by itself.",
+            )?,
+            host_stalled: Gauge::new(
+                "host_memory_stalled_ratio",
+                "Share of the last ten seconds in which none of the group's processes got on for want of memory.",
+            )?,
             connections: IntGauge::new("agent_connections", "Connections that clients hold open to the agent.")?,
             buffered: Gauge::new("agent_buffered_bytes", "Bytes of request bodies that the agent holds.")?,
             scrape_failures: IntCounter::new(
@@ -121,23 +154,34 @@ impl AgentMetrics {
             )?,
             registry,
         };
-        let registry = &metrics.registry;
-        registry.register(Box::new(metrics.state.clone()))?;
-        registry.register(Box::new(metrics.predicted.clone()))?;
-        registry.register(Box::new(metrics.measured.clone()))?;
-        registry.register(Box::new(metrics.restarts.clone()))?;
-        registry.register(Box::new(metrics.load.clone()))?;
-        registry.register(Box::new(metrics.wakes.clone()))?;
-        registry.register(Box::new(metrics.evictions.clone()))?;
-        registry.register(Box::new(metrics.room_wait.clone()))?;
-        registry.register(Box::new(metrics.answers.clone()))?;
-        registry.register(Box::new(metrics.retries.clone()))?;
-        registry.register(Box::new(metrics.device_total.clone()))?;
-        registry.register(Box::new(metrics.device_reserved.clone()))?;
-        registry.register(Box::new(metrics.connections.clone()))?;
-        registry.register(Box::new(metrics.buffered.clone()))?;
-        registry.register(Box::new(metrics.scrape_failures.clone()))?;
+        metrics.register()?;
         Ok(metrics)
+    }
+
+    fn register(&self) -> Result<(), prometheus::Error> {
+        let all: [Box<dyn Collector>; 20] = [
+            Box::new(self.state.clone()),
+            Box::new(self.predicted.clone()),
+            Box::new(self.measured.clone()),
+            Box::new(self.restarts.clone()),
+            Box::new(self.load.clone()),
+            Box::new(self.wakes.clone()),
+            Box::new(self.evictions.clone()),
+            Box::new(self.room_wait.clone()),
+            Box::new(self.answers.clone()),
+            Box::new(self.retries.clone()),
+            Box::new(self.device_total.clone()),
+            Box::new(self.device_reserved.clone()),
+            Box::new(self.device_foreign.clone()),
+            Box::new(self.host_limit.clone()),
+            Box::new(self.host_used.clone()),
+            Box::new(self.host_stalled.clone()),
+            Box::new(self.memory_error.clone()),
+            Box::new(self.connections.clone()),
+            Box::new(self.buffered.clone()),
+            Box::new(self.scrape_failures.clone()),
+        ];
+        all.into_iter().try_for_each(|collector| self.registry.register(collector))
     }
 
     /// Registry, for metrics of other rooms (the node's store, the Kubernetes client).
@@ -173,9 +217,28 @@ impl AgentMetrics {
     }
 
     /// A device as the ledger sees it.
-    pub fn device_memory(&self, device: &str, total: u64, reserved: u64) {
+    pub fn device_memory(&self, device: &str, total: u64, reserved: u64, foreign: u64) {
         self.device_total.with_label_values(&[device]).set(float(total));
         self.device_reserved.with_label_values(&[device]).set(float(reserved));
+        self.device_foreign.with_label_values(&[device]).set(float(foreign));
+    }
+
+    /// The tightest of the agent's control groups.
+    pub fn host_memory(&self, group: GroupMemory) {
+        self.host_limit.set(float(group.limit));
+        self.host_used.set(float(group.used));
+        self.host_stalled.set(f64::from(group.stalled_percent) / 100.0);
+    }
+
+    /// How far the prediction of a model's memory was off on `device`, in bytes; `None`: not known.
+    #[expect(clippy::cast_precision_loss, reason = "Prometheus has floats only; bytes are exact up to 8 PiB")]
+    pub fn model_memory_error(&self, namespace: &str, name: &str, device: &str, error: Option<i64>) {
+        let labels = [namespace, name, device];
+        match error {
+            Some(bytes) => self.memory_error.with_label_values(&labels).set(bytes as f64),
+            // An absent series is the normal case here.
+            None => drop(self.memory_error.remove_label_values(&labels)),
+        }
     }
 
     /// A worker ended by itself.
@@ -211,6 +274,7 @@ impl AgentMetrics {
         }
         for device in devices {
             self.model_memory(namespace, name, device, None, None);
+            self.model_memory_error(namespace, name, device, None);
         }
         for class in ["1xx", "2xx", "3xx", "4xx", "5xx"] {
             drop(self.answers.remove_label_values(&[namespace, name, class]));
@@ -266,6 +330,7 @@ mod tests {
         metrics.model_state("ml", "toy", ModelState::Loading);
         metrics.model_state("ml", "toy", ModelState::Ready);
         metrics.model_memory("ml", "toy", "Vulkan0", Some(100), Some(90));
+        metrics.model_memory_error("ml", "toy", "Vulkan0", Some(-10));
         metrics.model_loaded("ml", "toy", Duration::from_millis(700));
         metrics.worker_restarted("ml", "toy");
         metrics.model_woken("ml", "toy");

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use altiplano_crds::conditions::reasons;
@@ -12,13 +12,18 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::observe::{FileState, Happened, Model, Observed, RouteTo, Sources, StoredFiles, Trouble};
+use super::estimates::{self, Estimates};
+use super::observe::{Happened, Model, Observed, RouteTo, Sources, StoredFiles, Trouble};
 use super::plan::Step;
-use crate::devices::Devices;
+use crate::devices::{Devices, Target};
+use crate::engine::llama_cpp_version;
 use crate::front::{Front, PublishedModel, Route};
+use crate::ledger::Need;
 use crate::metrics::AgentMetrics;
 use crate::runner::adopt::{self, Record};
-use crate::runner::protocol::{AdapterFile, EstimateReport, RunnerCommand, RunnerConfig, RunnerFailure};
+use crate::runner::protocol::{
+    AdapterFile, EstimateReport, ProbeReport, ProbedDevice, RunnerCommand, RunnerConfig, RunnerFailure, RunnerReport,
+};
 use crate::runner::spawn::{Runner, SpawnError};
 use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
 use crate::store::{Progress, Source, Store, StoreError, StoredModel};
@@ -37,9 +42,6 @@ const DOWNLOADS: usize = 4;
 
 /// Dry runs at the same time.
 const DRY_RUNS: usize = 2;
-
-/// Answers of dry runs that are kept.
-const KEPT_ESTIMATES: usize = 256;
 
 /// Something that happened to a model, or to the node where `uid` is empty.
 #[derive(Debug)]
@@ -65,6 +67,10 @@ pub struct Means {
     pub threads: u32,
     /// Bytes of host memory that models may take.
     pub memory_limit: u64,
+    /// Bytes of each GPU that models may take; `None`: all there is.
+    pub device_memory_limit: Option<u64>,
+    /// What models take, as far as it is known.
+    pub estimates: Arc<Estimates>,
 }
 
 /// Runs steps.
@@ -76,7 +82,8 @@ pub(super) struct Executor {
     fetches: HashMap<String, CancellationToken>,
     progress: mpsc::Sender<Report>,
     messages: mpsc::Sender<WorkerMessage>,
-    estimates: Arc<Mutex<HashMap<String, EstimateReport>>>,
+    /// How each worker's memory was estimated.
+    asked: HashMap<WorkerId, (Question, Target)>,
     downloads: Arc<Semaphore>,
     dry_runs: Arc<Semaphore>,
 }
@@ -91,7 +98,7 @@ impl Executor {
             fetches: HashMap::new(),
             progress,
             messages,
-            estimates: Arc::default(),
+            asked: HashMap::new(),
             downloads: Arc::new(Semaphore::new(DOWNLOADS)),
             dry_runs: Arc::new(Semaphore::new(DRY_RUNS)),
         }
@@ -100,9 +107,17 @@ impl Executor {
     /// Looks at the devices.
     pub(super) fn probe(&mut self) {
         let (runner, limit) = (self.means.runner.clone(), self.means.memory_limit);
+        let (estimates, device_limit) = (Arc::clone(&self.means.estimates), self.means.device_memory_limit);
         self.tasks.spawn(async move {
             let devices = runner.probe(PROBE_TIMEOUT).await;
-            let devices = devices.map(|report| Devices::new(report, limit)).map_err(|error| trouble_of(&error).message);
+            let devices = match devices {
+                Ok(report) => {
+                    let processes = processes(&runner, &estimates, &report).await;
+                    let devices = Devices::new(report, limit).with_process_bytes(processes);
+                    Ok(devices.limited(device_limit.unwrap_or(u64::MAX)))
+                }
+                Err(error) => Err(trouble_of(&error).message),
+            };
             Report { uid: String::new(), what: Happened::Probed(devices) }
         });
     }
@@ -139,6 +154,20 @@ impl Executor {
     /// A worker has ended.
     pub(super) fn forget_worker(&mut self, worker: WorkerId) {
         self.workers.remove(&worker);
+        self.asked.remove(&worker);
+    }
+
+    /// A model has been loaded: what it took is what it will take.
+    pub(super) fn learn(&mut self, worker: WorkerId, report: &RunnerReport) {
+        let Some((question, target)) = self.asked.remove(&worker) else { return };
+        let (estimates, memory) = (Arc::clone(&self.means.estimates), target.translate_back(report.memory.clone()));
+        self.supervisors.spawn(async move {
+            if let Some(key) = question.key().await
+                && estimates.measured(&key, &memory)
+            {
+                save(&estimates).await;
+            }
+        });
     }
 
     fn supervise(&mut self, record: Record, start: Start) {
@@ -190,9 +219,21 @@ impl Executor {
         match step {
             Step::Publish { uid } => self.publish(uid, model),
             Step::Fetch { uid } => self.fetch(uid, model.source.clone()),
-            Step::Estimate { uid, revision, on } => self.estimate(uid, revision, on, model),
+            Step::Peek { uid } => self.peek(uid, model.source.clone()),
+            Step::Estimate { uid, revision, on } => {
+                let Some(config) = self.config(model, WorkerId::MAX, on) else { return };
+                self.estimate(uid, revision, Question::new(config, model, observed));
+            }
             Step::Load { uid: _, revision, worker, target, need, note } => {
-                let Some(config) = self.config(model, worker, target.devices) else { return };
+                let Some(mut config) = self.config(model, worker, target.devices.clone()) else { return };
+                let estimated = RunnerConfig { devices: target.estimate_on.clone(), ..config.clone() };
+                self.asked.insert(worker, (Question::new(estimated, model, observed), target));
+                let devices = observed.devices.as_ref();
+                let reserved = need.iter().filter(|(device, _)| devices.is_some_and(|all| all.has_driver(device)));
+                // It opens the device before it looks.
+                let process = |device| devices.and_then(|all| all.process_bytes.get(device)).copied().unwrap_or(0);
+                config.reserved =
+                    reserved.map(|(device, bytes)| (device.clone(), bytes.saturating_sub(process(device)))).collect();
                 tracing::info!(
                     model = model.label(),
                     revision,
@@ -293,26 +334,36 @@ impl Executor {
             let _permit = downloads.acquire_owned().await;
             let (progress, seen) = watch::channel(Progress::default());
             let result = tokio::select! {
-                result = ensure(&store, &source, &progress, &cancel) => result,
+                result = files(&store, &source, Way::Whole(&progress, &cancel)) => result,
                 () = tell_progress(seen, &reports, &uid, &source) => Err(unstored(None, &StoreError::Cancelled)),
             };
             Report { uid, what: Happened::Fetched(source, result.map(Arc::new)) }
         });
     }
 
-    fn estimate(&mut self, uid: String, revision: String, on: Vec<String>, model: &Model) {
-        let Some(config) = self.config(model, WorkerId::MAX, on.clone()) else { return };
-        let (runner, cache) = (self.means.runner.clone(), Arc::clone(&self.estimates));
+    /// Fetches the headers of the model's files; a file whose header is too long for that, whole.
+    fn peek(&mut self, uid: String, source: Sources) {
+        let (store, downloads) = (self.means.store.clone(), Arc::clone(&self.downloads));
+        self.tasks.spawn(async move {
+            // The semaphore is never closed.
+            let _permit = downloads.acquire_owned().await;
+            let result = files(&store, &source, Way::Headers).await;
+            Report { uid, what: Happened::Peeked(source, result.map(Arc::new)) }
+        });
+    }
+
+    fn estimate(&mut self, uid: String, revision: String, question: Question) {
+        let (runner, known) = (self.means.runner.clone(), Arc::clone(&self.means.estimates));
         let dry_runs = Arc::clone(&self.dry_runs);
         self.tasks.spawn(async move {
             let _permit = dry_runs.acquire_owned().await;
-            let result = estimate(&runner, &cache, &config).await.map_err(|error| trouble_of(&error));
-            Report { uid, what: Happened::Estimated(revision, on, result) }
+            let result = estimate(&runner, &known, &question).await.map_err(|error| trouble_of(&error));
+            Report { uid, what: Happened::Estimated(revision, question.config.devices, result) }
         });
     }
 
     fn config(&self, model: &Model, worker: WorkerId, devices: Vec<String>) -> Option<RunnerConfig> {
-        let FileState::Present(stored) = &model.file else {
+        let Some(stored) = model.file.known() else {
             tracing::error!(model = model.label(), "planned to load a file that is not there");
             return None;
         };
@@ -337,6 +388,7 @@ impl Executor {
             devices,
             gpu_layers: layers.and_then(|layers| u32::try_from(layers).ok()),
             threads: threads(&wanted.engine, self.means.threads),
+            reserved: BTreeMap::new(),
         })
     }
 
@@ -359,38 +411,52 @@ fn threads(engine: &EngineSpec, default: u32) -> u32 {
     engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
 }
 
-/// Sees to the model's own file, whose progress is told, and then to its projector, draft model and adapters, which are
-/// smaller.
-async fn ensure(
-    store: &Store,
-    sources: &Sources,
-    progress: &watch::Sender<Progress>,
-    cancel: &CancellationToken,
-) -> Result<StoredFiles, Trouble> {
-    let wanted = |ModelSource { uri, revision, files: _, sha256 }: &ModelSource| Source {
-        uri: uri.clone(),
-        revision: revision.clone(),
-        sha256: sha256.clone(),
-    };
-    let model = store.ensure(&wanted(&sources.model), progress, cancel).await;
-    let model = model.map_err(|error| unstored(None, &error))?;
-    let projector = match &sources.projector {
+/// How much of files is wanted.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// All of them, and word of the progress of the model's own.
+    Whole(&'a watch::Sender<Progress>, &'a CancellationToken),
+    /// What they say of themselves.
+    Headers,
+}
+
+impl Way<'_> {
+    async fn file(self, store: &Store, source: &ModelSource, is_own: bool) -> Result<StoredModel, StoreError> {
+        let source = Source::from(source);
+        let quiet = watch::Sender::default();
+        match self {
+            Self::Whole(progress, cancel) => {
+                store.ensure(&source, if is_own { progress } else { &quiet }, cancel).await
+            }
+            Self::Headers => match store.peek(&source).await? {
+                Some(peeked) => Ok(peeked),
+                None => store.ensure(&source, &quiet, &CancellationToken::new()).await,
+            },
+        }
+    }
+}
+
+/// Sees to the model's own file and then to its projector, draft model and adapters, which are smaller.
+async fn files(store: &Store, sources: &Sources, way: Way<'_>) -> Result<StoredFiles, Trouble> {
+    let Sources { model, projector, draft, adapters: adapter_specs } = sources;
+    let model = way.file(store, model, true).await.map_err(|error| unstored(None, &error))?;
+    let projector = match projector {
         None => None,
         Some(source) => {
-            let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+            let stored = way.file(store, source, false).await;
             Some(stored.map_err(|error| unstored(Some("projector"), &error))?.path)
         }
     };
-    let draft = match &sources.draft {
+    let draft = match draft {
         None => None,
         Some(source) => {
-            let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+            let stored = way.file(store, source, false).await;
             Some(stored.map_err(|error| unstored(Some("draft"), &error))?)
         }
     };
-    let mut adapters = Vec::with_capacity(sources.adapters.len());
-    for AdapterSpec { name, source, scale_percent } in &sources.adapters {
-        let stored = store.ensure(&wanted(source), &watch::Sender::default(), cancel).await;
+    let mut adapters = Vec::with_capacity(adapter_specs.len());
+    for AdapterSpec { name, source, scale_percent } in adapter_specs {
+        let stored = way.file(store, source, false).await;
         let stored = stored.map_err(|error| unstored(Some(&format!("adapter {name}")), &error))?;
         let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
         adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
@@ -426,40 +492,95 @@ async fn tell_progress(
     std::future::pending::<()>().await;
 }
 
-async fn estimate(
-    runner: &Runner,
-    cache: &Mutex<HashMap<String, EstimateReport>>,
-    config: &RunnerConfig,
-) -> Result<EstimateReport, SpawnError> {
-    let key = cache_key(config).await;
-    let known = || cache.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(report) = key.as_ref().and_then(|key| known().get(key).cloned()) {
+async fn estimate(runner: &Runner, known: &Arc<Estimates>, question: &Question) -> Result<EstimateReport, SpawnError> {
+    let key = question.key().await;
+    if let Some(report) = key.as_ref().and_then(|key| known.get(key)) {
         return Ok(report);
     }
-    let report = runner.estimate(config, ESTIMATE_TIMEOUT).await?;
+    let report = runner.estimate(&question.config, ESTIMATE_TIMEOUT).await?;
     if let Some(key) = key {
-        let mut cache = known();
-        if cache.len() >= KEPT_ESTIMATES {
-            cache.clear();
-        }
-        cache.insert(key, report.clone());
+        known.predicted(&key, report.clone());
+        save(known).await;
     }
     Ok(report)
 }
 
-/// Everything that an estimate depends on; `None` for a file that is gone.
-async fn cache_key(config: &RunnerConfig) -> Option<String> {
-    let RunnerConfig {
-        model_path, projector, draft_path, adapters, context, engine, devices, gpu_layers, threads, ..
-    } = config;
-    let mut files = Vec::new();
-    for path in std::iter::once(model_path).chain(projector).chain(draft_path) {
-        let metadata = tokio::fs::metadata(path).await.ok()?;
-        let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-        files.push((path, metadata.len(), modified.to_string()));
+async fn save(known: &Arc<Estimates>) {
+    let known = Arc::clone(known);
+    if let Err(error) = tokio::task::spawn_blocking(move || known.save()).await {
+        tracing::error!(%error, "remembering what models take failed");
     }
-    let parts = (files, adapters, context, engine, devices, gpu_layers, threads);
-    serde_json::to_string(&parts).ok()
+}
+
+/// What a process takes of each GPU by opening it: measured once for each device and driver.
+async fn processes(runner: &Runner, known: &Arc<Estimates>, report: &ProbeReport) -> Need {
+    let gpus: Vec<&ProbedDevice> = report.devices.iter().filter(|device| device.kind == "GPU").collect();
+    let name = |gpu: &ProbedDevice| format!("{} {} {}", gpu.id, gpu.description, gpu.driver);
+    if gpus.iter().any(|gpu| known.process(&name(gpu)).is_none()) {
+        match runner.process_bytes(PROBE_TIMEOUT).await {
+            Ok(measured) => {
+                for gpu in &gpus {
+                    known.process_measured(name(gpu), measured.get(&gpu.id).copied().unwrap_or(0));
+                }
+                save(known).await;
+            }
+            Err(error) => tracing::warn!(%error, "cannot measure what a process takes of a device"),
+        }
+    }
+    gpus.iter().filter_map(|gpu| Some((gpu.id.clone(), known.process(&name(gpu))?))).collect()
+}
+
+/// What is asked of a dry run.
+struct Question {
+    config: RunnerConfig,
+    /// Digests of the files, by path, where they are known.
+    digests: Vec<(PathBuf, String)>,
+    /// Names and drivers of the devices.
+    drivers: Vec<String>,
+}
+
+impl Question {
+    fn new(config: RunnerConfig, model: &Model, observed: &Observed) -> Self {
+        let files = model.file.known().map_or([None, None], |stored| [Some(&stored.model), stored.draft.as_ref()]);
+        let digest = |file: &StoredModel| Some((file.path.clone(), file.sha256.clone()?));
+        let devices = observed.devices.iter().flat_map(|devices| &devices.list);
+        let devices = devices.filter(|device| config.devices.contains(&device.id));
+        Self {
+            digests: files.into_iter().flatten().filter_map(digest).collect(),
+            drivers: devices.map(|device| format!("{} {}", device.description, device.driver)).collect(),
+            config,
+        }
+    }
+
+    /// Everything that the answer depends on; `None` for a file that is gone.
+    async fn key(&self) -> Option<String> {
+        let RunnerConfig {
+            model_path,
+            projector,
+            draft_path,
+            adapters,
+            context,
+            engine,
+            devices,
+            gpu_layers,
+            threads,
+            ..
+        } = &self.config;
+        let mut files = Vec::new();
+        let adapter_paths = adapters.iter().map(|adapter| &adapter.path);
+        for path in std::iter::once(model_path).chain(projector).chain(draft_path).chain(adapter_paths) {
+            let digest = self.digests.iter().find(|(of, _)| of == path).map(|(_, digest)| digest.clone());
+            files.push(if let Some(digest) = digest {
+                (digest, 0, String::new())
+            } else {
+                let metadata = tokio::fs::metadata(path).await.ok()?;
+                let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+                (path.display().to_string(), metadata.len(), modified.to_string())
+            });
+        }
+        let versions = (env!("CARGO_PKG_VERSION"), llama_cpp_version());
+        estimates::key(&(versions, files, context, engine, (devices, &self.drivers), gpu_layers, threads))
+    }
 }
 
 fn trouble_of(error: &SpawnError) -> Trouble {

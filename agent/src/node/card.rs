@@ -2,21 +2,18 @@
 
 use altiplano_crds::model_deployment::UnloadPolicy;
 
-use super::observe::{FileState, Model, Phase};
+use super::observe::{Model, Phase};
 use super::plan::policy_idle_limit;
 use crate::devices::CPU;
 use crate::front::{FileCard, ModelCard};
 
 /// The card of a model.
 pub(super) fn card(model: &Model) -> ModelCard {
-    let file = match &model.file {
-        FileState::Present(stored) => Some(FileCard {
-            header: stored.header.clone(),
-            size_bytes: stored.size_bytes,
-            sha256: stored.sha256.clone(),
-        }),
-        FileState::Unknown | FileState::Fetching { .. } => None,
-    };
+    let file = model.file.known().map(|stored| FileCard {
+        header: stored.header.clone(),
+        size_bytes: stored.size_bytes,
+        sha256: stored.sha256.clone(),
+    });
     let is_serving = |phase: Phase| matches!(phase, Phase::Ready { .. });
     let worker = model.workers.values().rfind(|worker| worker.leaving.is_none() && is_serving(worker.phase));
     let memory = worker.map(|worker| if worker.measured.is_empty() { &worker.predicted } else { &worker.measured });

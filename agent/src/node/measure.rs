@@ -63,7 +63,8 @@ impl Measurer {
     pub(super) fn measure(&mut self, observed: &Observed, plan: &Plan) {
         for device in observed.devices.iter().flat_map(|devices| &devices.list) {
             let reserved = observed.ledger.held(&device.id);
-            self.metrics.device_memory(&device.id, device.memory_total_bytes, reserved);
+            let foreign = observed.ledger.foreign(&device.id);
+            self.metrics.device_memory(&device.id, device.memory_total_bytes, reserved, foreign);
         }
         for (uid, model) in &observed.models {
             let (namespace, name) = (&model.assignment.namespace, &model.assignment.name);
@@ -88,6 +89,9 @@ impl Measurer {
                 let predicted = worker.and_then(|worker| worker.predicted.get(device)).copied();
                 let measured = worker.and_then(|worker| worker.measured.get(device)).copied();
                 self.metrics.model_memory(namespace, name, device, predicted, measured);
+                let loaded = worker.and_then(|worker| worker.loaded.get(device)).copied();
+                let error = loaded.map(|loaded| signed(loaded) - signed(predicted.unwrap_or(0)));
+                self.metrics.model_memory_error(namespace, name, device, error);
             }
             known.devices = devices;
         }
@@ -100,6 +104,10 @@ impl Measurer {
             stays
         });
     }
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 fn state_of(state: &str) -> ModelState {

@@ -7,6 +7,7 @@
 pub mod apply;
 mod card;
 pub mod cluster;
+pub mod estimates;
 mod measure;
 pub mod observe;
 pub mod plan;
@@ -18,19 +19,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use altiplano_crds::ModelNodeStatus;
+use altiplano_crds::conditions::reasons;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use self::apply::{Executor, Means, Report};
 use self::measure::Measurer;
-use self::observe::{Activity, Desired, Happened, HostMemory, Model, Observed};
+use self::observe::{Activity, Desired, FOREIGN_LOOK, Happened, HostMemory, Model, Observed};
 use self::plan::{Limits, Plan, Step, plan};
 use self::status::{Identity, status};
 use crate::cgroup::{self, GroupMemory};
 use crate::front::Expected;
-use crate::runner::protocol::{RunnerCommand, RunnerEvent};
+use crate::ledger::bytes;
+use crate::runner::protocol::{ProbedDevice, RunnerCommand, RunnerEvent};
 use crate::runner::supervise::{WorkerDid, WorkerMessage};
 
 /// Messages on their way to the loop. A full channel makes a worker's reports wait, nothing else.
@@ -101,8 +104,10 @@ impl Node {
         }
         desired.entries = self.observed.as_wanted().entries;
         self.probe(&mut probe);
+        self.observed.ends_together = cgroup::ends_together();
         self.executor.measure_storage();
         self.executor.keep_spare(true);
+        let mut seen: Option<GroupMemory> = None;
         let mut memory_watch = tokio::time::interval(MEMORY_WATCH);
         memory_watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -116,7 +121,8 @@ impl Node {
             if leaving && self.observed.models.is_empty() {
                 break;
             }
-            let next = [plan.wake_at, probe.again_at].into_iter().flatten().min();
+            self.look_while_short(&plan, &mut probe);
+            let next = [plan.wake_at, probe.due(self.observed.look_at)].into_iter().flatten().min();
             tokio::select! {
                 changed = wanted.changed(), if !leaving => {
                     // Who decided what should be here is gone: as on shutdown.
@@ -135,11 +141,7 @@ impl Node {
                 },
                 changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
                 () = sleep_until(next) => {}
-                group = memory_is_short(&mut memory_watch) => {
-                    self.executor.keep_spare(false);
-                    let held = self.executor.held();
-                    self.note("", Happened::Measured(HostMemory { group, held }));
-                }
+                _ = memory_watch.tick() => self.watch_memory(&mut seen),
                 () = hung_up(&mut hangup) => self.probe(&mut probe),
                 () = shutdown.cancelled(), if !leaving => leaving = true,
             }
@@ -150,7 +152,7 @@ impl Node {
             if leaving {
                 desired.entries.clear();
             }
-            if probe.again_at.is_some_and(|at| Instant::now() >= at) {
+            if probe.due(self.observed.look_at).is_some_and(|at| Instant::now() >= at) {
                 self.probe(&mut probe);
             }
         }
@@ -215,8 +217,14 @@ impl Node {
     fn take(&mut self, Report { uid, what }: Report, probe: &mut Probe) {
         match &what {
             Happened::Probed(Ok(devices)) => {
-                tracing::info!(devices = ?devices.list.iter().map(|d| &d.id).collect::<Vec<_>>(), "looked at the devices");
-                *probe = Probe::default();
+                let ids: Vec<_> = devices.list.iter().map(|device| &device.id).collect();
+                if self.observed.devices.as_ref().is_none_or(|known| !known.list.iter().map(|d| &d.id).eq(ids)) {
+                    for ProbedDevice { id, description, driver, memory_total_bytes, .. } in &devices.list {
+                        let memory = bytes(*memory_total_bytes);
+                        tracing::info!(id, name = description, driver, memory, "looked at the devices");
+                    }
+                }
+                *probe = Probe { last: Some(Instant::now()), ..Probe::default() };
             }
             Happened::Probed(Err(error)) => {
                 probe.failed();
@@ -250,7 +258,12 @@ impl Node {
                 }
                 return;
             }
-            WorkerDid::Said(event) => Happened::WorkerSaid(worker, event),
+            WorkerDid::Said(event) => {
+                if let RunnerEvent::Ready(report) = &event {
+                    self.executor.learn(worker, report);
+                }
+                Happened::WorkerSaid(worker, event)
+            }
             WorkerDid::Ended(end) => {
                 tracing::info!(uid, worker, how = end.how, failure = ?end.failure, "worker ended");
                 self.executor.forget_worker(worker);
@@ -277,8 +290,37 @@ impl Node {
     }
 
     fn probe(&mut self, probe: &mut Probe) {
-        probe.again_at = None;
+        if probe.running {
+            // It may have looked before that for which it is asked to look again.
+            self.observed.look_at.get_or_insert_with(Instant::now);
+            return;
+        }
+        (probe.again_at, probe.running) = (None, true);
+        self.observed.look_at = None;
         self.executor.probe();
+    }
+
+    /// What others hold of a device they give back without a word, so somebody who lacks it has it looked for.
+    fn look_while_short(&self, plan: &Plan, probe: &mut Probe) {
+        let lacks = |verdict: &plan::Verdict| verdict.reason.as_deref() == Some(reasons::INSUFFICIENT_MEMORY);
+        if self.observed.others_hold_memory() && plan.verdicts.values().any(lacks) {
+            let last = probe.last.unwrap_or_else(Instant::now);
+            probe.again_at.get_or_insert(last + FOREIGN_LOOK);
+        }
+    }
+
+    /// Reads files of the kernel, which takes microseconds.
+    fn watch_memory(&mut self, seen: &mut Option<GroupMemory>) {
+        let held = self.executor.held();
+        let group = cgroup::tightest();
+        self.observed.hold(&held, group);
+        let Some(group) = group else { return };
+        self.means.metrics.host_memory(group);
+        if HostMemory::is_short(group) || HostMemory::is_stalled(group, *seen) {
+            self.executor.keep_spare(false);
+            self.note("", Happened::Measured(HostMemory { group, held }));
+        }
+        *seen = Some(group);
     }
 }
 
@@ -287,10 +329,19 @@ impl Node {
 struct Probe {
     failures: u32,
     again_at: Option<Instant>,
+    running: bool,
+    /// When the last one ended.
+    last: Option<Instant>,
 }
 
 impl Probe {
+    /// When to look, where something is to be looked at by `look_at`.
+    fn due(&self, look_at: Option<Instant>) -> Option<Instant> {
+        if self.running { None } else { self.again_at.into_iter().chain(look_at).min() }
+    }
+
     fn failed(&mut self) {
+        self.running = false;
         let (first, longest) = PROBE_BACKOFF;
         self.again_at = Some(Instant::now() + first.saturating_mul(1 << self.failures.min(16)).min(longest));
         self.failures = self.failures.saturating_add(1);
@@ -301,16 +352,6 @@ async fn hung_up(hangup: &mut Signal) {
     // `None`: no more signals can come.
     if hangup.recv().await.is_none() {
         std::future::pending::<()>().await;
-    }
-}
-
-/// Resolves when little memory is left. Reads files of the kernel, which takes microseconds.
-async fn memory_is_short(watch: &mut Interval) -> GroupMemory {
-    loop {
-        watch.tick().await;
-        if let Some(group) = cgroup::tightest().filter(|group| HostMemory::is_short(*group)) {
-            return group;
-        }
     }
 }
 

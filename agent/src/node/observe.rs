@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use altiplano_crds::conditions::reasons;
 use altiplano_crds::model_deployment::Termination;
 use altiplano_crds::model_node::ModelAssignment;
 
@@ -20,16 +21,28 @@ pub use self::files::{FileState, Sources, StoredFiles};
 pub use self::worker::{Leaving, Phase, Worker};
 use super::plan::Step;
 use crate::cgroup::GroupMemory;
-use crate::devices::Devices;
+use crate::devices::{CPU, Devices};
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
 use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 
+/// How long a driver may take to give back what a worker held that has ended. What is missing then counts as others'.
+const RETURN_TIME: Duration = Duration::from_secs(5);
+
+/// Wait between two looks at devices whose memory is on its way back.
+const RETURN_LOOK: Duration = Duration::from_millis(100);
+
+/// Wait between two looks while a model lacks memory that others than this agent hold.
+pub const FOREIGN_LOOK: Duration = Duration::from_secs(10);
+
 /// Time of a load that nobody has measured: this, and the file's bytes at this speed.
 const LOAD_OVERHEAD: Duration = Duration::from_secs(2);
 const LOAD_BYTES_A_SECOND: u64 = 1 << 30;
+
+/// What workers hold of host memory is counted in steps, so that a status is quiet.
+const HELD_STEP_BYTES: u64 = 16 << 20;
 
 /// What is on this node.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +61,12 @@ pub struct Observed {
     pub short: Option<HostMemory>,
     /// The worker that was ended for that and has not gone yet.
     pub ending: Option<WorkerId>,
+    /// Whether the kernel ends all workers and the agent at once when memory runs out.
+    pub ends_together: bool,
+    /// When the devices are to be looked at again.
+    pub look_at: Option<Instant>,
+    /// When memory of ended workers that is not back is given up.
+    returns_by: Option<Instant>,
     /// Number of the worker that is started next.
     pub next_worker: WorkerId,
 }
@@ -68,6 +87,14 @@ impl HostMemory {
     pub fn is_short(group: GroupMemory) -> bool {
         let at_least = (64 << 20).min(group.limit / 8);
         group.left() < (group.limit / 20).max(at_least).min(1 << 30)
+    }
+
+    /// Whether the group's processes hardly get on any more, because the kernel takes from them what they need: for a
+    /// quarter of ten seconds none did, and the group was at its limit since it was looked at `before`. Mapped weights that
+    /// do not fit are not counted as used, but this they do.
+    #[must_use]
+    pub fn is_stalled(group: GroupMemory, before: Option<GroupMemory>) -> bool {
+        group.stalled_percent >= 25 && before.is_some_and(|before| group.limit_hits > before.limit_hits)
     }
 }
 
@@ -197,6 +224,8 @@ pub enum Happened {
     FetchProgress(Sources, u8),
     /// A file is there, or not.
     Fetched(Sources, Result<Arc<StoredFiles>, Trouble>),
+    /// A file's header is there, or cannot be had.
+    Peeked(Sources, Result<Arc<StoredFiles>, Trouble>),
     /// A dry run of a revision on some devices ended.
     Estimated(String, Vec<String>, Result<EstimateReport, Trouble>),
     /// A worker said something.
@@ -259,10 +288,18 @@ impl Observed {
         match what {
             Happened::Probed(Ok(devices)) => {
                 self.ledger.set_capacity(devices.capacity());
+                let patient = self.returns_by.is_some_and(|by| now < by);
+                devices.used().for_each(|(device, used)| self.ledger.look(device, used, patient));
+                let is_settled = self.ledger.is_settled();
+                self.returns_by.take_if(|_| is_settled);
+                self.look_at = (!is_settled).then(|| now + RETURN_LOOK);
                 self.devices = Some(devices);
                 self.probe_error = None;
             }
-            Happened::Probed(Err(message)) => self.probe_error = Some(message),
+            Happened::Probed(Err(message)) => {
+                self.probe_error = Some(message);
+                self.look_at = None;
+            }
             Happened::Stored(used, capacity) => self.storage = Some((used, capacity)),
             Happened::Measured(memory) => self.short = Some(memory),
             Happened::Withdrawn => {
@@ -271,7 +308,16 @@ impl Observed {
                 }
             }
             Happened::WorkerEnded(worker, end) => {
-                self.ledger.release(worker);
+                let has_driver = |device: &str| self.devices.as_ref().is_some_and(|devices| devices.has_driver(device));
+                self.ledger.end(worker, has_driver);
+                let lacked_memory = end.failure.as_ref().is_some_and(|f| f.reason == reasons::INSUFFICIENT_MEMORY);
+                if !self.ledger.is_settled() {
+                    self.returns_by.get_or_insert(now + RETURN_TIME);
+                }
+                // Others may have taken what was thought to be there.
+                if lacked_memory || !self.ledger.is_settled() {
+                    self.look_at = Some(now);
+                }
                 self.ending.take_if(|ending| *ending == worker);
                 if let Some(model) = self.models.get_mut(uid) {
                     model.worker_ended(worker, &end, now);
@@ -282,11 +328,18 @@ impl Observed {
                     (&event, &self.devices)
                     && !report.memory.is_empty()
                 {
-                    let measured = devices.need(&report.memory);
+                    let measured = devices.worker_need(&report.memory);
                     if let Some(worker) = self.models.get_mut(uid).and_then(|model| model.workers.get_mut(&worker)) {
                         worker.measured = measured.clone();
+                        if matches!(event, RunnerEvent::Ready(_)) {
+                            worker.loaded = measured.clone();
+                        }
+                        worker.mapped_bytes = report.memory.iter().map(|part| part.mapped_bytes).sum();
                     }
                     self.ledger.settle(worker, measured);
+                }
+                if matches!(event, RunnerEvent::Ready(_)) {
+                    self.ledger.taken(worker);
                 }
                 if let Some(model) = self.models.get_mut(uid) {
                     model.worker_said(worker, event, now);
@@ -314,12 +367,42 @@ impl Observed {
             predicted,
             report: None,
             measured: Need::new(),
+            loaded: Need::new(),
+            mapped_bytes: 0,
             started: now,
             phase: Phase::Loading { percent: 0 },
             requests: 0,
             leaving: None,
         };
         model.workers.insert(worker, worker_state);
+    }
+
+    /// Whether others than this agent's workers hold memory of a device.
+    #[must_use]
+    pub fn others_hold_memory(&self) -> bool {
+        let devices = self.devices.iter().flat_map(|devices| &devices.list);
+        devices.into_iter().any(|device| self.ledger.foreign(&device.id) > 0)
+    }
+
+    /// Workers hold so many bytes of host memory now, mapped weights left out. Where that is more than was measured when
+    /// they had been loaded (states of prefixes, pictures), it counts. What else is in use in their control group is not
+    /// there for models.
+    pub fn hold(&mut self, held: &BTreeMap<WorkerId, u64>, group: Option<GroupMemory>) {
+        let mut ours: u64 = 0;
+        for (id, worker) in self.models.values().flat_map(|model| &model.workers) {
+            let held = held.get(id).copied().unwrap_or(0);
+            if let Some(measured) = worker.measured.get(CPU) {
+                let more = held.saturating_sub(measured.saturating_sub(worker.mapped_bytes));
+                self.ledger.hold(*id, CPU, measured + more / HELD_STEP_BYTES * HELD_STEP_BYTES);
+            }
+            // Of one that is loading nobody knows how much of what it is promised it has taken.
+            ours = ours.saturating_add(self.ledger.held_by(*id, CPU).saturating_sub(worker.mapped_bytes).max(held));
+        }
+        let Some(group) = group else { return };
+        // Beyond what models may take at all others may be as large as they like.
+        let spare = group.limit.saturating_sub(self.ledger.capacity(CPU));
+        let foreign = group.used.saturating_sub(ours).saturating_sub(spare);
+        self.ledger.set_foreign(CPU, foreign / HELD_STEP_BYTES * HELD_STEP_BYTES);
     }
 
     /// What is here is wanted, until somebody says otherwise.
@@ -388,9 +471,9 @@ impl Model {
     /// How long a load takes: as the last one did, else a guess from the file's size.
     #[must_use]
     pub fn load_time(&self) -> Duration {
-        let guess = || match &self.file {
-            FileState::Present(stored) => LOAD_OVERHEAD + Duration::from_secs(stored.size_bytes / LOAD_BYTES_A_SECOND),
-            FileState::Unknown | FileState::Fetching { .. } => LOAD_OVERHEAD,
+        let guess = || {
+            let bytes = self.file.known().map_or(0, |stored| stored.size_bytes);
+            LOAD_OVERHEAD + Duration::from_secs(bytes / LOAD_BYTES_A_SECOND)
         };
         self.last_load.unwrap_or_else(guess)
     }

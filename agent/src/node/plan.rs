@@ -55,6 +55,11 @@ pub enum Step {
         /// The model.
         uid: String,
     },
+    /// Fetch the header of the model's file.
+    Peek {
+        /// The model.
+        uid: String,
+    },
     /// Make a dry run.
     Estimate {
         /// The model.
@@ -151,6 +156,7 @@ impl Step {
         match self {
             Self::Publish { uid }
             | Self::Fetch { uid }
+            | Self::Peek { uid }
             | Self::Estimate { uid, .. }
             | Self::Load { uid, .. }
             | Self::Route { uid, .. }
@@ -211,6 +217,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
     let mut soon = observed.ledger.clone();
     let leaving = observed.models.values().flat_map(|model| &model.workers).filter(|(_, w)| w.leaving.is_some());
     leaving.for_each(|(id, _)| soon.release(*id));
+    soon.expect_back();
     let loads = |model: &Model| model.workers.values().filter(|w| matches!(w.phase, Phase::Loading { .. })).count();
     let mut planner = Planner {
         observed,
@@ -368,6 +375,21 @@ impl Planner<'_> {
 
     /// Sees to the model's file; an error is what keeps it from being there.
     fn file(&mut self, wanted: &ModelAssignment, model: &Model) -> Result<(), Verdict> {
+        self.file_or(wanted, model, |uid| Step::Fetch { uid }, |file| matches!(file, FileState::Present(_)))
+    }
+
+    /// The same for its header alone.
+    fn header(&mut self, wanted: &ModelAssignment, model: &Model) -> Result<(), Verdict> {
+        self.file_or(wanted, model, |uid| Step::Peek { uid }, |file| file.known().is_some())
+    }
+
+    fn file_or(
+        &mut self,
+        wanted: &ModelAssignment,
+        model: &Model,
+        step: impl FnOnce(String) -> Step,
+        is_enough: impl FnOnce(&FileState) -> bool,
+    ) -> Result<(), Verdict> {
         if !self.is_due(model)
             && let Some(failure) = &model.failure
         {
@@ -375,10 +397,10 @@ impl Planner<'_> {
             return Err(Verdict { ready_at: Some(failure.retry_at), ..failed });
         }
         match &model.file {
-            FileState::Present(_) => Ok(()),
+            file if is_enough(file) => Ok(()),
             FileState::Fetching { percent } => Err(Verdict { percent: *percent, ..Verdict::new(states::FETCHING) }),
-            FileState::Unknown => {
-                self.plan.steps.push(Step::Fetch { uid: wanted.uid.clone() });
+            FileState::Unknown | FileState::Peeked(_) | FileState::Present(_) => {
+                self.plan.steps.push(step(wanted.uid.clone()));
                 Err(Verdict::new(states::FETCHING))
             }
         }
@@ -399,7 +421,7 @@ impl Planner<'_> {
         if let Some(message) = unsupported(&wanted.model) {
             return Verdict::because(states::FAILED, reasons::UNSUPPORTED_SPEC, message);
         }
-        let required = self.file(wanted, model).and_then(|()| self.best_estimate(wanted, model));
+        let required = self.header(wanted, model).and_then(|()| self.best_estimate(wanted, model));
         match required {
             Err(verdict) => after_failure(model, verdict),
             Ok(required) => Verdict { required, ..Verdict::new(states::ESTIMATED) },

@@ -15,8 +15,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase, Worker};
 use super::plan::{Plan, Verdict};
-use crate::devices::CPU;
-use crate::ledger::{Need, bytes};
+use crate::devices::{self, CPU};
+use crate::ledger::bytes;
+use crate::runner::protocol::ProbedDevice;
 use crate::store::StoredModel;
 
 /// What an agent knows of itself.
@@ -42,10 +43,13 @@ pub fn status(identity: &Identity, desired: &Desired, observed: &Observed, plan:
         .map(|device| Device {
             id: clip(&device.id, 64),
             name: clip(&device.description, 256),
+            driver: Some(clip(&device.driver, 256)).filter(|driver| !driver.is_empty()),
             backend: clip(&device.backend, 64),
             kind: clip(&device.kind, 32),
             memory_total_bytes: signed(device.memory_total_bytes),
             memory_reserved_bytes: signed(observed.ledger.held(&device.id)),
+            memory_foreign_bytes: signed(foreign(observed, device)),
+            note: devices::note(device, foreign(observed, device)).map(|note| clip(&note, 256)),
         })
         .collect();
     let models = models(desired, observed, plan);
@@ -53,7 +57,7 @@ pub fn status(identity: &Identity, desired: &Desired, observed: &Observed, plan:
     let mut backends: Vec<String> = observed.devices.iter().flat_map(|d| &d.backends).map(|b| clip(b, 64)).collect();
     backends.truncate(16);
     ModelNodeStatus {
-        conditions: vec![health(identity, observed)],
+        conditions: vec![health(identity, observed), isolation(identity, observed)],
         observed_generation: desired.generation,
         agent: Some(AgentInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -119,13 +123,10 @@ fn model_state(uid: &str, revision: &str, model: Option<&Model>, verdict: &Verdi
     };
     let Some(model) = model else { return state };
     let worker = model.workers.values().rfind(|worker| worker.revision == revision);
-    let file = match &model.file {
-        FileState::Present(stored) => Some(stored),
-        FileState::Unknown | FileState::Fetching { .. } => None,
-    };
+    let file = model.file.known();
     let state = ModelState {
         port: port(model),
-        file_present: file.is_some(),
+        file_present: matches!(model.file, FileState::Present(_)),
         model: file.map(|stored| info(stored)),
         restarts: (model.restarts > 0).then(|| i32::try_from(model.restarts).unwrap_or(i32::MAX)),
         last_termination: model.last_termination.as_ref().map(|Termination { reason, message }| Termination {
@@ -163,7 +164,7 @@ fn former_revisions(uid: &str, model: &Model) -> Vec<ModelState> {
 
 fn with_worker(state: ModelState, worker: &Worker) -> ModelState {
     let devices = if worker.devices.is_empty() { vec![CPU.to_owned()] } else { worker.devices.clone() };
-    let state = ModelState { devices, memory: memory(&worker.predicted, &worker.measured), ..state };
+    let state = ModelState { devices, memory: memory(worker), ..state };
     let Some(report) = &worker.report else { return state };
     let tokens = |count: u32| (count > 0).then(|| i64::from(count));
     let count = |number: u32| Some(i32::try_from(number).unwrap_or(i32::MAX));
@@ -180,12 +181,17 @@ fn with_worker(state: ModelState, worker: &Worker) -> ModelState {
     }
 }
 
-fn memory(predicted: &Need, measured: &Need) -> Vec<DeviceMemory> {
+fn memory(worker: &Worker) -> Vec<DeviceMemory> {
+    let Worker { predicted, measured, loaded, .. } = worker;
     let devices: BTreeSet<&String> = predicted.keys().chain(measured.keys()).collect();
-    let of = |device: &String| DeviceMemory {
-        device: clip(device, 64),
-        predicted_bytes: signed(predicted.get(device).copied().unwrap_or(0)),
-        measured_bytes: measured.get(device).copied().map(signed),
+    let of = |device: &String| {
+        let predicted_bytes = signed(predicted.get(device).copied().unwrap_or(0));
+        DeviceMemory {
+            device: clip(device, 64),
+            predicted_bytes,
+            measured_bytes: measured.get(device).copied().map(signed),
+            error_bytes: loaded.get(device).map(|loaded| signed(*loaded) - predicted_bytes),
+        }
     };
     devices.into_iter().map(of).take(32).collect()
 }
@@ -224,6 +230,29 @@ fn health(identity: &Identity, observed: &Observed) -> Condition {
         last_transition_time: Time(identity.started_at),
         observed_generation: None,
     }
+}
+
+/// Whether a worker that takes too much ends alone.
+fn isolation(identity: &Identity, observed: &Observed) -> Condition {
+    let (status, reason, message) = if observed.ends_together {
+        let message = "memory.oom.group of the agent's control group is set: should the agent not end the worst worker in \
+                       time, the kernel ends the agent and all workers";
+        ("False", reasons::OOM_GROUP, message.to_owned())
+    } else {
+        ("True", reasons::AS_WANTED, String::new())
+    };
+    Condition {
+        type_: types::WORKERS_ISOLATED.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message,
+        ..health(identity, observed)
+    }
+}
+
+/// What others hold of a device, in hundredths of it: it must not make the status chatter.
+fn foreign(observed: &Observed, device: &ProbedDevice) -> u64 {
+    in_steps(observed.ledger.foreign(&device.id), device.memory_total_bytes)
 }
 
 fn addresses(all: &[IpAddr]) -> Vec<NodeAddress> {

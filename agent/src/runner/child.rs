@@ -18,6 +18,7 @@ use super::grants;
 use super::protocol::{RunnerCommand, RunnerConfig, RunnerEvent, RunnerFailure};
 use super::socket::Listener;
 use super::spare::{RUNNER, SPARE};
+use crate::cgroup;
 use crate::engine::{self, Activity, Engine, EngineError};
 
 /// What a worker process is asked to do.
@@ -26,7 +27,10 @@ pub enum Mode {
     /// Load the model and serve it.
     Serve,
     /// Print the devices.
-    Probe,
+    Probe {
+        /// Keep them open until standard input ends.
+        stay: bool,
+    },
     /// Print what the model would take.
     Estimate,
     /// Print what changes of the context's size cost.
@@ -99,7 +103,14 @@ const CONFIG_BYTES: u64 = 1 << 20;
 pub fn run(mode: Mode) -> Result<(), ChildError> {
     let events = Events::default();
     let result = match mode {
-        Mode::Probe => engine::probe().map_err(ChildError::from).and_then(|report| events.write(&report)),
+        Mode::Probe { stay } => {
+            let answer = engine::probe().map_err(ChildError::from).and_then(|report| events.write(&report));
+            if stay {
+                // Its end is all that is waited for.
+                let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+            }
+            answer
+        }
         Mode::Estimate => {
             let report = read_config().and_then(|config| {
                 choose_backends(&config);
@@ -258,20 +269,12 @@ fn beat(events: Events) -> io::Result<Arc<OnceLock<Engine>>> {
                 (stats.steps, stats.step_age.as_secs())
             });
             // An agent that cannot be told is gone, which another thread sees to.
-            let _ = events.say(&RunnerEvent::Heartbeat { step, seconds, held_bytes: held_bytes().unwrap_or(0) });
+            let _ =
+                events.say(&RunnerEvent::Heartbeat { step, seconds, held_bytes: cgroup::held_bytes().unwrap_or(0) });
             thread::sleep(HEARTBEAT);
         }
     })?;
     Ok(loaded)
-}
-
-/// What this process holds of host memory, mapped files left out.
-fn held_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = |name: &str| -> Option<u64> {
-        status.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?.trim().parse().ok()
-    };
-    Some((kib("RssAnon:")? + kib("RssShmem:")?) * 1024)
 }
 
 /// The agent holds the other end of standard input for as long as it lives, and writes commands to it.

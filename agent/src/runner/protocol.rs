@@ -5,6 +5,7 @@
 //! `altiplano-agent init` it first waits for another agent, see `adopt`). The worker writes one [`RunnerEvent`]
 //! a line to its standard output, logs to its standard error, and serves the model's HTTP API on a Unix socket.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
@@ -48,6 +49,8 @@ pub struct RunnerConfig {
     pub gpu_layers: Option<u32>,
     /// CPU threads.
     pub threads: u32,
+    /// Bytes of the devices that the agent has reserved: a worker that does not find them free does not begin.
+    pub reserved: BTreeMap<String, u64>,
 }
 
 impl RunnerConfig {
@@ -165,13 +168,15 @@ pub struct MemoryUse {
     pub compute_bytes: u64,
     /// Bytes of all else that the worker takes on this device.
     pub other_bytes: u64,
+    /// Of the weights: pages of the file, which the kernel can take back by itself.
+    pub mapped_bytes: u64,
 }
 
 impl MemoryUse {
     /// All bytes on the device.
     #[must_use]
     pub fn total(&self) -> u64 {
-        let Self { device: _, weights_bytes, context_bytes, compute_bytes, other_bytes } = self;
+        let Self { device: _, weights_bytes, context_bytes, compute_bytes, other_bytes, mapped_bytes: _ } = self;
         weights_bytes + context_bytes + compute_bytes + other_bytes
     }
 }
@@ -212,6 +217,8 @@ pub struct ProbedDevice {
     pub memory_total_bytes: u64,
     /// Bytes free right now.
     pub memory_free_bytes: u64,
+    /// The driver and its version; empty where nobody says.
+    pub driver: String,
 }
 
 /// What `altiplano-agent runner --estimate` prints for the [`RunnerConfig`] on its standard input: llama.cpp's dry run,

@@ -1,5 +1,6 @@
 //! Starts this binary as `runner`: a worker that stays, or a child that answers one question and ends.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -7,17 +8,20 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::lines::{Tail, next_line};
 use super::log;
-use super::protocol::{EstimateReport, ProbeReport, RunnerConfig, RunnerEvent, RunnerFailure};
+use super::protocol::{EstimateReport, ProbeReport, ProbedDevice, RunnerConfig, RunnerEvent, RunnerFailure};
 use super::spare::{self, Spare};
 use super::supervise::Patience;
 
 /// Most bytes that a child may answer.
 const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
+
+/// No driver takes more for a process; a greater difference is another process's doing (4 GiB).
+const MAX_PROCESS_BYTES: u64 = 4 << 30;
 
 /// Why a child could not be started or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -97,12 +101,42 @@ impl Runner {
 
     /// The devices, as llama.cpp sees them.
     pub async fn probe(&self, timeout: Duration) -> Result<ProbeReport, SpawnError> {
-        self.ask("--probe", None::<&()>, timeout).await
+        self.ask(command(&self.executable, Some("--probe")), None::<&()>, timeout).await
+    }
+
+    /// Bytes that a process takes of each GPU by opening it: what is free while another holds it open, less what was free
+    /// before.
+    pub async fn process_bytes(&self, timeout: Duration) -> Result<BTreeMap<String, u64>, SpawnError> {
+        let measured = async {
+            let mut command = command(&self.executable, Some("--probe"));
+            // It stays until its standard input ends.
+            let mut holder = command.arg("--stay").spawn().map_err(SpawnError::Start)?;
+            let mut first = Vec::new();
+            if let Some(stdout) = holder.stdout.take() {
+                let mut stdout = BufReader::new(stdout.take(MAX_ANSWER_BYTES));
+                stdout.read_until(b'\n', &mut first).await.map_err(SpawnError::Start)?;
+            }
+            let first: ProbeReport = serde_json::from_slice(&first).map_err(SpawnError::Answer)?;
+            let second = self.probe(timeout).await?;
+            drop(holder.stdin.take());
+            holder.wait().await.map_err(SpawnError::Start)?;
+            Ok(first
+                .devices
+                .iter()
+                .filter(|device| device.kind == "GPU")
+                .filter_map(|one| {
+                    let other = second.devices.iter().find(|other| other.id == one.id)?;
+                    let free = |device: &ProbedDevice| device.memory_free_bytes.min(device.memory_total_bytes);
+                    Some((one.id.clone(), free(one).saturating_sub(free(other)).min(MAX_PROCESS_BYTES)))
+                })
+                .collect())
+        };
+        tokio::time::timeout(timeout, measured).await.unwrap_or(Err(SpawnError::TimedOut(timeout)))
     }
 
     /// The memory that a worker with this configuration would take.
     pub async fn estimate(&self, config: &RunnerConfig, timeout: Duration) -> Result<EstimateReport, SpawnError> {
-        self.ask("--estimate", Some(config), timeout).await
+        self.ask(command(&self.executable, Some("--estimate")), Some(config), timeout).await
     }
 
     /// Has a spare runner started in a moment, for the next load.
@@ -139,7 +173,7 @@ impl Runner {
 
     async fn ask<T: DeserializeOwned>(
         &self,
-        question: &str,
+        question: Command,
         config: Option<&impl Serialize>,
         timeout: Duration,
     ) -> Result<T, SpawnError> {
@@ -151,10 +185,10 @@ impl Runner {
 
     async fn ask_patiently<T: DeserializeOwned>(
         &self,
-        question: &str,
+        mut question: Command,
         config: Option<&impl Serialize>,
     ) -> Result<T, SpawnError> {
-        let mut child = command(&self.executable, Some(question)).spawn().map_err(SpawnError::Start)?;
+        let mut child = question.spawn().map_err(SpawnError::Start)?;
         // A child that ends before it has read its configuration says why in its log, not in EPIPE.
         let configured = match config {
             Some(config) => configure(&mut child, config).await,

@@ -300,6 +300,7 @@ impl Fetch<'_> {
             }
             layout::remove_if_there(&slot.partial_record)?;
             layout::remove_if_there(&slot.refused)?;
+            layout::remove_if_there(&slot.header)?;
             if let Some(directory) = slot.whole.parent() {
                 let synced = std::fs::File::open(directory).and_then(|d| d.sync_all());
                 synced.map_err(StoreError::io(format!("sync {}", directory.display())))?;
@@ -344,17 +345,21 @@ impl Fetch<'_> {
         blocking(move || slot.discard_partial()).await
     }
 
-    /// The error behind reqwest's: a refused address is found in the chain.
     fn failed(&self, error: reqwest::Error) -> StoreError {
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-        while let Some(inner) = cause {
-            if let Some(refused) = inner.downcast_ref::<AddressNotAllowed>() {
-                return refused.clone().into();
-            }
-            cause = inner.source();
-        }
-        StoreError::DownloadFailed { uri: display(self.url), source: error.without_url() }
+        failed(self.url, error)
     }
+}
+
+/// The error behind reqwest's: a refused address is found in the chain.
+pub(super) fn failed(url: &Url, error: reqwest::Error) -> StoreError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(inner) = cause {
+        if let Some(refused) = inner.downcast_ref::<AddressNotAllowed>() {
+            return refused.clone().into();
+        }
+        cause = inner.source();
+    }
+    StoreError::DownloadFailed { uri: display(url), source: error.without_url() }
 }
 
 /// An error, and whether bytes from an earlier attempt were part of the file.

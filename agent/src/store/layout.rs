@@ -6,6 +6,7 @@
 //! <key>.json           what is known of it
 //! <key>.partial        a file that is arriving, kept when the download breaks off
 //! <key>.partial.json   what a resumed download must agree with
+//! <key>.header         the beginning of a file that is not here, as long as that one, with a hole for the rest
 //! <key>.refused.json   a file with a wrong digest, so that it is not downloaded again until it changes
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -82,6 +84,7 @@ pub(super) struct Slot {
     pub(super) partial: PathBuf,
     pub(super) partial_record: PathBuf,
     pub(super) refused: PathBuf,
+    pub(super) header: PathBuf,
 }
 
 impl Slot {
@@ -100,6 +103,7 @@ impl Slot {
             partial: path(".partial"),
             partial_record: path(".partial.json"),
             refused: path(".refused.json"),
+            header: path(".header"),
             key,
         }
     }
@@ -114,7 +118,7 @@ impl Slot {
     pub(super) fn remove(&self) -> Result<bool, StoreError> {
         let was_there = self.whole.exists() || self.partial.exists();
         // The record goes first: a file without one is not trusted.
-        for path in [&self.record, &self.whole, &self.partial_record, &self.partial, &self.refused] {
+        for path in [&self.record, &self.whole, &self.partial_record, &self.partial, &self.refused, &self.header] {
             remove_if_there(path)?;
         }
         Ok(was_there)
@@ -143,11 +147,13 @@ pub(super) fn clean(root: &Path, max_age: Duration) -> Result<u64, StoreError> {
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
         let is_old =
             metadata.modified().is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > max_age));
-        let is_stale = is_old && [".partial", ".partial.json", ".refused.json"].iter().any(|end| name.ends_with(end));
+        let is_stale =
+            is_old && [".partial", ".partial.json", ".refused.json", ".header"].iter().any(|end| name.ends_with(end));
         let is_unrecorded = name.strip_suffix(".gguf").is_some_and(|key| !root.join(format!("{key}.json")).exists());
         if is_stale || is_unrecorded || name.strip_suffix(".tmp").is_some() {
             remove_if_there(&path)?;
-            freed += metadata.len();
+            // A header's file has a hole.
+            freed += metadata.len().min(metadata.blocks() * 512);
         }
     }
     Ok(freed)

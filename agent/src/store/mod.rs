@@ -14,6 +14,7 @@ mod ggml_type;
 pub mod gguf;
 mod layout;
 mod local;
+mod peek;
 mod quota;
 mod writer;
 
@@ -222,6 +223,38 @@ impl Store {
                 Err(StoreError::UnsupportedScheme { scheme: scheme.to_owned(), hint })
             }
         }
+    }
+
+    /// What the file says of itself, without the file where that is far away: of a remote one only the header is fetched,
+    /// and the path leads to one that has nothing else. Its digest is not known before it is whole. `None` where the
+    /// header is too long for that.
+    pub async fn peek(&self, source: &Source) -> Result<Option<StoredModel>, StoreError> {
+        let invalid = |e: url::ParseError| StoreError::InvalidSource { uri: source.uri.clone(), why: e.to_string() };
+        let url = Url::parse(&source.uri).map_err(invalid)?;
+        let is_remote = url.scheme() == "https" || (url.scheme() == "http" && self.shared.config.allow_http);
+        if !is_remote {
+            // Also says what is wrong with another scheme.
+            let source = Source { sha256: None, ..source.clone() };
+            return self.ensure(&source, &watch::Sender::default(), &CancellationToken::new()).await.map(Some);
+        }
+        self.shared.policy.check_literal(&url)?;
+        let slot = Slot::new(&self.shared.config.root, source);
+        let flight = self.board(&slot.key);
+        let turn = Arc::clone(&flight.turn).lock_owned().await;
+        let stored = match Self::stored(slot.clone()).await {
+            Ok(None) => {
+                let client = self.client().await?;
+                let peeked = peek::peek(&client, &url, slot.header.clone()).await;
+                peeked.map(|peeked| {
+                    let peek::Peeked { size_bytes, header } = peeked?;
+                    Some(StoredModel { path: slot.header.clone(), size_bytes, sha256: None, header })
+                })
+            }
+            other => other,
+        };
+        drop(turn);
+        self.leave(flight);
+        stored
     }
 
     /// Whether the file is there already, without looking into it.

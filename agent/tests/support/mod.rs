@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, reason = "suites are crates that nobody uses")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+mod traffic;
+
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,9 @@ use altiplano_test_models::toy;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+#[allow(unused_imports, reason = "two suites use it")]
+pub use traffic::traffic;
 
 /// Longest wait for anything; what is usual here is a hundredth of it.
 pub const PATIENCE: Duration = Duration::from_mins(2);

@@ -85,12 +85,15 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// What the agent reports. Host memory that it does not report is no limit.
+    /// What the agent reports, without what other processes hold. Host memory that it does not report is no limit.
     #[must_use]
     pub fn of(status: &ModelNodeStatus) -> Self {
         let sum = |accelerator: bool| {
             let devices = status.devices.iter().filter(move |device| counts_as_accelerator(device) == accelerator);
-            devices.map(|device| device.memory_total_bytes.max(0)).fold(0_i64, i64::saturating_add)
+            let own = |device: &Device| {
+                device.memory_total_bytes.max(0).saturating_sub(device.memory_foreign_bytes.max(0)).max(0)
+            };
+            devices.map(own).fold(0_i64, i64::saturating_add)
         };
         let host = sum(false);
         Self { accelerator: sum(true), host: if host == 0 { i64::MAX } else { host } }

@@ -167,6 +167,8 @@ pub fn unsuitable(model: &Model, node: &FleetNode, stale: bool, now: Timestamp) 
 pub enum Leave {
     /// The selector no longer matches; it serves on until another node has taken over.
     Selector(String),
+    /// It only takes turns with others there, and another node has room for all; it serves on as above.
+    Turns,
     /// A `NoExecute` taint: it leaves even if no other node can take it.
     Evicted(String),
 }
@@ -175,6 +177,7 @@ impl fmt::Display for Leave {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Selector(label) => write!(f, "lacks the label {label}"),
+            Self::Turns => f.write_str("has room only in turn with other models"),
             Self::Evicted(taint) => write!(f, "has the taint {taint}, which is not tolerated"),
         }
     }

@@ -28,6 +28,8 @@ pub(super) struct Survey<'a> {
     pub(super) best: Option<&'a str>,
     /// Nodes that might do, once it is known how much memory the model needs there; the best first.
     pub(super) unknown: Vec<&'a str>,
+    /// The best of those where it has room beside everything that is there, on the kind of device that it prefers.
+    pub(super) roomy: Option<&'a str>,
     /// The others, and why not.
     pub(super) rejections: BTreeMap<String, Why>,
 }
@@ -36,7 +38,7 @@ impl<'a> Round<'a> {
     /// Looks at every node that does not hold the model. `counting` are the nodes whose replicas count for the spread.
     pub(super) fn survey(&mut self, model: &Model, counting: &[&str]) -> Survey<'a> {
         let mut survey = Survey::default();
-        let (mut fitting, mut unknown) = (Vec::new(), Vec::new());
+        let (mut fitting, mut roomy, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         let mut deadlines = Vec::new();
         let spread = self.spread(model, counting);
         for (name, draft) in &self.nodes {
@@ -49,7 +51,12 @@ impl<'a> Round<'a> {
             }
             let verdict = self.look_at(model, draft, &spread);
             match verdict {
-                Ok(Verdict::Fits(rank)) => fitting.push((rank, *name)),
+                Ok(Verdict::Fits { rank, roomy: is_roomy }) => {
+                    fitting.push((rank, *name));
+                    if is_roomy {
+                        roomy.push((rank, *name));
+                    }
+                }
                 Ok(Verdict::Unknown(rank)) => unknown.push((rank, *name)),
                 Err(why) => {
                     if let Why::Refused { .. } = why {
@@ -65,6 +72,7 @@ impl<'a> Round<'a> {
         }
         unknown.sort_unstable();
         survey.best = fitting.into_iter().min().map(|(_, name)| name);
+        survey.roomy = roomy.into_iter().min().map(|(_, name)| name);
         survey.unknown = unknown.into_iter().map(|(_, name)| name).collect();
         survey
     }
@@ -105,7 +113,8 @@ impl<'a> Round<'a> {
         // Models that would take turns, and a CPU where a GPU is preferred, only when nothing else is left.
         let turns = if fit.permille > 1000 { 2000 } else { 0 };
         let fallback = if fit.fallback { 4000 } else { 0 };
-        Ok(Verdict::Fits(rank + fit.permille.min(10_000) + turns + fallback))
+        let roomy = turns == 0 && fallback == 0;
+        Ok(Verdict::Fits { rank: rank + fit.permille.min(10_000) + turns + fallback, roomy })
     }
 
     /// Asks a node how much memory the model needs. Nodes that were asked stay asked until one answers: their agents
@@ -158,8 +167,13 @@ impl<'a> Round<'a> {
 }
 
 enum Verdict {
-    /// There is room; the lower the better.
-    Fits(i64),
+    /// There is room.
+    Fits {
+        /// The lower the better.
+        rank: i64,
+        /// Nobody would have to take turns, nor use a CPU in a GPU's place.
+        roomy: bool,
+    },
     /// Nobody knows what the model needs there.
     Unknown(i64),
 }

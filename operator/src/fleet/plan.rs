@@ -438,6 +438,11 @@ fn waits(state: &ModelState) -> bool {
     matches!(state.state.as_str(), states::LOADING | states::PENDING)
 }
 
+/// The agent has no room for the model now, and lets it take turns with others.
+pub(super) fn takes_turns(state: &ModelState) -> bool {
+    state.state == states::UNLOADED && state.reason.as_deref() == Some(reasons::INSUFFICIENT_MEMORY)
+}
+
 /// The agent's no, if this is one that another node need not repeat.
 pub(super) fn refusal<'a>(model: &Model, state: &'a ModelState) -> Option<(&'a str, &'a str)> {
     if !matches!(state.state.as_str(), states::FAILED | states::PENDING) {

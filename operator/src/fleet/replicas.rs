@@ -25,6 +25,8 @@ struct Held<'a> {
     accepts: bool,
     updated: bool,
     refused: bool,
+    /// It has no room there but for turns.
+    in_turn: bool,
     stale: bool,
     returned: bool,
 }
@@ -40,7 +42,8 @@ impl<'a> Round<'a> {
             plan.finalizer = FinalizerStep::Add;
         }
 
-        let (mut counted, lost, leaving) = self.holders(model);
+        let (mut counted, lost, mut leaving) = self.holders(model);
+        self.leave_turns(model, &mut counted, &mut leaving);
         self.leave_refusals(model, &mut counted);
         let rolling = counted.iter().any(|held| !held.updated);
         self.drop_surplus(model, &mut counted, rolling);
@@ -126,6 +129,7 @@ impl<'a> Round<'a> {
                 accepts: accepts && !draft.stale,
                 updated,
                 refused: state.is_some_and(|state| super::plan::refusal(model, state).is_some()),
+                in_turn: state.is_some_and(super::plan::takes_turns),
                 stale: draft.stale,
                 returned: self.memory.lost.get(name).is_some_and(|at| *at + FRESHLY_RETURNED > self.now.mono),
             });
@@ -134,6 +138,20 @@ impl<'a> Round<'a> {
             self.look_again(at);
         }
         (counted, lost, leaving)
+    }
+
+    /// A node where it only takes turns with others is left when another has room for all, and when that one serves: before,
+    /// its requests wait for its turn.
+    fn leave_turns(&mut self, model: &Model, counted: &mut Vec<Held<'a>>, leaving: &mut Vec<(&'a str, Leave)>) {
+        let Some(index) = counted.iter().position(|held| held.in_turn).filter(|_| model.finalized()) else { return };
+        let others: Vec<&str> =
+            counted.iter().map(|held| held.name).filter(|name| *name != counted[index].name).collect();
+        // Else on its way there already.
+        if others.len() < model.wanted() && self.survey(model, &others).roomy.is_none() {
+            return;
+        }
+        leaving.push((counted[index].name, Leave::Turns));
+        counted.remove(index);
     }
 
     /// A node that refuses the model is left when another has room.
@@ -152,8 +170,15 @@ impl<'a> Round<'a> {
             if let Some(draft) = self.nodes.get_mut(best) {
                 draft.put(Slot::Serve { model, old: None, update: true });
             }
-            counted[index] =
-                Held { name: best, accepts: false, updated: true, refused: false, stale: false, returned: false };
+            counted[index] = Held {
+                name: best,
+                accepts: false,
+                updated: true,
+                refused: false,
+                in_turn: false,
+                stale: false,
+                returned: false,
+            };
         }
     }
 

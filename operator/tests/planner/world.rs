@@ -59,6 +59,8 @@ pub(crate) struct WorldNode {
     pub(crate) no_model_node: bool,
     /// Memory in GiB; no GPU when 0.
     pub(crate) gpu: i64,
+    /// Of the GPU's: what other processes hold.
+    pub(crate) foreign: i64,
     pub(crate) host: i64,
     /// Entries of spec.models.
     pub(crate) holds: Vec<Held>,
@@ -77,6 +79,7 @@ impl Default for WorldNode {
             gone: false,
             no_model_node: false,
             gpu: 0,
+            foreign: 0,
             host: 64,
             holds: Vec::new(),
             reports: BTreeMap::new(),
@@ -207,7 +210,8 @@ impl World {
             backend: id.trim_end_matches('0').to_owned(),
             kind: kind.to_owned(),
             memory_total_bytes: gib * GIB,
-            memory_reserved_bytes: 0,
+            memory_foreign_bytes: if kind == "GPU" { node.foreign * GIB } else { 0 },
+            ..Device::default()
         };
         let mut devices = vec![device("CPU", "CPU", node.host)];
         if node.gpu > 0 {

@@ -3,6 +3,7 @@
 use altiplano_crds::model_deployment::ContextSpec;
 
 use super::size::Sizes;
+use crate::cgroup;
 use crate::engine::error::EngineError;
 use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Part, Pooling};
 use crate::engine::load::{self as common, GPU_BATCH, MICRO_BATCH};
@@ -38,6 +39,7 @@ pub(in crate::engine) fn load(
     if !config.adapters.is_empty() {
         return Err(EngineError::UnsupportedModel("adapters are for models that generate text".to_owned()));
     }
+    let model = model.with_held_bytes(cgroup::held_bytes().unwrap_or(0));
     let (sizes, params) = plan(config, &model, pooling, gpu);
     let parallel = u32::try_from(config.context.parallel).unwrap_or(1).clamp(1, 128);
     let mut context = new_context(&model, &params, pooling)?;

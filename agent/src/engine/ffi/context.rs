@@ -423,7 +423,7 @@ impl Context {
     }
 
     /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
-    /// on the host, the logits and the cells' metadata, stands in `other_bytes`.
+    /// on the host, the logits, the cells' metadata and the process itself, stands in `other_bytes`.
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { breakdown(self.raw) };
@@ -433,6 +433,7 @@ impl Context {
             // The weights are the model's.
             for device in &mut uses {
                 device.weights_bytes = 0;
+                device.mapped_bytes = 0;
             }
             return uses;
         }
@@ -446,6 +447,7 @@ impl Context {
                 None => uses.push(projector.clone()),
             }
         }
+        uses[0].other_bytes += self.model.process_bytes(&uses[0]);
         uses
     }
 }
@@ -528,7 +530,7 @@ pub(super) fn decoded(result: i32, error: &shim::Error, errors: String) -> Resul
 /// # Safety
 /// The context is alive.
 pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse> {
-    let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0 };
+    let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0, mapped: 0 };
     let mut entries = [empty; 64];
     // SAFETY: as the caller says; the array has as many entries as is said.
     let count = unsafe { shim::altiplano_memory_breakdown(context.as_ptr(), entries.as_mut_ptr(), entries.len()) };
@@ -543,6 +545,7 @@ pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse
         uses[index].weights_bytes += entry.model;
         uses[index].context_bytes += entry.context;
         uses[index].compute_bytes += entry.compute;
+        uses[index].mapped_bytes += entry.mapped;
     }
     uses
 }

@@ -220,7 +220,7 @@ impl EmbeddingContext {
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { context::breakdown(self.raw) };
-        uses[0].other_bytes = self.output_bytes(self.outputs);
+        uses[0].other_bytes = self.output_bytes(self.outputs) + self.model.process_bytes(&uses[0]);
         uses
     }
 

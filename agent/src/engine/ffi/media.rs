@@ -125,7 +125,7 @@ impl ProjectorParams<'_> {
 
     /// What the projector would take; no weights are read. The error is llama.cpp's own words.
     pub(in crate::engine) fn needs(&self) -> Result<ProjectorNeeds, String> {
-        let empty = shim::Memory { device: ptr::null(), model: 0, context: 0, compute: 0 };
+        let empty = shim::Memory { device: ptr::null(), model: 0, context: 0, compute: 0, mapped: 0 };
         let mut entries = [empty; 64];
         let mut needs = shim::ProjectorNeeds { most_tokens: 0, non_causal: false };
         let mut error = shim::Error::new();

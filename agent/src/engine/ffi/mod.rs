@@ -11,6 +11,7 @@ mod backend;
 mod batch;
 mod chat;
 mod context;
+mod driver;
 mod embedding;
 mod file;
 mod head;
@@ -25,6 +26,7 @@ pub(super) use backend::{Device, available_bytes, devices, version, without_vulk
 pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, ContextParams, DecodeError, LogprobRow, MediaBatch, Part};
+pub(super) use driver::vulkan_drivers;
 pub(super) use embedding::{EmbeddingContext, Pooling};
 pub(super) use file::file_has_tensor;
 #[cfg(test)]

@@ -44,6 +44,8 @@ pub(in crate::engine) struct Model {
     adapter_bytes: u64,
     /// What the projector takes on each device.
     projector: Arc<[MemoryUse]>,
+    /// What this process held of host memory when the model was loaded, weights included that are not mapped.
+    held_bytes: u64,
 }
 
 impl Model {
@@ -74,7 +76,9 @@ impl Model {
         }
         let (loaded, errors) = log::with_errors(|| LlamaModel::load_from_file(backend, path, &model_params));
         match loaded {
-            Ok(inner) => Ok(Self { inner: Arc::new(inner), dry_run, adapter_bytes: 0, projector: Arc::default() }),
+            Ok(inner) => {
+                Ok(Self { inner: Arc::new(inner), dry_run, adapter_bytes: 0, projector: Arc::default(), held_bytes: 0 })
+            }
             Err(_) if !errors.is_empty() => Err(errors),
             Err(error) => Err(error.to_string()),
         }
@@ -96,6 +100,18 @@ impl Model {
     /// The same model, with a projector beside its weights.
     pub(in crate::engine) fn with_projector(self, memory: Vec<MemoryUse>) -> Self {
         Self { projector: memory.into(), ..self }
+    }
+
+    /// The same model, in a process that held so much of host memory before it had a context.
+    pub(in crate::engine) fn with_held_bytes(self, held_bytes: u64) -> Self {
+        Self { held_bytes, ..self }
+    }
+
+    /// What the process itself takes of host memory: libraries, drivers, the vocabulary. `host` is what the model takes
+    /// there.
+    pub(super) fn process_bytes(&self, host: &MemoryUse) -> u64 {
+        let weights = if self.dry_run { 0 } else { host.weights_bytes.saturating_sub(host.mapped_bytes) };
+        self.held_bytes.saturating_sub(weights)
     }
 
     pub(super) fn projector_memory(&self) -> &[MemoryUse] {

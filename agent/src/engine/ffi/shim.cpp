@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <string>
 #include <utility>
@@ -140,7 +141,8 @@ size_t altiplano_memory_breakdown(const llama_context * context, altiplano_memor
                 const size_t model = tensors == host.end() ? bytes.model : std::min(bytes.model, tensors->second);
                 ggml_backend_dev_t device = ggml_backend_buft_is_host(type) ? nullptr : ggml_backend_buft_get_device(type);
                 const char * name = device == nullptr ? "" : ggml_backend_dev_name(device);
-                out[count] = { name, model, bytes.context, bytes.compute };
+                const bool mapped = std::strcmp(ggml_backend_buft_name(type), "CPU_Mapped") == 0;
+                out[count] = { name, model, bytes.context, bytes.compute, mapped ? model : 0 };
             }
             ++count;
         }

@@ -27,6 +27,8 @@ struct altiplano_memory {
     uint64_t model;
     uint64_t context;
     uint64_t compute;
+    // Of `model`: pages of the file.
+    uint64_t mapped;
 };
 
 struct altiplano_logprob {

@@ -39,6 +39,16 @@ pub(super) struct Memory {
     pub(super) model: u64,
     pub(super) context: u64,
     pub(super) compute: u64,
+    pub(super) mapped: u64,
+}
+
+/// A driver of `shim_driver.cpp`: the device's name, the driver's, and its own words on its version.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Driver {
+    pub(super) device: [c_char; 256],
+    pub(super) name: [c_char; 256],
+    pub(super) version: [c_char; 256],
 }
 
 /// The device of an entry, "CPU" for host memory.
@@ -110,6 +120,7 @@ pub(super) struct Logprob {
 }
 
 unsafe extern "C" {
+    pub(super) fn altiplano_vulkan_drivers(out: *mut Driver, size: usize) -> usize;
     pub(super) fn altiplano_context_new(
         model: *mut llama_model,
         params: *const llama_context_params,

@@ -30,7 +30,7 @@ impl Model {
                     self.listener = Listener::Opening;
                 }
             }
-            Step::Fetch { .. } => self.file = FileState::Fetching { percent: None },
+            Step::Fetch { .. } | Step::Peek { .. } => self.file = FileState::Fetching { percent: None },
             Step::Estimate { on, .. } => self.estimates.push(Estimate { on: on.clone(), report: None }),
             Step::Load { uid: _, revision, worker, target, need, note } => {
                 let worker_state = Worker {
@@ -40,6 +40,8 @@ impl Model {
                     predicted: need.clone(),
                     report: None,
                     measured: Need::new(),
+                    loaded: Need::new(),
+                    mapped_bytes: 0,
                     started: now,
                     phase: Phase::Loading { percent: 0 },
                     requests: 0,
@@ -105,6 +107,13 @@ impl Model {
                     self.fail(trouble, now);
                 }
             },
+            Happened::Peeked(source, result) if source == self.source => match result {
+                Ok(stored) => self.file = FileState::Peeked(stored),
+                Err(trouble) => {
+                    self.file = FileState::Unknown;
+                    self.fail(trouble, now);
+                }
+            },
             Happened::Estimated(revision, on, result) if revision == self.assignment.revision => match result {
                 Ok(report) => {
                     self.estimates.retain(|estimate| estimate.on != on);
@@ -126,6 +135,7 @@ impl Model {
             }
             // Of a source or revision that is not wanted any more, or not about one model.
             Happened::Fetched(..)
+            | Happened::Peeked(..)
             | Happened::Estimated(..)
             | Happened::Probed(_)
             | Happened::Stored(..)
@@ -153,6 +163,8 @@ impl Model {
                 if worker.revision == self.assignment.revision {
                     self.failure = None;
                     self.failures = 0;
+                    // What it takes is measured, and asked for anew before the next load.
+                    self.estimates.clear();
                 }
             }
             RunnerEvent::Changed(report) => worker.report = Some(report),
@@ -203,7 +215,7 @@ impl Model {
         let retry_at = now + backoff(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.failure = Some(Failure { reason, message, retry_at });
-        if matches!(self.file, FileState::Present(_)) {
+        if self.file.known().is_some() {
             self.file = FileState::Unknown;
         }
         self.estimates.clear();

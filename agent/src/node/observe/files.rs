@@ -61,6 +61,19 @@ pub enum FileState {
         /// As far as is known.
         percent: Option<u8>,
     },
+    /// Its header is there, of the rest nothing need be: enough for dry runs.
+    Peeked(Arc<StoredFiles>),
     /// There and checked.
     Present(Arc<StoredFiles>),
+}
+
+impl FileState {
+    /// The files, where at least their headers are there.
+    #[must_use]
+    pub fn known(&self) -> Option<&Arc<StoredFiles>> {
+        match self {
+            Self::Present(stored) | Self::Peeked(stored) => Some(stored),
+            Self::Unknown | Self::Fetching { .. } => None,
+        }
+    }
 }

@@ -20,6 +20,10 @@ pub struct Worker {
     pub report: Option<RunnerReport>,
     /// Bytes that it measured.
     pub measured: Need,
+    /// The same when it had just been loaded: what was predicted.
+    pub loaded: Need,
+    /// Bytes of its weights that are pages of the file.
+    pub mapped_bytes: u64,
     /// When it was started.
     pub started: Instant,
     /// How far it is.

@@ -36,8 +36,13 @@ pub(super) fn end_the_worst(observed: &Observed) -> Option<Step> {
         0 => String::new(),
         more => format!(", {} more than it had reserved", bytes(more)),
     };
+    let stalled = match group.stalled_percent {
+        0 => String::new(),
+        percent => format!(" and for {percent} % of ten seconds nobody got on for want of it"),
+    };
     let message = format!(
-        "{} of the {} of host memory that the agent and its workers may take were in use; this worker held {}{beyond}",
+        "{} of the {} of host memory that the agent and its workers may take were in use{stalled}; this worker held \
+         {}{beyond}",
         bytes(group.used),
         bytes(group.limit),
         bytes(held),
@@ -56,9 +61,10 @@ mod tests {
     use super::super::tests::assignment;
     use super::*;
     use crate::cgroup::GroupMemory;
+    use crate::devices::Devices;
     use crate::ledger::Need;
     use crate::runner::adopt::Record;
-    use crate::runner::protocol::RunnerConfig;
+    use crate::runner::protocol::{MemoryUse, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport};
     use crate::runner::supervise::WorkerEnd;
 
     const MIB: u64 = 1 << 20;
@@ -76,7 +82,7 @@ mod tests {
             observed.found(Record { worker, config, assignment, predicted, note: None }, now);
             held.insert(worker, holds * MIB);
         }
-        let group = GroupMemory { limit: 1000 * MIB, used: 990 * MIB };
+        let group = GroupMemory { limit: 1000 * MIB, used: 990 * MIB, stalled_percent: 0, limit_hits: 0 };
         observed.note("", Happened::Measured(HostMemory { group, held }), now);
         observed
     }
@@ -107,6 +113,51 @@ mod tests {
                         190Mi, 90Mi more than it had reserved";
         assert_eq!(message, expected);
         assert_eq!(uid, observed(&[(0, 1, 1)]).models.keys().next().unwrap().as_str());
+    }
+
+    #[test]
+    fn what_workers_and_others_hold_of_host_memory() {
+        // (held, what the group has in use) in MiB; then (held by the ledger, by others). 100 are measured, 60 of them mapped.
+        for ((held, used), expected) in [
+            ((40, 50), (100, 0)),
+            // Less than 16 MiB more is rounding, and less than 64 MiB of others'.
+            ((50, 90), (100, 0)),
+            ((75, 75), (132, 0)),
+            ((40, 40 + 130), (100, 128)),
+            ((10, 40 + 130), (100, 128)),
+        ] {
+            let mut observed = observed(&[(0, 100, 0)]);
+            let part = MemoryUse {
+                device: CPU.to_owned(),
+                weights_bytes: 100 * MIB,
+                mapped_bytes: 60 * MIB,
+                ..MemoryUse::default()
+            };
+            let report = RunnerReport { memory: vec![part], ..RunnerReport::default() };
+            let now = Instant::now();
+            let cpu = ProbeReport::default();
+            observed.note("", Happened::Probed(Ok(Devices::new(cpu, 1000 * MIB))), now);
+            let uid = observed.models.keys().next().unwrap().clone();
+            observed.note(&uid, Happened::WorkerSaid(1, RunnerEvent::Ready(report)), now);
+            let group = GroupMemory { limit: 1000 * MIB, used: used * MIB, stalled_percent: 0, limit_hits: 0 };
+            observed.hold(&[(1, held * MIB)].into(), Some(group));
+            let found = (observed.ledger.held(CPU) / MIB, observed.ledger.foreign(CPU) / MIB);
+            assert_eq!(found, expected, "{held} {used}");
+            // Models may take less than the group: others have room beside them.
+            observed.hold(&[(1, held * MIB)].into(), Some(GroupMemory { limit: 2000 * MIB, ..group }));
+            assert_eq!(observed.ledger.foreign(CPU), 0);
+        }
+    }
+
+    #[test]
+    fn a_stall_counts_at_the_own_limit_alone() {
+        let group =
+            |stalled_percent, limit_hits| GroupMemory { limit: 1 << 30, used: 1 << 20, stalled_percent, limit_hits };
+        let before = Some(group(0, 7));
+        assert!(HostMemory::is_stalled(group(25, 8), before));
+        assert!(!HostMemory::is_stalled(group(24, 8), before));
+        assert!(!HostMemory::is_stalled(group(90, 7), before), "others lack memory");
+        assert!(!HostMemory::is_stalled(group(90, 8), None));
     }
 
     #[test]

@@ -46,6 +46,8 @@ struct Sim {
     loading: BTreeMap<WorkerId, (String, Instant, u64)>,
     ending: BTreeMap<WorkerId, (String, Instant)>,
     requests: Vec<Request>,
+    /// Memory is on its way back, and the driver will say so.
+    looking: Option<Devices>,
     /// What was done lately.
     story: std::collections::VecDeque<String>,
 }
@@ -66,6 +68,7 @@ impl Sim {
             id: "GPU0".to_owned(),
             kind: "GPU".to_owned(),
             memory_total_bytes: capacity,
+            memory_free_bytes: capacity,
             ..ProbedDevice::default()
         };
         let mut observed = Observed::default();
@@ -82,6 +85,7 @@ impl Sim {
             loading: BTreeMap::new(),
             ending: BTreeMap::new(),
             requests,
+            looking: None,
             story: std::collections::VecDeque::new(),
         }
     }
@@ -100,6 +104,15 @@ impl Sim {
             self.loading.remove(&id);
             let end = WorkerEnd { how: "exited with code 0".to_owned(), failure: None, last_lines: String::new() };
             self.observed.note(&uid, Happened::WorkerEnded(id, end), self.now);
+        }
+        // The driver gives memory back a tick after the worker has ended, and is asked a tick after that.
+        if !self.observed.ledger.is_settled()
+            && let Some(mut devices) = std::mem::replace(&mut self.looking, self.observed.devices.clone())
+        {
+            let used = self.observed.ledger.held("GPU0") - self.observed.ledger.missing("GPU0");
+            devices.list[0].memory_free_bytes = self.capacity - used;
+            self.observed.note("", Happened::Probed(Ok(devices)), self.now);
+            self.looking = None;
         }
         for request in &mut self.requests {
             if request.arrives <= seconds && request.waits_since.is_none() {

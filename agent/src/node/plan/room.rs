@@ -156,7 +156,7 @@ impl<'a> Planner<'a> {
                 let message = Some("llama.cpp works out how much memory the model needs".to_owned());
                 return Err(Verdict { message, reason: Some(reasons::ESTIMATING.to_owned()), ..pending() });
             };
-            let need = devices.need(&target.translate(report.memory.clone()));
+            let need = devices.worker_need(&target.translate(report.memory.clone()));
             choices.push((target, need));
         }
         Ok(choices)
@@ -177,7 +177,12 @@ impl<'a> Planner<'a> {
         }
         if let Some((_, need)) = choices.iter().find(|choice| fits(&self.soon, choice)) {
             self.speak_for(model, need);
-            return Taken::Verdict(waiting("waits for memory that a model on its way out still holds"));
+            let message = if self.observed.ledger.is_settled() {
+                "waits for memory that a model on its way out still holds"
+            } else {
+                "waits for memory that a model has left and that the driver has not given back yet"
+            };
+            return Taken::Verdict(waiting(message));
         }
         let mut without_former = self.soon.clone();
         model.former(&wanted.revision).for_each(|(id, _)| without_former.release(id));

@@ -58,6 +58,10 @@ struct World {
     slow_files: Vec<String>,
     desired: Desired,
     observed: Observed,
+    /// Of each device, GiB that other processes hold.
+    others: BTreeMap<String, u64>,
+    /// Drivers do not give back what ended workers held.
+    slow_drivers: bool,
     shown: BTreeMap<String, String>,
     text: String,
 }
@@ -72,6 +76,8 @@ fn play(yaml: &str) -> String {
         slow_files: scenario.slow_files,
         desired: Desired::default(),
         observed: Observed::default(),
+        others: BTreeMap::new(),
+        slow_drivers: false,
         shown: BTreeMap::new(),
         text: format!("{}\n", scenario.about.trim()),
     };
@@ -81,7 +87,8 @@ fn play(yaml: &str) -> String {
         backend: id.trim_end_matches(char::is_numeric).to_owned(),
         kind: if id == "CPU" { "CPU" } else { "GPU" }.to_owned(),
         memory_total_bytes: gib << 30,
-        memory_free_bytes: 0,
+        memory_free_bytes: gib << 30,
+        driver: "a driver 1.2".to_owned(),
     });
     let report = ProbeReport { backends: Vec::new(), devices: devices.collect() };
     world.observed.note("", Happened::Probed(Ok(Devices::new(report, u64::MAX))), start);
@@ -125,6 +132,18 @@ impl World {
             Some((uid, number)) => (uid, number.parse::<WorkerId>().ok()),
             None => (uid, self.observed.models.get(uid).and_then(|m| m.workers.keys().next_back().copied())),
         };
+        match what {
+            "others" => {
+                self.others.insert(uid.to_owned(), rest(2).parse().unwrap());
+                return;
+            }
+            "drivers" => {
+                self.slow_drivers = uid == "keep";
+                return;
+            }
+            "look" => return self.look(),
+            _ => {}
+        }
         let worker_did = || worker.unwrap_or_else(|| panic!("{event}: no such worker"));
         let happened = match what {
             "file" => Happened::Fetched(self.observed.models[uid].source.clone(), Ok(stored())),
@@ -215,6 +234,9 @@ impl World {
         self.observed.adopt(&self.desired);
         let limits = Limits { loading: 2, lame_duck: Duration::from_secs(1), drain: Duration::from_mins(1) };
         for _ in 0..20 {
+            if self.observed.look_at.is_some_and(|at| at <= self.now) {
+                self.look();
+            }
             let decided = plan(&self.desired, &self.observed, limits, self.now);
             if decided.steps.is_empty() {
                 self.show(&decided);
@@ -232,6 +254,19 @@ impl World {
         panic!("the plan never settles:\n{}", self.text);
     }
 
+    /// The drivers are asked: what workers hold is in use, and what the scenario says.
+    fn look(&mut self) {
+        let mut devices = self.observed.devices.clone().unwrap();
+        for device in &mut devices.list {
+            let ledger = &self.observed.ledger;
+            let missing = ledger.missing(&device.id);
+            let mut used = ledger.held(&device.id) - if self.slow_drivers { 0 } else { missing };
+            used += self.others.get(&device.id).copied().unwrap_or(0) << 30;
+            device.memory_free_bytes = device.memory_total_bytes.saturating_sub(used);
+        }
+        self.observed.note("", Happened::Probed(Ok(devices)), self.now);
+    }
+
     fn answer(&mut self, step: &Step) {
         let uid = step.uid();
         let happened = match step {
@@ -241,6 +276,7 @@ impl World {
             }
             Step::Fetch { .. } if self.slow_files.iter().any(|slow| slow == uid) => return,
             Step::Fetch { .. } => Happened::Fetched(self.observed.models[uid].source.clone(), Ok(stored())),
+            Step::Peek { .. } => Happened::Peeked(self.observed.models[uid].source.clone(), Ok(stored())),
             Step::Estimate { revision, on, .. } => {
                 Happened::Estimated(revision.clone(), on.clone(), self.dry_run(uid, on))
             }
@@ -278,6 +314,7 @@ impl World {
         match step {
             Step::Publish { uid } => format!("publish {uid}"),
             Step::Fetch { uid } => format!("fetch {uid}"),
+            Step::Peek { uid } => format!("peek {uid}"),
             Step::Estimate { uid, revision, on } => format!("estimate {uid}@{revision} on {}", place(on)),
             Step::Load { uid, revision, worker, target, need, note } => {
                 let need: Vec<String> =
@@ -426,6 +463,8 @@ scenarios!(
     nothing_helps,
     no_room,
     gpu_policies,
+    memory_comes_back_late,
+    others_hold_memory,
     removal_drains,
     loads_in_turn,
 );

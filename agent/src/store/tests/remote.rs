@@ -42,6 +42,40 @@ async fn a_file_is_fetched_once_and_then_there() {
     assert_eq!(fixture.files(), ["gguf", "json"], "the other revision stays");
 }
 
+/// What stands in for a file that is not here is as long and begins as it does.
+#[tokio::test]
+async fn a_header_comes_without_its_file() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().join("m.gguf");
+    Spec { layers: 8, embd: 512, heads: 8, ff: 2048, ..Spec::default() }.write(&path).expect("written");
+    let body = std::fs::read(path).expect("read");
+    let origin = Origin::serving(body.clone()).await;
+    // Or all of it would be on its way before anybody can say that it is not wanted.
+    origin.pace(Duration::from_millis(20));
+    let fixture = Fixture::new().await;
+    let source = source(&origin.url());
+    let peeked = fixture.store.peek(&source).await.expect("peeked").expect("short enough");
+    assert_eq!((peeked.size_bytes, peeked.sha256.as_deref()), (body.len() as u64, None));
+    assert!(origin.bytes_sent() < body.len() / 2, "{} of {}", origin.bytes_sent(), body.len());
+    let stand_in = std::fs::read(&peeked.path).expect("read");
+    assert_eq!(stand_in.len(), body.len());
+    assert_eq!(stand_in[..1 << 16], body[..1 << 16]);
+    assert!(!fixture.store.has(&source).await, "it is not the file");
+    assert_eq!(fixture.store.usage().await.expect("counted").used_bytes, 0);
+
+    origin.pace(Duration::ZERO);
+    let whole = fixture.ensure(&source).await.expect("fetched");
+    assert_eq!(whole.header, peeked.header);
+    assert_eq!(fixture.files(), ["gguf", "json"], "the stand-in is gone");
+    assert_eq!(fixture.store.peek(&source).await.expect("there"), Some(whole), "the file is better than its header");
+    let local = Source { uri: url::Url::from_file_path("/nowhere").expect("a path").into(), ..source };
+    assert_eq!(fixture.store.peek(&local).await.expect_err("no root").reason(), "PathNotAllowed");
+
+    let nothing = Origin::serving(b"no model at all".to_vec()).await;
+    let refused = fixture.store.peek(&super::source(&nothing.url())).await.expect_err("no GGUF");
+    assert_eq!(refused.reason(), "NotGGUF", "{refused}");
+}
+
 #[tokio::test]
 async fn a_cut_download_goes_on_where_it_ended() {
     let (body, _) = model();

@@ -14,7 +14,9 @@ use super::speculative::SpeculativeSpec;
     validation = Rule::new("!has(self.batchTokens) || !has(self.microBatchTokens) || self.microBatchTokens <= self.batchTokens")
         .message("microBatchTokens must not be greater than batchTokens"),
     validation = Rule::new("!has(self.gpu) || self.gpu != 'Never' || !has(self.gpuLayers) || self.gpuLayers == 0")
-        .message("gpuLayers must be 0 or absent when gpu is Never")
+        .message("gpuLayers must be 0 or absent when gpu is Never"),
+    validation = Rule::new("!has(self.gpu) || self.gpu != 'Required' || !has(self.gpuLayers) || self.gpuLayers > 0")
+        .message("gpuLayers must not be 0 when gpu is Required")
 )]
 pub struct EngineSpec {
     /// Required never runs on the CPU; Preferred takes a GPU where one has room, and says so when not; Never runs on
