@@ -171,6 +171,30 @@ async fn a_long_text_grows_the_micro_batch() {
     }
 }
 
+/// Sizes that are no multiple of the texts in a call, as the spec gives them and as a text makes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn sizes_may_be_odd() {
+    let mean = Spec { pooling: Some(Pooling::Mean), ..Spec::causal_embedder() };
+    for spec in [Spec::embedder(), Spec::causal_embedder(), mean] {
+        let worker = Worker::start_with(&spec, |config| {
+            config.context.max_tokens = Some(389);
+            (config.engine.batch_tokens, config.engine.micro_batch_tokens) = (Some(300), Some(300));
+        });
+        let usual = Worker::start(&spec);
+        for words in [5, 60] {
+            let texts = texts(70, |index| if index == 3 { words } else { 2 });
+            for (left, right) in worker.vectors(&texts).await.iter().zip(usual.vectors(&texts).await) {
+                assert!(far(left, &right) < 0.002, "{words} words");
+            }
+        }
+        // Longer than a call was made for, and of an odd length again.
+        let long: Vec<Token> = (0..389).map(|index| 200 + index * 7 % 300).collect();
+        let (left, right) =
+            (worker.embeddings(json!({"input": [long]})).await, usual.embeddings(json!({"input": [long]})).await);
+        assert!(far(&floats(&left)[0], &floats(&right)[0]) < 0.002);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_api_is_openais() {
     let worker = Worker::start(&Spec::embedder());

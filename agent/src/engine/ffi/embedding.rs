@@ -55,6 +55,7 @@ pub(in crate::engine) struct EmbeddingContext {
     /// Floats of one text.
     width: usize,
     sequences: u32,
+    capacity: u32,
     batch: Batch,
     /// Most outputs of one call, so far or as expected; llama.cpp's buffer for them never shrinks.
     outputs: usize,
@@ -88,9 +89,13 @@ impl EmbeddingContext {
         raw_params.swa_full = true;
         if !last_only {
             // llama.cpp asserts that a non-causal batch fits a micro-batch, takes the mean of one micro-batch only,
-            // and makes an output of every token.
-            raw_params.n_ubatch = params.batch;
-            raw_params.n_outputs_max = params.batch;
+            // and makes an output of every token. It plans with a multiple of the sequences, and aborts where that is more
+            // than the outputs (`graph_reserve`).
+            let planned = params.batch.next_multiple_of(params.sequences.max(1));
+            raw_params.n_ctx = raw_params.n_ctx.max(planned);
+            raw_params.n_batch = planned;
+            raw_params.n_ubatch = planned;
+            raw_params.n_outputs_max = planned;
         }
         let raw = context::create(model, &raw_params)?;
         // SAFETY: the context is alive.
@@ -102,12 +107,15 @@ impl EmbeddingContext {
                 Pooling::Mean | Pooling::Cls | Pooling::Last => i64::from(sys::llama_model_n_embd_out(model.raw())),
             }
         };
+        // SAFETY: the context is alive.
+        let most = unsafe { sys::llama_n_batch(raw.as_ptr()) };
         Ok(Self {
             raw,
             memory,
             last_only,
             width: usize::try_from(width).unwrap_or(0),
             sequences: params.sequences,
+            capacity: params.batch.min(most),
             batch: Batch::new(params.batch),
             outputs: if last_only { params.sequences } else { params.micro_batch } as usize,
             model: model.clone(),
@@ -116,8 +124,7 @@ impl EmbeddingContext {
 
     /// Tokens in one call.
     pub(in crate::engine) fn capacity(&self) -> u32 {
-        // SAFETY: the context is alive.
-        unsafe { sys::llama_n_batch(self.raw.as_ptr()) }
+        self.capacity
     }
 
     /// Whether every token of a call becomes an output, which takes host memory for its logits.
