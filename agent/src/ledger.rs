@@ -197,6 +197,13 @@ impl Ledger {
         Ok(())
     }
 
+    /// Whether a worker could be promised more than it holds if nobody else held anything.
+    #[must_use]
+    pub fn could_grow(&self, worker: WorkerId, more: &Need) -> bool {
+        let held = |device: &str| self.holdings.get(&worker).map_or(0, |holding| holding.of(device));
+        more.iter().all(|(device, bytes)| held(device).saturating_add(*bytes) <= self.capacity(device))
+    }
+
     /// What the worker was promised beyond its holding is not taken after all.
     pub fn shrink(&mut self, worker: WorkerId) {
         if let Some(holding) = self.alive(worker) {

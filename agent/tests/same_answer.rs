@@ -86,21 +86,23 @@ fn request(prompt: &[Token], max_tokens: u32) -> GenerateRequest {
 
 struct Answer {
     text: String,
+    tokens: Vec<Token>,
     logprobs: Vec<TokenLogprob>,
     usage: Usage,
 }
 
 async fn read(mut generation: Generation) -> Answer {
-    let (mut text, mut logprobs) = (String::new(), Vec::new());
+    let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
     loop {
         let next = tokio::time::timeout(std::time::Duration::from_mins(1), generation.next());
         match next.await.expect("an event within a minute") {
-            Some(GenerateEvent::Token { text: piece, logprob, .. }) => {
+            Some(GenerateEvent::Token { text: piece, token, logprob }) => {
                 text.push_str(&piece);
+                tokens.push(token);
                 logprobs.extend(logprob);
             }
             Some(GenerateEvent::Progress(_)) => {}
-            Some(GenerateEvent::Done { usage, .. }) => return Answer { text, logprobs, usage },
+            Some(GenerateEvent::Done { usage, .. }) => return Answer { text, tokens, logprobs, usage },
             Some(GenerateEvent::Failed(error)) => panic!("{error} after {text:?}"),
             None => panic!("a stream without an end, after {text:?}"),
         }
@@ -219,6 +221,53 @@ async fn stays_within_the_bound(model: &Path) {
     }
     let fixed = ContextSpec { sizing: ContextSizing::Fixed, ..dynamic() };
     agree("fixed", &reference, &alone(&start_with(model, fixed, EngineSpec::default()), &text).await);
+}
+
+/// A model with one rotation for short contexts and another for long ones: a stream that outgrows the short one is read
+/// again in the middle, and says what it would say in a context that was large from the start.
+#[tokio::test]
+async fn another_rotation_is_read_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    Spec { long_rope: Some(1024), layers: 4, ..Spec::compared() }.write(&path).expect("a model file");
+    let sized = |min_tokens| ContextSpec {
+        min_tokens: Some(min_tokens),
+        max_tokens: Some(1200),
+        parallel: 1,
+        ..ContextSpec::default()
+    };
+    let (small, large) =
+        (start_with(&path, sized(1024), EngineSpec::default()), start_with(&path, sized(1200), EngineSpec::default()));
+    assert_eq!((small.report().context_tokens, large.report().context_tokens), (1024, 1280));
+    let asked = GenerateRequest { aim_tokens: Some(0), max_tokens: None, ..request(&text(5, 700), 1) };
+    let answer = ask(&small, asked).await;
+    let stats = small.stats();
+    assert!(stats.resizes == 1 && stats.cells_total > 1024 && stats.failed == 0, "{stats:?}");
+    // It had to, or could not go on; so the tokens before were said with the other rotation.
+    let crossed = 1024 - 700;
+    assert_eq!(stats.growths_anticipated, 0, "nobody is read again for room that may never be needed");
+
+    let all: Vec<Token> = [text(5, 700), answer.tokens.clone()].concat();
+    let mut apart_before: f64 = 0.0;
+    let mut others = Vec::new();
+    let mut ours = Vec::new();
+    for at in [0, 60, 300, crossed + 2, crossed + 30, crossed + 90, 449] {
+        let fresh = next_token(&large, &all[..700 + at]).await;
+        let said: Best = answer.logprobs[at].top.iter().map(|one| (one.token, one.logprob)).collect();
+        if at < crossed {
+            let known: BTreeMap<Token, f32> = fresh.iter().copied().collect();
+            let apart = said[..3].iter().map(|(token, logprob)| match known.get(token) {
+                Some(found) => f64::from((found - logprob).abs()),
+                None => f64::INFINITY,
+            });
+            apart_before = apart.fold(apart_before, f64::max);
+        } else {
+            ours.push(said);
+            others.push(fresh);
+        }
+    }
+    assert!(apart_before > 2.0 * BOUND, "the rotations say the same: {apart_before}");
+    agree("another rotation", &ours, &others);
 }
 
 /// What one client says reaches nobody else, neither what is kept of it nor what runs beside it.

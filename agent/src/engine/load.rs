@@ -85,6 +85,9 @@ pub(super) struct Plan {
     pub(super) layers_offloaded: u32,
     /// Layers in all, the output layer counted.
     pub(super) layers_total: u32,
+    /// The first context beside the running one is one that llama.cpp refuses to make.
+    #[cfg(test)]
+    pub(super) spoils_next: bool,
 }
 
 /// Loads the weights; says also whether they are on a GPU. `progress` gets 0 to 100.
@@ -357,6 +360,8 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
         capability,
         layers_offloaded,
         layers_total,
+        #[cfg(test)]
+        spoils_next: false,
     };
     let params = ContextParams {
         cells: limits.initial,

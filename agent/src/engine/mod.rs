@@ -222,6 +222,12 @@ pub struct EngineStats {
     pub resizes: u64,
     /// Times it shrank.
     pub shrinks: u64,
+    /// Times that it grew in a context that was made beside the running one before anybody needed it.
+    pub growths_anticipated: u64,
+    /// Times that it could not grow because others held the memory.
+    pub growths_refused: u64,
+    /// Requests that had a slot and no room in the context, and waited for others to end or for memory.
+    pub context_waits: u64,
     /// How long streams stood still for that, in all.
     pub resize_time: Duration,
     /// Images that were computed for a prompt; those that were there already do not count.

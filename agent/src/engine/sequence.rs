@@ -25,6 +25,9 @@ use super::stop::TextAssembler;
 /// Events that a reader may be behind before its sequence is parked; two more are reserved for the end.
 pub(super) const CHANNEL: usize = 64;
 
+/// How long a request waits for memory if nobody said how long requests may wait in the queue.
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
+
 /// A request that has a slot.
 #[expect(clippy::struct_excessive_bools, reason = "each says one thing that the client may ask for")]
 pub(super) struct Sequence {
@@ -83,6 +86,10 @@ pub(super) struct Sequence {
     started: Instant,
     /// When it leaves, should it not have begun.
     deadline: Option<Instant>,
+    /// It has a slot and finds no room in the context.
+    pub(super) waits: bool,
+    /// When it gives up waiting for memory.
+    waits_until: Option<Instant>,
     first_token: Option<Instant>,
 }
 
@@ -152,6 +159,8 @@ impl Sequence {
             submitted,
             started: now,
             deadline,
+            waits: false,
+            waits_until: None,
             first_token: None,
             tokens: prompt,
             media,
@@ -162,6 +171,7 @@ impl Sequence {
     pub(super) fn place(&mut self, cells: SeqId, resident: usize) {
         self.cells = Some(cells);
         self.follow = None;
+        (self.waits, self.waits_until) = (false, None);
         self.resident = resident;
         if self.first_token.is_none() {
             self.cached = resident.min(self.prompt);
@@ -284,6 +294,18 @@ impl Sequence {
     /// It has waited for its first cells until its deadline.
     pub(super) fn is_late(&self, now: Instant) -> bool {
         self.first_token.is_none() && self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Nobody runs whose end could make room: it waits for memory, for as long as requests may wait in the queue.
+    pub(super) fn wait_for_memory(&mut self, now: Instant) {
+        let patience =
+            self.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_duration_since(self.submitted));
+        self.waits_until.get_or_insert(now + patience);
+    }
+
+    /// It has waited long enough for memory.
+    pub(super) fn has_waited(&self, now: Instant) -> bool {
+        self.waits_until.is_some_and(|until| until <= now)
     }
 
     /// Its reader is behind.

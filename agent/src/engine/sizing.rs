@@ -141,7 +141,7 @@ pub(super) enum Admission {
 }
 
 /// Judges a request by the demand with it. `cap`: what may be asked for now; `may_resize`: no change of size is under
-/// way; `alone`: nobody else runs.
+/// way; `alone`: nobody else runs or could leave memory.
 pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize: bool, alone: bool) -> Admission {
     match decide(cells, cap, demand, calm) {
         Sizing::Fits => Admission::Begin,
@@ -172,6 +172,8 @@ pub(super) struct Pressure {
     pub(super) kept: bool,
     /// A context is being made.
     pub(super) preparing: bool,
+    /// What was refused lately is held by others, who may leave it.
+    pub(super) passing: bool,
     /// Running sequences with cells.
     pub(super) holders: usize,
 }
@@ -188,7 +190,8 @@ pub(super) enum Relief {
         /// Cells of the new context.
         to: u32,
     },
-    /// The youngest gives its cells to the others: the oldest can always finish.
+    /// The youngest gives its cells to the others: the oldest can always finish. The only one gives them back and waits
+    /// for memory: so no two models wait for each other's.
     Preempt,
     /// The only one there is wants more than there is.
     Fail,
@@ -196,14 +199,14 @@ pub(super) enum Relief {
 
 /// The cheapest measure that is left.
 pub(super) fn relieve(pressure: Pressure) -> Relief {
-    let Pressure { cells, cap, aim, kept, preparing, holders } = pressure;
+    let Pressure { cells, cap, aim, kept, preparing, passing, holders } = pressure;
     if kept {
         Relief::DropKept
     } else if preparing {
         Relief::AwaitContext
     } else if cells < cap {
         Relief::Grow { to: rung(aim.max(cells + CELLS_STEP)).min(cap) }
-    } else if holders > 1 {
+    } else if holders > 1 || passing {
         Relief::Preempt
     } else {
         Relief::Fail
@@ -315,7 +318,8 @@ mod tests {
 
     #[test]
     fn relieves_by_the_cheapest_measure() {
-        let full = Pressure { cells: 1024, cap: 1024, aim: 3000, kept: false, preparing: false, holders: 2 };
+        let full =
+            Pressure { cells: 1024, cap: 1024, aim: 3000, kept: false, preparing: false, passing: false, holders: 2 };
         let cases = [
             (Pressure { kept: true, preparing: true, cap: 4096, ..full }, Relief::DropKept),
             (Pressure { preparing: true, cap: 4096, ..full }, Relief::AwaitContext),
@@ -323,6 +327,7 @@ mod tests {
             (Pressure { cap: 4096, aim: 900, ..full }, Relief::Grow { to: 1536 }),
             (full, Relief::Preempt),
             (Pressure { holders: 1, ..full }, Relief::Fail),
+            (Pressure { holders: 1, passing: true, ..full }, Relief::Preempt),
         ];
         for (pressure, expected) in cases {
             assert_eq!(relieve(pressure), expected, "{pressure:?}");

@@ -54,6 +54,9 @@ pub(super) struct Executor {
     adapters: Vec<(Adapter, f32)>,
     /// That the next steps are made with.
     adapter: AdapterId,
+    /// The next context beside the running one is one that llama.cpp refuses to make.
+    #[cfg(test)]
+    pub(super) spoils_next: bool,
 }
 
 /// The state of a sequence that lost its cells.
@@ -91,6 +94,8 @@ impl Executor {
             firsts: Vec::new(),
             adapters,
             adapter: None,
+            #[cfg(test)]
+            spoils_next: plan.spoils_next,
         }
     }
 

@@ -1,26 +1,49 @@
 //! The whole engine where a test has to reach inside: limits lowered behind its back, pauses shortened.
 
+mod growth;
 mod hybrid;
 mod media;
 mod mtp;
 
 use std::path::PathBuf;
 
-use altiplano_crds::model_deployment::{ContextSpec, FlashAttention};
+use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention};
 use altiplano_test_models::toy;
 use futures::StreamExt;
 
 use super::*;
 
-/// A configuration for a model on the CPU.
-pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
-    RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() }
+/// Set in the environment: tests that pass on any device use a GPU.
+const GPU: &str = "ALTIPLANO_TEST_GPU";
+
+/// The device that the tests of this process use besides the CPU.
+fn gpu() -> Option<String> {
+    std::env::var_os(GPU)?;
+    let report = probe().expect("a device list");
+    let gpu = report.devices.iter().find(|device| device.kind != "CPU");
+    let gpu = gpu.unwrap_or_else(|| panic!("install mesa-vulkan-drivers: llama.cpp sees {report:?}"));
+    Some(gpu.id.clone())
 }
+
+/// A configuration for a model on the CPU, or on the GPU where that is wanted.
+pub(super) fn config(model_path: PathBuf) -> RunnerConfig {
+    let Some(gpu) = gpu() else { return RunnerConfig { model_path, threads: 2, ..RunnerConfig::default() } };
+    // Small batches and no flash attention need few shaders, and compiling those is what takes a software driver's time.
+    let engine = EngineSpec {
+        batch_tokens: Some(8),
+        micro_batch_tokens: Some(8),
+        flash_attention: FlashAttention::Off,
+        ..EngineSpec::default()
+    };
+    RunnerConfig { model_path, threads: 2, devices: vec![gpu], engine, ..RunnerConfig::default() }
+}
+
 async fn read(mut generation: Generation) -> (String, Result<u32, EngineError>) {
     let mut text = String::new();
     loop {
-        let event = tokio::time::timeout(Duration::from_mins(1), generation.next()).await;
-        match event.expect("an event within a minute").expect("an end") {
+        // A GPU's driver compiles its shaders first.
+        let event = tokio::time::timeout(Duration::from_mins(3), generation.next()).await;
+        match event.expect("an event in time").expect("an end") {
             GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
             GenerateEvent::Progress(_) => {}
             GenerateEvent::Done { usage, .. } => return (text, Ok(usage.completion_tokens)),
@@ -126,12 +149,15 @@ struct Ledger {
 }
 
 impl Grants for Ledger {
-    fn ask(&self, more: &[crate::runner::protocol::MemoryUse]) -> Result<(), String> {
+    fn ask(&self, more: &[crate::runner::protocol::MemoryUse]) -> Result<(), crate::runner::grants::Refusal> {
         use std::sync::atomic::Ordering::Relaxed;
         self.asked.fetch_add(1, Relaxed);
         let bytes: u64 = more.iter().map(crate::runner::protocol::MemoryUse::total).sum();
         let free = self.free.load(Relaxed);
-        if bytes == 0 || bytes > free { Err(format!("{bytes} are not there, but {free}")) } else { Ok(()) }
+        if bytes == 0 || bytes > free {
+            return Err(crate::runner::grants::Refusal::passing(format!("{bytes} are not there, but {free}")));
+        }
+        Ok(())
     }
 
     fn give_back(&self) {}

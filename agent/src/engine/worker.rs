@@ -29,6 +29,7 @@ use super::step::Executor;
 use crate::runner::grants::Grants;
 use crate::runner::protocol::RunnerReport;
 use media::Pictures;
+use room::Refused;
 
 /// Longest sleep of an idle engine.
 const IDLE: Duration = Duration::from_secs(10);
@@ -58,10 +59,14 @@ pub(super) struct Worker {
     cells: u32,
     needs: Needs,
     last_resize: Option<Instant>,
-    /// When what size could not be had.
-    resize_refused: Option<(Instant, u32)>,
+    /// What size could not be had.
+    refused: Option<Refused>,
+    /// When no context could be had beside the running one.
+    beside_refused: Option<Instant>,
     /// When a larger context was last wanted before it was needed.
     anticipated: Option<Instant>,
+    /// The context that is being made is not needed yet.
+    early: bool,
     // Kept between steps for their memory.
     lanes: Vec<Lane>,
     step: Vec<Chunk>,
@@ -98,8 +103,10 @@ impl Worker {
             cells,
             needs: Needs::default(),
             last_resize: None,
-            resize_refused: None,
+            refused: None,
+            beside_refused: None,
             anticipated: None,
+            early: false,
             lanes: Vec::new(),
             step: Vec::new(),
             rows: Vec::new(),
@@ -173,7 +180,8 @@ impl Worker {
             Phase::Draining(deadline) => Some(deadline),
             Phase::Open | Phase::Ended => None,
         };
-        let next = [self.mailbox.next_deadline(), drained, self.probe_due()].into_iter().flatten().min();
+        let next =
+            [self.mailbox.next_deadline(), drained, self.probe_due(), self.next_try(now)].into_iter().flatten().min();
         self.mailbox.wait(next.map_or(IDLE, |next| next.saturating_duration_since(now)).min(IDLE));
     }
 
@@ -194,6 +202,10 @@ impl Worker {
             } else if self.preempted[index].is_late(now) {
                 let sequence = self.preempted.remove(index);
                 self.fail(sequence, EngineError::QueueTimeout);
+            } else if self.preempted[index].has_waited(now) {
+                let sequence = self.preempted.remove(index);
+                let reason = format!("no more than {} cells can be had: others hold the memory", self.executor.cells());
+                self.fail(sequence, EngineError::ContextFull(reason));
             }
         }
     }

@@ -212,6 +212,13 @@ impl Executor {
         }
     }
 
+    /// Tells all workers but one.
+    pub(super) fn tell_others(&self, worker: WorkerId, command: &RunnerCommand) {
+        for (_, handle) in self.workers.iter().filter(|(other, _)| **other != worker) {
+            handle.tell(command.clone());
+        }
+    }
+
     /// Begins a step. `observed` is as it was before it.
     pub(super) fn run(&mut self, step: Step, observed: &Observed) {
         let Some(model) = observed.models.get(step.uid()) else { return };

@@ -33,6 +33,7 @@ use self::status::{Identity, status};
 use crate::cgroup::{self, GroupMemory};
 use crate::front::Expected;
 use crate::ledger::bytes;
+use crate::runner::grants::Refusal;
 use crate::runner::protocol::{ProbedDevice, RunnerCommand, RunnerEvent};
 use crate::runner::supervise::{WorkerDid, WorkerMessage};
 
@@ -251,10 +252,15 @@ impl Node {
         let uid = self.observed.owner_of(worker).unwrap_or_default().to_owned();
         let what = match what {
             WorkerDid::Said(RunnerEvent::Growth { id, memory }) => {
-                let refused = self.observed.grow(&uid, worker, id, &memory, Instant::now()).err();
-                tracing::info!(uid, worker, refused, "the worker asked for more memory");
+                let refusal = self.observed.grow(&uid, worker, id, &memory, Instant::now()).err();
+                let (refused, passing) =
+                    refusal.map_or((None, false), |Refusal { reason, passing }| (Some(reason), passing));
+                tracing::info!(uid, worker, refused, passing, "the worker asked for more memory");
                 if id > 0 {
-                    self.executor.tell(worker, RunnerCommand::Growth { id, refused });
+                    self.executor.tell(worker, RunnerCommand::Growth { id, refused, passing });
+                }
+                if passing {
+                    self.executor.tell_others(worker, &RunnerCommand::Shrink);
                 }
                 return;
             }

@@ -25,6 +25,7 @@ use crate::devices::{CPU, Devices};
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
+use crate::runner::grants::Refusal;
 use crate::runner::protocol::{EstimateReport, MemoryUse, RunnerEvent};
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 
@@ -421,8 +422,8 @@ impl Observed {
         id: u64,
         more: &[MemoryUse],
         now: Instant,
-    ) -> Result<(), String> {
-        let Some(devices) = &self.devices else { return Err("the devices are not known yet".to_owned()) };
+    ) -> Result<(), Refusal> {
+        let Some(devices) = &self.devices else { return Err(Refusal::passing("the devices are not known yet")) };
         if id == 0 {
             self.ledger.shrink(worker);
             return Ok(());
@@ -430,9 +431,12 @@ impl Observed {
         let need = devices.need(more);
         let granted = self.ledger.grow(worker, &need);
         if let Some(model) = self.models.get_mut(uid) {
-            model.wants_more = granted.is_err().then_some((need, now));
+            model.wants_more = granted.is_err().then(|| (need.clone(), now));
         }
-        granted.map_err(|shortage| shortage.to_string())
+        granted.map_err(|shortage| Refusal {
+            passing: self.ledger.could_grow(worker, &need),
+            reason: shortage.to_string(),
+        })
     }
 
     /// The model that a worker belongs to.

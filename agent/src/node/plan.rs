@@ -364,7 +364,8 @@ impl Planner<'_> {
             }
             self.look_again(due);
         }
-        Verdict { message: worker.note.clone(), ..Verdict::new(states::READY) }
+        let said: Vec<String> = worker.note.clone().into_iter().chain(self.wish(model)).collect();
+        Verdict { message: (!said.is_empty()).then(|| said.join("; ")), ..Verdict::new(states::READY) }
     }
 
     fn unload_ready(&mut self, wanted: &ModelAssignment, worker: WorkerId, why: String) -> Verdict {

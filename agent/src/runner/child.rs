@@ -235,8 +235,10 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
     };
     let door = Door::open(&config.socket).map_err(ChildError::System)?;
     events.lock().may_be_adopted = door.is_some();
-    watch_agent(orphaned_sender, commands, door, events.clone()).map_err(ChildError::System)?;
-    let loaded = beat(events.clone()).map_err(ChildError::System)?;
+    let loaded: Arc<OnceLock<Engine>> = Arc::default();
+    let ears = Ears { answers: commands, engine: Arc::clone(&loaded) };
+    watch_agent(orphaned_sender, ears, door, events.clone()).map_err(ChildError::System)?;
+    beat(events.clone(), Arc::clone(&loaded)).map_err(ChildError::System)?;
 
     let progress = events.clone();
     let engine = Engine::start_with(config, Some(Arc::new(grants)), &move |percent| {
@@ -259,9 +261,7 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
 }
 
 /// Says every two seconds how the engine is, from now on; the engine comes later.
-fn beat(events: Events) -> io::Result<Arc<OnceLock<Engine>>> {
-    let loaded: Arc<OnceLock<Engine>> = Arc::default();
-    let engine = Arc::clone(&loaded);
+fn beat(events: Events, engine: Arc<OnceLock<Engine>>) -> io::Result<()> {
     thread::Builder::new().name("heartbeat".to_owned()).spawn(move || {
         loop {
             let (step, seconds) = engine.get().map_or((0, 0), |engine| {
@@ -274,23 +274,18 @@ fn beat(events: Events) -> io::Result<Arc<OnceLock<Engine>>> {
             thread::sleep(HEARTBEAT);
         }
     })?;
-    Ok(loaded)
+    Ok(())
 }
 
 /// The agent holds the other end of standard input for as long as it lives, and writes commands to it.
 /// One that is gone may be followed by another, which comes in by the door.
-fn watch_agent(
-    orphaned: watch::Sender<bool>,
-    commands: SyncSender<RunnerCommand>,
-    door: Option<Door>,
-    events: Events,
-) -> io::Result<()> {
+fn watch_agent(orphaned: watch::Sender<bool>, ears: Ears, door: Option<Door>, events: Events) -> io::Result<()> {
     thread::Builder::new().name("agent-watch".to_owned()).spawn(move || {
-        hear(&commands);
+        ears.hear();
         while door.as_ref().is_some_and(Door::wait) {
             tracing::info!("another agent has taken over");
             events.repeat();
-            hear(&commands);
+            ears.hear();
         }
         orphaned.send_replace(true);
         // Also out of a load or a step that takes long: nobody is there to use it.
@@ -301,19 +296,33 @@ fn watch_agent(
     Ok(())
 }
 
-/// Takes commands until there is nobody to give any.
-fn hear(commands: &SyncSender<RunnerCommand>) {
-    loop {
-        let mut line = String::new();
-        match io::stdin().lock().take(CONFIG_BYTES).read_line(&mut line) {
-            Ok(0) => return,
-            Ok(_) => match serde_json::from_str(&line) {
-                // A full queue means that nobody waits for answers.
-                Ok(command) => drop(commands.try_send(command)),
-                Err(error) => tracing::warn!(%error, "the agent said something that is no command"),
-            },
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
+/// Where commands go.
+struct Ears {
+    answers: SyncSender<RunnerCommand>,
+    /// Once it is loaded.
+    engine: Arc<OnceLock<Engine>>,
+}
+
+impl Ears {
+    /// Takes commands until there is nobody to give any.
+    fn hear(&self) {
+        loop {
+            let mut line = String::new();
+            match io::stdin().lock().take(CONFIG_BYTES).read_line(&mut line) {
+                Ok(0) => return,
+                Ok(_) => match serde_json::from_str(&line) {
+                    Ok(RunnerCommand::Shrink) => {
+                        if let Some(engine) = self.engine.get() {
+                            engine.shrink(0);
+                        }
+                    }
+                    // A full queue means that nobody waits for answers.
+                    Ok(answer @ RunnerCommand::Growth { .. }) => drop(self.answers.try_send(answer)),
+                    Err(error) => tracing::warn!(%error, "the agent said something that is no command"),
+                },
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
         }
     }
 }

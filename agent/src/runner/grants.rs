@@ -9,17 +9,36 @@ use super::protocol::{MemoryUse, RunnerCommand, RunnerEvent};
 /// How long the agent has to answer; its loop answers in milliseconds unless it is gone.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long nobody is asked after a question without an answer: streams wait meanwhile.
+/// How long nobody is asked after a question without an answer; doubled after each further one, up to [`LONGEST_SILENCE`].
 const SILENCE: Duration = Duration::from_secs(5);
+
+/// See [`SILENCE`].
+const LONGEST_SILENCE: Duration = Duration::from_mins(1);
 
 /// Answers that nobody has taken yet.
 const ANSWERS: usize = 16;
 
+/// Why there is no more memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For people.
+    pub reason: String,
+    /// Others may leave what is missing: it is worth waiting for.
+    pub passing: bool,
+}
+
+impl Refusal {
+    /// Another time the answer may be another one.
+    pub fn passing(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), passing: true }
+    }
+}
+
 /// Who is asked before the context grows.
 pub trait Grants: Send + Sync {
-    /// Asks for `more` bytes per device, beyond what the last report said. Blocks for at most a second. An error says
-    /// why not, for people. What was granted is settled by the next report.
-    fn ask(&self, more: &[MemoryUse]) -> Result<(), String>;
+    /// Asks for `more` bytes per device, beyond what the last report said. Blocks for at most a second. What was granted
+    /// is settled by the next report.
+    fn ask(&self, more: &[MemoryUse]) -> Result<(), Refusal>;
 
     /// What was granted is not taken after all.
     fn give_back(&self);
@@ -35,8 +54,8 @@ struct State {
     /// Questions asked.
     asked: u64,
     answers: Receiver<RunnerCommand>,
-    /// When a question was last left without an answer.
-    silent: Option<Instant>,
+    /// When a question was last left without an answer, and how long nobody is asked after it.
+    silent: Option<(Instant, Duration)>,
 }
 
 impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Agent<T> {
@@ -48,26 +67,30 @@ impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Agent<T> {
 }
 
 impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Grants for Agent<T> {
-    fn ask(&self, more: &[MemoryUse]) -> Result<(), String> {
+    fn ask(&self, more: &[MemoryUse]) -> Result<(), Refusal> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.silent.is_some_and(|silent| silent.elapsed() < SILENCE) {
-            return Err("the agent has not answered lately".to_owned());
+        if state.silent.is_some_and(|(silent, pause)| silent.elapsed() < pause) {
+            return Err(Refusal::passing("the agent has not answered lately"));
         }
         state.asked += 1;
         let asked = state.asked;
         if !(self.tell)(&RunnerEvent::Growth { id: asked, memory: more.to_vec() }) {
-            return Err("the agent cannot be asked for memory".to_owned());
+            return Err(Refusal::passing("the agent cannot be asked for memory"));
         }
         let deadline = Instant::now() + PATIENCE;
         loop {
             match state.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(RunnerCommand::Growth { id, refused }) if id == asked => return refused.map_or(Ok(()), Err),
+                Ok(RunnerCommand::Growth { id, refused, passing }) if id == asked => {
+                    state.silent = None;
+                    return refused.map_or(Ok(()), |reason| Err(Refusal { reason, passing }));
+                }
                 // To an earlier question, which was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    state.silent = Some(Instant::now());
+                    let pause = state.silent.map_or(SILENCE, |(_, pause)| (pause * 2).min(LONGEST_SILENCE));
+                    state.silent = Some((Instant::now(), pause));
                     self.give_back();
-                    return Err("the agent did not answer whether there is memory".to_owned());
+                    return Err(Refusal::passing("the agent did not answer whether there is memory"));
                 }
             }
         }
@@ -103,18 +126,25 @@ mod tests {
         };
         let first = ask();
         assert_eq!(id(events.recv().unwrap()), (1, 1));
-        commands.send(RunnerCommand::Growth { id: 0, refused: Some("an old answer".to_owned()) }).unwrap();
-        commands.send(RunnerCommand::Growth { id: 1, refused: None }).unwrap();
+        let answer = |id, refused: Option<&str>| RunnerCommand::Growth {
+            id,
+            refused: refused.map(str::to_owned),
+            passing: refused.is_some(),
+        };
+        commands.send(answer(0, Some("an old answer"))).unwrap();
+        commands.send(answer(1, None)).unwrap();
         assert_eq!(first.join().unwrap(), Ok(()));
 
         let second = ask();
         assert_eq!(id(events.recv().unwrap()), (2, 1));
-        commands.send(RunnerCommand::Growth { id: 2, refused: Some("no room".to_owned()) }).unwrap();
-        assert_eq!(second.join().unwrap(), Err("no room".to_owned()));
+        commands.send(answer(2, Some("no room"))).unwrap();
+        assert_eq!(second.join().unwrap(), Err(Refusal { reason: "no room".to_owned(), passing: true }));
 
         let third = ask();
         assert_eq!(id(events.recv().unwrap()), (3, 1));
-        assert!(third.join().unwrap().is_err(), "nobody answers");
+        assert!(third.join().unwrap().is_err_and(|refusal| refusal.passing), "nobody answers");
         assert_eq!(id(events.recv().unwrap()), (0, 0), "what may have been granted is given back");
+        assert!(ask().join().unwrap().is_err(), "and nobody is asked for a while");
+        assert!(events.try_recv().is_err());
     }
 }

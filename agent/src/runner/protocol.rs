@@ -129,7 +129,12 @@ pub enum RunnerCommand {
         /// Why there is no memory, for people; absent: the memory is reserved.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         refused: Option<String>,
+        /// Others hold what is missing and may leave it, so it is worth waiting for.
+        #[serde(default)]
+        passing: bool,
     },
+    /// Another needs memory: the context should give back what is not needed now.
+    Shrink,
 }
 
 /// What a loaded model is and takes.

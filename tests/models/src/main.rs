@@ -86,6 +86,7 @@ impl Generate {
             ff: self.ff.unwrap_or(base.ff),
             context: self.context.unwrap_or(base.context),
             sliding_window: self.sliding_window.unwrap_or(base.sliding_window),
+            long_rope: base.long_rope,
             quantization: self.quantization.unwrap_or(base.quantization),
             tokenizer: self.tokenizer.unwrap_or(base.tokenizer),
             chat_template,

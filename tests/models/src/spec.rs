@@ -121,6 +121,8 @@ pub struct Spec {
     pub context: u32,
     /// Window of the sliding-window layers (Gemma 3 only).
     pub sliding_window: u32,
+    /// Two rotations (`LongRoPE`): one for contexts up to so many tokens, another for larger ones (llama only).
+    pub long_rope: Option<u32>,
     /// Type of the matrices.
     pub quantization: Quantization,
     /// Kind of tokenizer.
@@ -154,6 +156,7 @@ impl Default for Spec {
             ff: 192,
             context: 2048,
             sliding_window: 256,
+            long_rope: None,
             quantization: Quantization::F16,
             tokenizer: Tokenizer::Bpe,
             chat_template: Some(CHATML.to_owned()),
@@ -318,6 +321,9 @@ impl Spec {
         if self.mtp.is_some() && self.architecture != Architecture::Qwen35 {
             return invalid("only qwen35 has an mtp head".to_owned());
         }
+        if self.long_rope.is_some() && self.architecture != Architecture::Llama {
+            return invalid("only llama has two rotations here".to_owned());
+        }
         if self.pooling == Some(Pooling::Rank) && !self.is_bert() {
             return invalid("only bert has a head for pooling rank".to_owned());
         }
@@ -365,6 +371,10 @@ impl Spec {
             if let Some(pooling) = self.pooling {
                 h.u32(&format!("{arch}.pooling_type"), pooling.number());
             }
+        }
+        if let Some(original) = self.long_rope {
+            h.string(&format!("{arch}.rope.scaling.type"), "longrope");
+            h.u32(&format!("{arch}.rope.scaling.original_context_length"), original);
         }
         if matches!(self.architecture, Architecture::Qwen2vl | Architecture::Qwen35) {
             // Pairs of a head's elements that turn with time, height and width.
@@ -465,9 +475,11 @@ impl Spec {
             Architecture::Mamba | Architecture::Qwen35 => 0,
             _ => layers,
         };
+        // Where rotations are compared tokens look at few others, or it would not matter where those are.
+        let sharpness = if self.long_rope.is_some() { 2.0 } else { 1.0 };
         for i in 0..attention {
-            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(1.0));
-            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(1.0));
+            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(sharpness));
+            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(sharpness));
             matrix(format!("blk.{i}.attn_v.weight"), kv, embd, gain(1.0));
             matrix(format!("blk.{i}.attn_output.weight"), embd, embd, gain(1.0));
             matrix(format!("blk.{i}.ffn_gate.weight"), ff, embd, gain(1.0));
@@ -500,6 +512,11 @@ impl Spec {
             }
         }
         vector("output_norm.weight".to_owned(), embd, Filling::Ones);
+        if self.long_rope.is_some() {
+            // Positions count as they are, or for less.
+            vector("rope_factors_short.weight".to_owned(), head / 2, Filling::Ones);
+            vector("rope_factors_long.weight".to_owned(), head / 2, Filling::Constant(3.0));
+        }
         if self.architecture == Architecture::Mamba {
             all.extend((0..layers).flat_map(|layer| mamba::tensors(layer, embd, self.quantization)));
         }

@@ -2,17 +2,22 @@
 //!
 //! | both contexts fit | what happens | what streams see |
 //! |---|---|---|
-//! | yes, and somebody generates | the new one is made by a thread beside the old, then the state moves | get + set |
-//! | no, or nobody generates | the state is taken out, the old context freed, the new one made, the state put in | all of it |
+//! | yes, and somebody generates, or will before the room is needed | the new one is made by a thread beside the old, then the state moves | get + set |
+//! | no, or nobody can go on without | the state is taken out, the old context freed, the new one made, the state put in | all of it |
 //!
 //! Before it grows, the ledger is asked for what it takes at its height; it is free again when the next report says what
-//! was taken, or when nothing came of it. The buffer that the state moves through is there before anything is freed, so that a failure finds the way back.
+//! was taken, or when nothing came of it. For a context beside the running one that thread asks, so that streams do not
+//! wait for the answer. The buffer that the state moves through is there before anything is freed, so that a failure finds
+//! the way back.
 
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 use super::{Context, ContextParams, Executor, available_bytes};
 use crate::engine::sizing::{self, DeviceRoom, Way};
+use crate::runner::grants::{Grants, Refusal};
+use crate::runner::protocol::MemoryUse;
 
 /// What became of a change of size.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,17 +27,31 @@ pub(in crate::engine) enum Resized {
     /// Another size; every sequence has to be read again.
     Emptied,
     /// As before.
-    Refused(String),
+    Refused(Refusal),
     /// As before in size, but every sequence has to be read again.
     RefusedEmptied(String),
     /// There is no context any more.
     Lost(String),
 }
 
+/// What nobody can leave.
+fn refused(reason: impl Into<String>) -> Resized {
+    Resized::Refused(Refusal { reason: reason.into(), passing: false })
+}
+
 /// A context that is being made beside the running one.
 pub(super) struct Making {
     params: ContextParams,
-    result: Receiver<Result<(Context, Option<Context>), String>>,
+    result: Receiver<Result<(Context, Option<Context>), Refusal>>,
+}
+
+/// How much the thread that makes a context stands back behind those that compute.
+const NICENESS: i32 = 5;
+
+/// A question to the ledger.
+struct Question {
+    grants: Arc<dyn Grants>,
+    more: Vec<MemoryUse>,
 }
 
 impl Executor {
@@ -43,27 +62,29 @@ impl Executor {
             return false;
         }
         let Ok((Way::Beside, rooms)) = self.way(cells) else { return false };
-        if let Err(reason) = self.ask(&rooms, cells, Way::Beside) {
-            tracing::debug!(cells, reason, "no second context beside the running one");
-            return false;
-        }
+        let question = self.question(&rooms, cells, Way::Beside);
         let (sender, result) = mpsc::sync_channel(1);
         let params = ContextParams { cells, ..self.params.clone() };
         let (model, wanted) = (self.model.clone(), params.clone());
+        #[cfg(test)]
+        let wanted = if std::mem::take(&mut self.spoils_next) { ContextParams { cells: 1, ..wanted } } else { wanted };
         let draft = self.guesser.as_ref().and_then(|guesser| guesser.recipe(cells));
         let thread = thread::Builder::new().name("context".to_owned()).spawn(move || {
-            let made = Context::new(&model, &wanted).and_then(|context| {
+            // Streams come first. Of no use where it is not allowed, and of no harm.
+            let _ = rustix::process::nice(NICENESS);
+            let both = || {
+                let context = Context::new(&model, &wanted)?;
                 let draft = draft.map(|(model, wanted)| Context::new(&model, &wanted)).transpose()?;
                 Ok((context, draft))
-            });
+            };
+            let granted = question.map_or(Ok(()), |Question { grants, more }| grants.ask(&more));
+            let made = granted.and_then(|()| both().map_err(|reason| Refusal { reason, passing: false }));
             // Nobody waits any more when the engine has ended: then the context goes again.
             let _ = sender.send(made);
             done();
         });
         if thread.is_ok() {
             self.making = Some(Making { params, result });
-        } else {
-            self.give_back();
         }
         self.making.is_some()
     }
@@ -79,7 +100,9 @@ impl Executor {
         let made = if wait { making.result.recv().ok() } else { making.result.try_recv().ok() };
         let made = match made {
             Some(made) => made,
-            None if wait => Err("the thread that made the context is gone".to_owned()),
+            None if wait => {
+                Err(Refusal { reason: "the thread that made the context is gone".to_owned(), passing: false })
+            }
             None => return None,
         };
         let params = self.making.take()?.params;
@@ -92,7 +115,7 @@ impl Executor {
                 }
                 resized
             }
-            Err(reason) => Resized::Refused(reason),
+            Err(refusal) => Resized::Refused(refusal),
         })
     }
 
@@ -108,10 +131,10 @@ impl Executor {
         }
         if occupied {
             let Some(state) = old.state(&mut self.staging) else {
-                return Resized::Refused("no host memory to move the state through".to_owned());
+                return refused("no host memory to move the state through");
             };
             if !context.set_state(state) {
-                return Resized::Refused("the state does not fit into the other context".to_owned());
+                return refused("the state does not fit into the other context");
             }
         }
         (self.context, self.params) = (Some(context), params);
@@ -120,19 +143,27 @@ impl Executor {
 
     /// Gives the context `cells` cells at once.
     pub(in crate::engine) fn resize(&mut self, cells: u32) -> Resized {
-        let allowed = self.way(cells).and_then(|(_, rooms)| self.ask(&rooms, cells, Way::Instead));
-        match allowed {
+        let rooms = match self.way(cells) {
+            Ok((_, rooms)) => rooms,
+            Err(reason) => return refused(reason),
+        };
+        let granted =
+            self.question(&rooms, cells, Way::Instead).map_or(Ok(()), |Question { grants, more }| grants.ask(&more));
+        match granted {
             Ok(()) => self.replace(cells),
-            Err(reason) => Resized::Refused(reason),
+            Err(refusal) => Resized::Refused(refusal),
         }
     }
 
-    /// Asks the ledger for what a change to `cells` takes; shrinking gives back soon what it takes.
-    fn ask(&self, rooms: &[DeviceRoom], cells: u32, way: Way) -> Result<(), String> {
-        match &self.grants {
-            Some(grants) if cells > self.cells() => grants.ask(&sizing::more(rooms, self.cells(), cells, way)),
-            _ => Ok(()),
-        }
+    /// What the ledger is to be asked before a change to `cells`; shrinking gives back soon what it takes.
+    fn question(&self, rooms: &[DeviceRoom], cells: u32, way: Way) -> Option<Question> {
+        let grants = self.grants.as_ref().filter(|_| cells > self.cells())?;
+        Some(Question { grants: Arc::clone(grants), more: sizing::more(rooms, self.cells(), cells, way) })
+    }
+
+    /// Whether what is in the cache is right in a context of `cells` cells.
+    pub(in crate::engine) fn state_survives(&self, cells: u32) -> bool {
+        self.capability.state_survives(self.cells(), cells)
     }
 
     /// Nothing came of what the ledger granted.
@@ -150,7 +181,7 @@ impl Executor {
         let state = if occupied && survives {
             let Some(state) = old.state(&mut self.staging) else {
                 self.context = Some(old);
-                return Resized::Refused("no host memory to move the state through".to_owned());
+                return refused("no host memory to move the state through");
             };
             Some(state)
         } else {
@@ -188,7 +219,7 @@ impl Executor {
         match (refused, moved) {
             (None, true) => Resized::Moved,
             (None, false) => Resized::Emptied,
-            (Some(reason), true) => Resized::Refused(reason),
+            (Some(reason), true) => self::refused(reason),
             (Some(reason), false) => Resized::RefusedEmptied(reason),
         }
     }
@@ -217,7 +248,7 @@ impl Executor {
         // Other sequences may write more of it before it is moved.
         let state = context.state_size() as u64 / 8 * 9;
         let staging = state.saturating_sub(self.staging.len() as u64);
-        let room = |device: crate::runner::protocol::MemoryUse| DeviceRoom {
+        let room = |device: MemoryUse| DeviceRoom {
             available: available_bytes(&device.device),
             context_bytes: device.context_bytes + device.compute_bytes,
             staging: if device.device == "CPU" { staging } else { 0 },
@@ -263,7 +294,8 @@ mod tests {
             let mut begin = |first: Token| {
                 let (id, resident) = executor.begin(Reuse::Nothing, &[]).expect("an id");
                 assert_eq!(resident, 0);
-                (id, (first..first + 40).collect())
+                // Both together are one batch, also where that is small.
+                (id, (first..first + 4).collect())
             };
             let sequences = vec![begin(300), begin(500)];
             Self { executor, sequences, resident: vec![0, 0] }
@@ -331,7 +363,7 @@ mod tests {
         let mut streams = Streams::start(512);
         let mut said = streams.steps(10);
         // llama.cpp makes no context with fewer cells than sequences.
-        assert!(matches!(streams.executor.replace(1), Resized::Refused(reason) if reason.contains("too few")));
+        assert!(matches!(streams.executor.replace(1), Resized::Refused(refusal) if refusal.reason.contains("too few")));
         said.extend(streams.steps(10));
         assert!(streams.executor.prepare(1, || {}), "there is memory for it");
         assert!(matches!(streams.executor.prepared(true), Some(Resized::Refused(_))));
@@ -340,10 +372,12 @@ mod tests {
             said.extend(streams.steps(1));
         }
         assert!(streams.executor.prepare(256, || {}));
-        assert!(matches!(streams.executor.prepared(true), Some(Resized::Refused(reason)) if reason.contains("fit")));
+        assert!(
+            matches!(streams.executor.prepared(true), Some(Resized::Refused(refusal)) if refusal.reason.contains("fit"))
+        );
         // More than this machine has.
         let refused = streams.executor.resize(1 << 31);
-        assert!(matches!(&refused, Resized::Refused(reason) if reason.contains("are free")), "{refused:?}");
+        assert!(matches!(&refused, Resized::Refused(refusal) if refusal.reason.contains("are free")), "{refused:?}");
         assert_eq!(streams.executor.cells(), 512);
         let more = large.steps(said.len() + 5 - expected.len());
         said.extend(streams.steps(5));

@@ -52,7 +52,7 @@ impl Worker {
             // A change of size may take away what was chosen.
             let choice = self.choose(&sequence, true);
             let demand = self.demand(Some((&sequence, self.shared_by(choice.reuse))));
-            let (cells, alone) = (self.executor.cells(), self.running.is_empty());
+            let (cells, alone) = (self.executor.cells(), self.running.is_empty() && !self.may_get_memory(now));
             let (calm, may_resize) = (self.calm(now), self.may_resize());
             match sizing::admit(cells, self.ceiling(demand.hard, now), demand, calm, may_resize, alone) {
                 Admission::Begin => {
@@ -66,8 +66,17 @@ impl Worker {
                     );
                     break choice;
                 }
-                Admission::Grow { to } => self.resize(to)?,
-                Admission::Wait => return Ok(Some(sequence)),
+                Admission::Grow { to } => self.resize(to, demand.hard > cells)?,
+                Admission::Wait => {
+                    if self.running.is_empty() {
+                        sequence.wait_for_memory(now);
+                    }
+                    if !std::mem::replace(&mut sequence.waits, true) {
+                        self.shared.update(|stats| stats.context_waits += 1);
+                        tracing::debug!(request = sequence.id, hard = demand.hard, pool = cells, "waits for room");
+                    }
+                    return Ok(Some(sequence));
+                }
                 Admission::Fail => {
                     let reason = format!("no more than {cells} cells can be had, {} are needed", demand.hard);
                     self.fail(sequence, EngineError::ContextFull(reason));

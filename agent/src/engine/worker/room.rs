@@ -9,12 +9,28 @@ use super::super::sequence::Sequence;
 use super::super::sizing::{self, Demand, Pressure, Relief};
 use super::super::step::Resized;
 use super::Worker;
+use crate::runner::grants::Refusal;
 
 /// Least time between two changes of size that are only wished for, and after one that failed.
 const RESIZE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Least time between two looks for room for a context that is not needed yet.
 const ANTICIPATE_PAUSE: Duration = Duration::from_secs(1);
+
+/// A size that could not be had.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Refused {
+    at: Instant,
+    cells: u32,
+    /// Others may leave the memory.
+    passing: bool,
+}
+
+impl Refused {
+    fn is_recent(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < RESIZE_PAUSE
+    }
+}
 
 impl Worker {
     /// What the running sequences take and want, with one more, of whose tokens so many will be in others' cells.
@@ -33,7 +49,7 @@ impl Worker {
 
     /// No other change of size is under way, and the last one is long enough ago for one that is only wished for.
     pub(super) fn calm(&self, now: Instant) -> bool {
-        let last = self.last_resize.max(self.resize_refused.map(|(last, _)| last));
+        let last = self.last_resize.max(self.refused.map(|refused| refused.at)).max(self.beside_refused);
         self.may_resize() && last.is_none_or(|last| now.saturating_duration_since(last) >= RESIZE_PAUSE)
     }
 
@@ -44,15 +60,32 @@ impl Worker {
 
     /// Cells that may be asked for now.
     pub(super) fn ceiling(&self, hard: u32, now: Instant) -> u32 {
-        let lately = |(last, _): &(Instant, u32)| now.saturating_duration_since(*last) < RESIZE_PAUSE;
-        sizing::ceiling(self.plan.limits.cap, self.resize_refused.filter(lately).map(|(_, cells)| cells), hard)
+        let refused = self.refused.filter(|refused| refused.is_recent(now));
+        sizing::ceiling(self.plan.limits.cap, refused.map(|refused| refused.cells), hard)
     }
 
-    /// Gives the context another size: beside the running streams where there is memory for both, else at once.
-    pub(super) fn resize(&mut self, to: u32) -> Result<(), EngineError> {
+    /// What was refused lately is held by others, who may leave it.
+    pub(super) fn may_get_memory(&self, now: Instant) -> bool {
+        self.refused.is_some_and(|refused| refused.passing && refused.is_recent(now))
+    }
+
+    /// When those who wait for memory may ask again.
+    pub(super) fn next_try(&self, now: Instant) -> Option<Instant> {
+        let next = self.refused.filter(|_| !self.preempted.is_empty()).map(|refused| refused.at + RESIZE_PAUSE);
+        next.filter(|next| *next > now)
+    }
+
+    /// Gives the context another size: beside the running one where there is memory for both and somebody runs, or nobody
+    /// needs it before it can be read into; else at once. `needed`: somebody cannot go on without.
+    pub(super) fn resize(&mut self, to: u32, needed: bool) -> Result<(), EngineError> {
         let mailbox = Arc::clone(&self.mailbox);
         let streams = self.running.iter().any(|sequence| sequence.cells.is_some());
-        if streams && self.executor.prepare(to, move || mailbox.wake()) {
+        let can_wait = !needed && to > self.executor.cells() && self.executor.state_survives(to);
+        if (streams || can_wait)
+            && self.may_make_beside(Instant::now())
+            && self.executor.prepare(to, move || mailbox.wake())
+        {
+            self.early = !needed;
             tracing::debug!(from = self.executor.cells(), to, "a context is made beside the running one");
             return Ok(());
         }
@@ -61,15 +94,31 @@ impl Worker {
         self.resized(to, resized, started.elapsed())
     }
 
+    /// None was refused lately.
+    fn may_make_beside(&self, now: Instant) -> bool {
+        self.beside_refused.is_none_or(|last| now.saturating_duration_since(last) >= RESIZE_PAUSE)
+    }
+
     /// Takes a context that was made beside the running one into use, if it is ready or `wait` says so.
     pub(super) fn take_prepared(&mut self, wait: bool) -> Result<(), EngineError> {
         let Some(to) = self.executor.preparing() else { return Ok(()) };
         if to < self.executor.cells() {
             self.executor.leave_only(to);
         }
-        let started = Instant::now();
+        let (started, grows) = (Instant::now(), to > self.executor.cells());
         match self.executor.prepared(wait) {
-            Some(resized) => self.resized(to, resized, started.elapsed()),
+            // It may still be had instead of the running one.
+            Some(Resized::Refused(Refusal { reason, passing })) => {
+                tracing::info!(to, reason, passing, "no context beside the running one");
+                self.executor.give_back();
+                self.beside_refused = Some(Instant::now());
+                Ok(())
+            }
+            Some(resized) => {
+                let early = grows && !wait && std::mem::take(&mut self.early);
+                self.shared.update(|stats| stats.growths_anticipated += u64::from(early));
+                self.resized(to, resized, started.elapsed())
+            }
             None => Ok(()),
         }
     }
@@ -77,16 +126,16 @@ impl Worker {
     fn resized(&mut self, to: u32, resized: Resized, stall: Duration) -> Result<(), EngineError> {
         let from = std::mem::replace(&mut self.cells, self.executor.cells());
         let milliseconds = stall.as_millis();
-        let (changed, emptied) = match resized {
-            Resized::Moved => (true, false),
-            Resized::Emptied => (true, true),
-            Resized::Refused(reason) => {
+        let (changed, emptied, passing) = match resized {
+            Resized::Moved => (true, false, false),
+            Resized::Emptied => (true, true, false),
+            Resized::Refused(Refusal { reason, passing }) => {
                 tracing::warn!(from, to, reason, "the context keeps its size");
-                (false, false)
+                (false, false, passing)
             }
             Resized::RefusedEmptied(reason) => {
                 tracing::warn!(from, to, reason, "the context keeps its size, and everything is read again");
-                (false, true)
+                (false, true, false)
             }
             Resized::Lost(reason) => return Err(EngineError::InsufficientMemory(reason)),
         };
@@ -109,10 +158,11 @@ impl Worker {
             tracing::info!(from, to, milliseconds, emptied, "the context has another size");
             self.last_resize = Some(now);
         } else {
-            self.resize_refused = Some((now, to));
+            self.refused = Some(Refused { at: now, cells: to, passing });
             self.executor.give_back();
         }
         self.shared.update(|stats| {
+            stats.growths_refused += u64::from(passing);
             stats.resizes += u64::from(changed && to > from);
             stats.shrinks += u64::from(changed && to < from);
             stats.resize_time += stall;
@@ -144,8 +194,18 @@ impl Worker {
         }
         let Demand { hard, aim } = demand;
         if let Some(target) = self.mailbox.take_shrink() {
-            let to = sizing::rung(hard.max(target)).min(self.plan.limits.cap);
+            // Not below what the running ones aim for: they would only ask for it again.
+            let to = sizing::rung(aim.max(hard).max(target)).clamp(self.plan.limits.initial, self.plan.limits.cap);
             return if to < cells { self.shrink(to) } else { Ok(()) };
+        }
+        if self.running.is_empty() && !self.preempted.is_empty() && self.may_get_memory(now) {
+            // Who waits for memory holds none that another may wait for.
+            let shrunk = if self.plan.limits.initial < cells { self.shrink(self.plan.limits.initial) } else { Ok(()) };
+            if self.executor.staging_bytes() > 0 {
+                self.executor.free_staging();
+                self.publish_memory();
+            }
+            return shrunk;
         }
         self.needs.see(sizing::rung(aim).clamp(self.plan.limits.initial, self.plan.limits.cap), now);
         let needed = self.needs.largest(now, self.plan.shrink_after).unwrap_or(cells);
@@ -167,13 +227,18 @@ impl Worker {
         let Some(to) = sizing::anticipate(self.executor.cells(), self.ceiling(demand.hard, now), demand) else {
             return false;
         };
-        if self.anticipated.is_some_and(|last| now.saturating_duration_since(last) < ANTICIPATE_PAUSE) {
+        if self.anticipated.is_some_and(|last| now.saturating_duration_since(last) < ANTICIPATE_PAUSE)
+            || !self.may_make_beside(now)
+            // Streams would have to be read again for room that they may never need.
+            || !self.executor.state_survives(to)
+        {
             return false;
         }
         self.anticipated = Some(now);
         let mailbox = Arc::clone(&self.mailbox);
         let begun = self.executor.prepare(to, move || mailbox.wake());
         if begun {
+            self.early = true;
             tracing::debug!(from = self.executor.cells(), to, "a context is made before it is needed");
         }
         begun
@@ -184,7 +249,7 @@ impl Worker {
         if self.executor.pool().used() > to {
             return Ok(());
         }
-        self.resize(to)
+        self.resize(to, false)
     }
 
     /// Makes room for the next step by the cheapest measure that is left.
@@ -196,6 +261,7 @@ impl Worker {
             aim: demand.aim,
             kept: self.executor.pool().oldest_kept(None).is_some(),
             preparing: self.executor.preparing().is_some(),
+            passing: self.may_get_memory(Instant::now()),
             holders: self.running.iter().filter(|sequence| sequence.cells.is_some()).count(),
         };
         let relief = sizing::relieve(pressure);
@@ -206,7 +272,7 @@ impl Worker {
             }
             Relief::AwaitContext => return self.take_prepared(true),
             Relief::Grow { to } => {
-                self.resize(to)?;
+                self.resize(to, true)?;
                 return self.take_prepared(true);
             }
             Relief::Preempt | Relief::Fail => {}

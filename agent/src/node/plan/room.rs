@@ -113,6 +113,14 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What keeps a context from growing that lately wanted to, for people.
+    pub(super) fn wish(&mut self, model: &Model) -> Option<String> {
+        let (need, asked) = model.wants_more.as_ref()?;
+        let shortage = self.held.check(need).err().filter(|_| self.now < *asked + GROWTH_INTEREST)?;
+        self.look_again(*asked + GROWTH_INTEREST);
+        Some(format!("its context would grow: {shortage}"))
+    }
+
     /// What the model would take where it would go now; else where it could ever go; else at the first choice.
     pub(super) fn best_estimate(&mut self, wanted: &ModelAssignment, model: &Model) -> Result<Need, Verdict> {
         let devices = self.devices()?;
