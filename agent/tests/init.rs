@@ -88,6 +88,12 @@ async fn an_agent_that_dies_while_it_loads_leaves_no_orphan() {
         }
     }
     agent.answers().await;
+    // It says 503 until it knows its models.
+    agent
+        .until("the model answers", || async {
+            agent.ask("toy", &toy::questions()[0].messages[0].content).await.0 == 200
+        })
+        .await;
     agent.check("toy").await;
     worker(&agent).await;
 }

@@ -43,10 +43,6 @@ fn the_estimate_is_what_is_measured() {
         let estimate = engine::estimate(&config).unwrap_or_else(|error| panic!("{name}: {error}"));
         let engine = start(&config);
         let report = engine.report();
-        // What the process itself takes is this test's, with other engines in it; and nothing is mapped by a dry run.
-        let of_llama_cpp = |memory: &[MemoryUse]| -> Vec<MemoryUse> {
-            memory.iter().map(|part| MemoryUse { other_bytes: 0, mapped_bytes: 0, ..part.clone() }).collect()
-        };
         assert_eq!(of_llama_cpp(&estimate.memory), of_llama_cpp(&report.memory), "{name}");
         assert_eq!(
             (estimate.context_tokens, estimate.max_tokens, estimate.layers_total, estimate.layers_offloaded),

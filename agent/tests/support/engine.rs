@@ -10,7 +10,7 @@ use altiplano_agent::engine::{
     Engine, EngineError, EngineStats, FinishReason, GenerateEvent, GenerateRequest, Generation, SamplingParams,
     Timings, Token, TokenLogprob, Usage,
 };
-use altiplano_agent::runner::protocol::RunnerConfig;
+use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_crds::model_deployment::ContextSpec;
 use altiplano_test_models::{Spec, toy};
 use futures::StreamExt as _;
@@ -32,6 +32,12 @@ pub fn generated(spec: &Spec) -> (TempDir, PathBuf) {
     let path = folder.path().join("model.gguf");
     spec.write(&path).expect("a model file");
     (folder, path)
+}
+
+/// What llama.cpp takes: what the process itself takes is this test's, with other engines in it, and a dry run maps
+/// nothing.
+pub fn of_llama_cpp(memory: &[MemoryUse]) -> Vec<MemoryUse> {
+    memory.iter().map(|part| MemoryUse { other_bytes: 0, mapped_bytes: 0, ..part.clone() }).collect()
 }
 
 pub fn greedy() -> SamplingParams {
