@@ -9,6 +9,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::spare::RUNNER;
@@ -229,10 +230,19 @@ pub fn source(path: &Path) -> String {
     format!("{{uri: 'file://{}'}}", path.display())
 }
 
-/// An address on loopback whose port was free a moment ago.
+/// An address on loopback whose port was free a moment ago, and is not among those that the kernel gives to whoever asks for
+/// any, as other tests do meanwhile.
 pub fn free_address() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("an address")
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(61);
+    for _ in 0..1000 {
+        let place = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], 10_000 + u16::try_from(place).expect("below 20,000")));
+        if std::net::TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+    panic!("no port from 10,000 to 29,999 is free")
 }
 
 /// The agent's command, free of what this shell sets.
