@@ -100,6 +100,21 @@ async fn alone_and_together(
     (alone, futures::future::join_all(streams.into_iter().map(read)).await)
 }
 
+/// So many requests at once about three images or sounds, each of `tokens` tokens, find what each finds alone.
+async fn in_company(engine: &Engine, media: &[Medium], count: usize, tokens: u32, what: &str) {
+    let requests: Vec<_> = (0..count)
+        .map(|number| {
+            let end = format!("Question {}?", number % 5);
+            prompt(engine, &[LONG, &end], &media[number % 3..=number % 3])
+        })
+        .collect();
+    let (alone, found) = alone_and_together(engine, &requests, tokens).await;
+    for (number, ((found, usage), alone)) in found.iter().zip(&alone).enumerate() {
+        assert!(distance(alone, found) < NEAR, "{what} {number}: {alone:?} {found:?} {usage:?}");
+    }
+    assert!(engine.stats().cached_prompt_tokens > 500, "{:?}", engine.stats());
+}
+
 /// The greatest difference among the most probable tokens; one that the other does not have counts as its least.
 fn distance(left: &Top, right: &Top) -> f32 {
     distance_down_to(5.0, left, right)

@@ -142,10 +142,7 @@ impl Fetch<'_> {
                 self.discard().await?;
                 return Err(StoreError::DownloadIncomplete { received: 0, expected: resume.length }.into());
             }
-            StatusCode::NOT_FOUND | StatusCode::GONE => {
-                return Err(StoreError::FileNotFound { uri: display(self.url) }.into());
-            }
-            status => return Err(StoreError::HttpStatus { uri: display(self.url), status: status.as_u16() }.into()),
+            status => return Err(refused(self.url, status).into()),
         };
         let validator = validator(headers);
         self.quota.claim(&self.slot.key, total.unwrap_or(keep)).await?;
@@ -347,6 +344,15 @@ impl Fetch<'_> {
 
     fn failed(&self, error: reqwest::Error) -> StoreError {
         failed(self.url, error)
+    }
+}
+
+/// What a status says that brings no file.
+pub(super) fn refused(url: &Url, status: StatusCode) -> StoreError {
+    let uri = display(url);
+    match status {
+        StatusCode::NOT_FOUND | StatusCode::GONE => StoreError::FileNotFound { uri },
+        status => StoreError::HttpStatus { uri, status: status.as_u16() },
     }
 }
 

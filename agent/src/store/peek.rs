@@ -27,14 +27,11 @@ pub(super) struct Peeked {
 /// Reads from the server until the header is whole, and writes it to `path`: a file with a hole where the tensors are, as
 /// long as the whole one. `None` where it is too long for that.
 pub(super) async fn peek(client: &Client, url: &Url, path: PathBuf) -> Result<Option<Peeked>, StoreError> {
-    let uri = || fetch::display(url);
     let failed = |error| fetch::failed(url, error);
     let request = client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
     let mut response = request.send().await.map_err(failed)?;
-    match response.status() {
-        StatusCode::OK => {}
-        StatusCode::NOT_FOUND | StatusCode::GONE => return Err(StoreError::FileNotFound { uri: uri() }),
-        status => return Err(StoreError::HttpStatus { uri: uri(), status: status.as_u16() }),
+    if response.status() != StatusCode::OK {
+        return Err(fetch::refused(url, response.status()));
     }
     let total = response.content_length();
     let mut bytes: Vec<u8> = Vec::new();

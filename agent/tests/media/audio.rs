@@ -90,17 +90,7 @@ async fn sounds_in_company() {
         let folder = tempfile::tempdir().unwrap();
         let engine = start(folder.path(), kind, context, |_| {});
         let sounds: Vec<_> = (0..3).map(|seed| sound(seed, 50)).collect();
-        let requests: Vec<_> = (0..9_usize)
-            .map(|number| {
-                let end = format!("Question {}?", number % 5);
-                prompt(&engine, &[LONG, &end], &sounds[number % 3..=number % 3])
-            })
-            .collect();
-        let (alone, found) = alone_and_together(&engine, &requests, 10).await;
-        for (number, ((found, usage), alone)) in found.iter().zip(&alone).enumerate() {
-            assert!(distance(alone, found) < NEAR, "{kind:?} {number}: {alone:?} {found:?} {usage:?}");
-        }
-        assert!(engine.stats().cached_prompt_tokens > 500, "{:?}", engine.stats());
+        in_company(&engine, &sounds, 9, 10, &format!("{kind:?}")).await;
         engine.shutdown(Instant::now());
     }
 }

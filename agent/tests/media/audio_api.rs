@@ -4,7 +4,7 @@ use altiplano_agent::api::MAX_SECONDS;
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::images_api::{get, post, serve, url};
+use super::images_api::{Body, get, post, said_by_all, serve, url};
 use super::*;
 
 /// A WAV file of half a second, in base64.
@@ -41,8 +41,8 @@ fn part(data: &str, format: &str) -> Value {
 
 const QUESTION: &str = "What is it?";
 
-/// The bodies of one question about one sound, each with the place of its prompt tokens in the answer and of the text.
-fn bodies() -> [(&'static str, Value, &'static str, &'static str); 4] {
+/// One question about one sound.
+fn bodies() -> [Body; 4] {
     let sound = wav(1);
     [
         (
@@ -77,23 +77,11 @@ fn bodies() -> [(&'static str, Value, &'static str, &'static str); 4] {
 async fn every_api_takes_sound() {
     let folder = tempfile::tempdir().unwrap();
     let (engine, router) = serve(folder.path(), Some(ProjectorKind::Ultravox));
-    let mut said: Vec<(Value, Value)> = Vec::new();
-    for (path, mut body, tokens, text) in bodies() {
-        body["model"] = "toy-chat".into();
-        for (name, value) in [("temperature", json!(0)), ("max_tokens", json!(16)), ("max_output_tokens", json!(16))] {
-            body[name] = value;
-        }
-        body["options"] = json!({"temperature": 0, "num_predict": 16});
-        body["cache_salt"] = path.into();
-        let (status, answer) = post(&router, path, &body).await;
-        assert_eq!(status, 200, "{path}: {answer}");
-        said.push((answer.pointer(tokens).unwrap().clone(), answer.pointer(text).unwrap().clone()));
-    }
-    assert!(said.iter().all(|found| *found == said[0]), "the same question has the same answer: {said:?}");
+    let said = said_by_all(&router, bodies()).await;
     assert_eq!(engine.stats().sounds, 1, "the same sound is computed once");
     let plain = json!({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1});
     let (_, plain) = post(&router, "/v1/chat/completions", &plain).await;
-    let difference = said[0].0.as_u64().unwrap() - plain["usage"]["prompt_tokens"].as_u64().unwrap();
+    let difference = said.0.as_u64().unwrap() - plain["usage"]["prompt_tokens"].as_u64().unwrap();
     assert!(difference >= 187, "a sound of 187 tokens counts: {difference}");
 
     // What was read is there for the next one; MP3 and FLAC are read too.

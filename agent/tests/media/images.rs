@@ -85,17 +85,7 @@ async fn images_in_company() {
         let folder = tempfile::tempdir().unwrap();
         let engine = start(folder.path(), kind, context, |_| {});
         let images: Vec<_> = (0..3).map(|seed| picture(seed, 64, 48)).collect();
-        let requests: Vec<_> = (0..12_usize)
-            .map(|number| {
-                let end = format!("Question {}?", number % 5);
-                prompt(&engine, &[LONG, &end], &images[number % 3..=number % 3])
-            })
-            .collect();
-        let (alone, found) = alone_and_together(&engine, &requests, 20).await;
-        for (number, ((found, usage), alone)) in found.iter().zip(&alone).enumerate() {
-            assert!(distance(alone, found) < NEAR, "{kind:?} {number}: {alone:?} {found:?} {usage:?}");
-        }
-        assert!(engine.stats().cached_prompt_tokens > 500, "{:?}", engine.stats());
+        in_company(&engine, &images, 12, 20, &format!("{kind:?}")).await;
         engine.shutdown(Instant::now());
     }
 }

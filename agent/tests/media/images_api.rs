@@ -68,10 +68,31 @@ pub(crate) async fn get(router: &Router, path: &str) -> Value {
     serde_json::from_slice(&bytes).unwrap()
 }
 
+/// A question by path, with the place of its prompt tokens in the answer and of the text.
+pub(crate) type Body = (&'static str, Value, &'static str, &'static str);
+
+/// The prompt tokens and the text that all of these say alike.
+pub(crate) async fn said_by_all(router: &Router, bodies: impl IntoIterator<Item = Body>) -> (Value, Value) {
+    let mut said: Vec<(Value, Value)> = Vec::new();
+    for (path, mut body, tokens, text) in bodies {
+        body["model"] = "toy-chat".into();
+        for (name, value) in [("temperature", json!(0)), ("max_tokens", json!(16)), ("max_output_tokens", json!(16))] {
+            body[name] = value;
+        }
+        body["options"] = json!({"temperature": 0, "num_predict": 16});
+        body["cache_salt"] = path.into();
+        let (status, answer) = post(router, path, &body).await;
+        assert_eq!(status, 200, "{path}: {answer}");
+        said.push((answer.pointer(tokens).unwrap().clone(), answer.pointer(text).unwrap().clone()));
+    }
+    assert!(said.iter().all(|found| *found == said[0]), "the same question has the same answer: {said:?}");
+    said.swap_remove(0)
+}
+
 const QUESTION: &str = "What is it?";
 
-/// The bodies of one question about one image, each with the place of its prompt tokens in the answer and of the text.
-fn bodies() -> [(&'static str, Value, &'static str, &'static str); 5] {
+/// One question about one image.
+fn bodies() -> [Body; 5] {
     let image = png(1, 64, 64);
     [
         (
@@ -115,24 +136,11 @@ fn bodies() -> [(&'static str, Value, &'static str, &'static str); 5] {
 async fn every_api_takes_images() {
     let folder = tempfile::tempdir().unwrap();
     let (engine, router) = serve(folder.path(), Some(ProjectorKind::Gemma3));
-    let mut said: Vec<(Value, Value)> = Vec::new();
-    for (path, mut body, tokens, text) in bodies() {
-        body["model"] = "toy-chat".into();
-        for (name, value) in [("temperature", json!(0)), ("max_tokens", json!(16)), ("max_output_tokens", json!(16))] {
-            body[name] = value;
-        }
-        body["options"] = json!({"temperature": 0, "num_predict": 16});
-        body["cache_salt"] = path.into();
-        let (status, answer) = post(&router, path, &body).await;
-        assert_eq!(status, 200, "{path}: {answer}");
-        let found = (answer.pointer(tokens).unwrap().clone(), answer.pointer(text).unwrap().clone());
-        said.push(found);
-    }
-    assert!(said.iter().all(|found| *found == said[0]), "the same question has the same answer: {said:?}");
+    let said = said_by_all(&router, bodies()).await;
     assert_eq!(engine.stats().pictures, 1, "the same image is computed once");
     let plain = json!({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1});
     let (_, plain) = post(&router, "/v1/chat/completions", &plain).await;
-    let difference = said[0].0.as_u64().unwrap() - plain["usage"]["prompt_tokens"].as_u64().unwrap();
+    let difference = said.0.as_u64().unwrap() - plain["usage"]["prompt_tokens"].as_u64().unwrap();
     assert!(difference >= 16, "an image of 16 tokens counts: {difference}");
 
     // Streamed, with what was read before told.
@@ -144,7 +152,7 @@ async fn every_api_takes_images() {
 
     let (path, body) = ("/v1/messages/count_tokens", bodies()[2].1.clone());
     let (status, counted) = post(&router, path, &body).await;
-    assert_eq!((status.as_u16(), &counted["input_tokens"]), (200, &said[0].0), "{counted}");
+    assert_eq!((status.as_u16(), &counted["input_tokens"]), (200, &said.0), "{counted}");
     let props = get(&router, "/props").await;
     assert_eq!(props["modalities"], json!({"vision": true, "audio": false}));
     let models = get(&router, "/v1/models").await;

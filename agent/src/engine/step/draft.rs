@@ -5,9 +5,8 @@
 //! lacks. That it has less than the model costs guesses, never correctness.
 
 use super::side::Side;
-use super::{Batch, Context, ContextParams, DecodeError, Model, SeqId, Token};
+use super::{Batch, Context, DecodeError, Model, SeqId, Token};
 use crate::engine::load::LoadedDraft;
-use crate::runner::protocol::MemoryUse;
 
 /// A sequence whose continuation is to be guessed.
 pub(in crate::engine) struct Wish<'a> {
@@ -27,7 +26,7 @@ const WINDOW_CUT: usize = 64;
 
 /// The draft model and what it has read.
 pub(super) struct Drafter {
-    side: Side,
+    pub(super) side: Side,
     /// By sequence id.
     held: Vec<Vec<Token>>,
     batch: Batch,
@@ -42,14 +41,6 @@ impl Drafter {
             has_window: draft.model.sliding_window() > 0,
             side: Side::new(draft),
         }
-    }
-
-    pub(super) fn memory(&self) -> Vec<MemoryUse> {
-        self.side.memory()
-    }
-
-    pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
-        self.side.recipe(cells)
     }
 
     pub(super) fn swap(&mut self, context: Context, staging: &mut Vec<u8>) {

@@ -2,6 +2,7 @@
 
 use super::draft::Drafter;
 use super::head::Head;
+use super::side::Side;
 use super::{Context, ContextParams, Model, SeqId, Token, Wish};
 use crate::engine::ffi::Part;
 use crate::engine::load::LoadedDraft;
@@ -23,20 +24,21 @@ impl Guesser {
         }
     }
 
+    fn side(&self) -> &Side {
+        match self {
+            Self::Model(drafter) => &drafter.side,
+            Self::Head(head) => &head.side,
+        }
+    }
+
     /// Bytes per device.
     pub(super) fn memory(&self) -> Vec<MemoryUse> {
-        match self {
-            Self::Model(drafter) => drafter.memory(),
-            Self::Head(head) => head.memory(),
-        }
+        self.side().memory()
     }
 
     /// What a context of `cells` cells is made of; `None` after a failure.
     pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
-        match self {
-            Self::Model(drafter) => drafter.recipe(cells),
-            Self::Head(head) => head.recipe(cells),
-        }
+        self.side().recipe(cells)
     }
 
     /// Takes a context of another size into use; what was read moves there, or is read again.

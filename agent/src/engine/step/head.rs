@@ -5,16 +5,15 @@
 //! less to see. That costs guesses, never correctness, because each is checked.
 
 use super::side::Side;
-use super::{Batch, Context, ContextParams, DecodeError, Model, SeqId, Token, Wish};
+use super::{Batch, Context, DecodeError, SeqId, Token, Wish};
 use crate::engine::load::LoadedDraft;
-use crate::runner::protocol::MemoryUse;
 
 /// Tokens of a sequence that wait until somebody guesses; more are read at once.
 const WAITING: usize = 32;
 
 /// The head and what it has read.
 pub(super) struct Head {
-    side: Side,
+    pub(super) side: Side,
     /// By sequence id.
     lines: Vec<Line>,
     batch: Batch,
@@ -93,14 +92,6 @@ impl Head {
             width: draft.model.embedding_width() as usize,
             side: Side::new(draft),
         }
-    }
-
-    pub(super) fn memory(&self) -> Vec<MemoryUse> {
-        self.side.memory()
-    }
-
-    pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
-        self.side.recipe(cells)
     }
 
     pub(super) fn swap(&mut self, context: Context, staging: &mut Vec<u8>) {

@@ -205,21 +205,32 @@ async fn giving_way_changes_nothing() {
     let judge = start(&model, context(2048, 2048, 1));
     for host_cache in [1 << 30, 0] {
         let config = RunnerConfig { context: context(256, 1024, 4), ..config(model.clone()) };
-        let (model, gpu) = load::open(&config, &|_| {}).expect("the model loads");
-        let mut loaded = load::load(&config, model, gpu).expect("the context is made");
-        loaded.plan.limits.cap = 768;
-        loaded.plan.host_cache = host_cache;
-        let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
-        let prompts: Vec<_> = (1..5).map(|seed| tokens(60, seed)).collect();
-        let asked: Vec<_> =
-            prompts.iter().map(|prompt| engine.submit(request(prompt, 400)).expect("the request is taken")).collect();
-        for (prompt, (said, _)) in prompts.iter().zip(futures::future::join_all(asked.into_iter().map(hear)).await) {
-            assert_eq!(said.len(), 400);
-            is_the_models_own(&judge, "preempted", prompt, &said).await;
-        }
+        let engine = crowded(&config, host_cache);
+        all_that_is_said_is_the_models_own(&engine, &judge).await;
         let stats = engine.stats();
         assert!(stats.preempted > 0 && stats.cells_total <= 768 && stats.failed == 0, "{stats:?}");
         engine.shutdown(Instant::now());
     }
     judge.shutdown(Instant::now());
+}
+
+/// An engine whose context may not grow to what its sequences want together, with so many bytes of host memory for their
+/// states.
+pub(super) fn crowded(config: &RunnerConfig, host_cache: u64) -> Engine {
+    let (model, gpu) = load::open(config, &|_| {}).expect("the model loads");
+    let mut loaded = load::load(config, model, gpu).expect("the context is made");
+    loaded.plan.limits.cap = 768;
+    loaded.plan.host_cache = host_cache;
+    Engine::launch(loaded, 8, None).expect("the engine starts")
+}
+
+/// Four at once, who give way to each other, say what the model says.
+pub(super) async fn all_that_is_said_is_the_models_own(engine: &Engine, judge: &Engine) {
+    let prompts: Vec<_> = (1..5).map(|seed| tokens(60, seed)).collect();
+    let asked: Vec<_> =
+        prompts.iter().map(|prompt| engine.submit(request(prompt, 400)).expect("the request is taken")).collect();
+    for (prompt, (said, _)) in prompts.iter().zip(futures::future::join_all(asked.into_iter().map(hear)).await) {
+        assert_eq!(said.len(), 400);
+        is_the_models_own(judge, "preempted", prompt, &said).await;
+    }
 }

@@ -6,7 +6,10 @@ use altiplano_crds::model_deployment::{EngineSpec, SpeculativeSpec, SpeculativeT
 use altiplano_test_models::{Architecture, MtpHead, Spec};
 
 use super::super::ffi::{Batch, Context};
-use super::hybrid::{ask, context, hear, is_the_models_own, request, salt, spec, text, tokens};
+use super::hybrid::{
+    all_that_is_said_is_the_models_own, ask, context, crowded, hear, is_the_models_own, request, salt, spec, text,
+    tokens,
+};
 use super::*;
 use crate::runner::protocol::MemoryUse;
 
@@ -93,18 +96,8 @@ async fn who_gives_way_guesses_again() {
     let judge = judge(&path);
     for host_cache in [1 << 30, 0] {
         let config = guessing(&path, context(256, 1024, 4));
-        let (model, gpu) = load::open(&config, &|_| {}).expect("the model loads");
-        let mut loaded = load::load(&config, model, gpu).expect("the context is made");
-        loaded.plan.limits.cap = 768;
-        loaded.plan.host_cache = host_cache;
-        let engine = Engine::launch(loaded, 8, None).expect("the engine starts");
-        let prompts: Vec<_> = (1..5).map(|seed| tokens(60, seed)).collect();
-        let asked: Vec<_> =
-            prompts.iter().map(|prompt| engine.submit(request(prompt, 400)).expect("the request is taken")).collect();
-        for (prompt, (said, _)) in prompts.iter().zip(futures::future::join_all(asked.into_iter().map(hear)).await) {
-            assert_eq!(said.len(), 400);
-            is_the_models_own(&judge, "preempted", prompt, &said).await;
-        }
+        let engine = crowded(&config, host_cache);
+        all_that_is_said_is_the_models_own(&engine, &judge).await;
         let stats = engine.stats();
         assert!(stats.preempted > 0 && stats.failed == 0 && stats.accepted_tokens > 0, "{stats:?}");
         engine.shutdown(Instant::now());

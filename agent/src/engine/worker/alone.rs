@@ -1,8 +1,8 @@
 //! One sequence that generates alone on a CPU.
 
 use super::super::error::EngineError;
-use super::super::prefix::Reuse;
 use super::Worker;
+use super::room::read_again;
 
 /// Steps alone before its cells are gathered: who comes in a burst is there by then.
 const PATIENCE: u32 = 8;
@@ -21,11 +21,6 @@ impl Worker {
         if self.executor.gather(id, sequence.resident) {
             return Ok(());
         }
-        sequence.unplace();
-        let Some((cells, resident)) = self.executor.begin(Reuse::Nothing, &sequence.tokens) else {
-            return Err(EngineError::Internal("no id for the only sequence".to_owned()));
-        };
-        sequence.place(cells, resident);
-        Ok(())
+        read_again(&mut self.executor, sequence)
     }
 }

@@ -7,7 +7,7 @@ use super::super::error::EngineError;
 use super::super::prefix::Reuse;
 use super::super::sequence::Sequence;
 use super::super::sizing::{self, Demand, Pressure, Relief};
-use super::super::step::Resized;
+use super::super::step::{Executor, Resized};
 use super::Worker;
 use crate::runner::grants::Refusal;
 
@@ -142,11 +142,7 @@ impl Worker {
         if emptied {
             // The pool is empty, so the ids they get are the lowest ones again.
             for sequence in self.running.iter_mut().filter(|sequence| sequence.cells.is_some()) {
-                sequence.unplace();
-                let Some((cells, resident)) = self.executor.begin(Reuse::Nothing, &sequence.tokens) else {
-                    return Err(EngineError::Internal("more sequences than ids".to_owned()));
-                };
-                sequence.place(cells, resident);
+                read_again(&mut self.executor, sequence)?;
             }
             // What was saved was made with the other rotation.
             for saved in self.preempted.iter_mut().filter_map(|sequence| sequence.saved.take()) {
@@ -297,4 +293,14 @@ impl Worker {
         self.preempted.insert(place, youngest);
         Ok(())
     }
+}
+
+/// A sequence whose cells are gone gets new ones, into which all of its tokens will be read.
+pub(super) fn read_again(executor: &mut Executor, sequence: &mut Sequence) -> Result<(), EngineError> {
+    sequence.unplace();
+    let Some((cells, resident)) = executor.begin(Reuse::Nothing, &sequence.tokens) else {
+        return Err(EngineError::Internal("more sequences than ids".to_owned()));
+    };
+    sequence.place(cells, resident);
+    Ok(())
 }
