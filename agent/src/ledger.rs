@@ -186,6 +186,15 @@ impl Ledger {
         }
     }
 
+    /// As if a worker held so much less.
+    pub fn expect_less(&mut self, worker: WorkerId, less: &Need) {
+        if let Some(holding) = self.alive(worker) {
+            for (device, held) in &mut holding.bytes {
+                *held = held.saturating_sub(less.get(device).copied().unwrap_or(0));
+            }
+        }
+    }
+
     /// Promises a worker more than it holds, all of it or nothing. [`Ledger::settle`] ends the promise.
     pub fn grow(&mut self, worker: WorkerId, more: &Need) -> Result<(), Shortage> {
         self.check(more)?;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_agent::runner::spawn::Runner;
-use altiplano_test_models::toy;
+use altiplano_test_models::{Spec, toy};
+use serde_json::json;
 use support::{Agent, PATIENCE, chat, question, traffic, workers};
 
 /// Bytes that the toy model takes on the CPU, by the dry run.
@@ -86,4 +87,56 @@ async fn who_excludes_each_other_takes_turns() {
     for words in ["InsufficientMemory", "needs ", " free", "held by default/a", "(pinned)"] {
         assert!(message.contains(words), "no {words:?} in {message}");
     }
+}
+
+/// A context that a request made larger shrinks when another model needs the room and nobody uses it: its worker stays, and
+/// nobody is unloaded.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_context_shrinks_before_anybody_is_unloaded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("model.gguf");
+    // 4 KiB a token.
+    let spec = Spec { layers: 2, embd: 512, heads: 8, kv_heads: 8, ff: 64, context: 8192, ..Spec::default() };
+    spec.write(&file).expect("a model file");
+    let more = |sizing: &str| {
+        format!(
+            ", unload: {{minResidentSeconds: 0}}, engine: {{gpu: Never, threads: 1}}, context: {{{sizing}, parallel: 1}}"
+        )
+    };
+    let (first, second) = (more("minTokens: 1024"), more("sizing: Fixed, maxTokens: 8192"));
+    let models = [("first", file.as_path(), first.as_str()), ("second", file.as_path(), second.as_str())];
+    let predicted = {
+        let agent = Agent::start(&[], &["serve"], &models, &[], &[]).await;
+        agent.ready("first", 1).await;
+        agent.ready("second", 1).await;
+        agent.metric("altiplano_device_memory_reserved_bytes", "\"CPU\"").await
+    };
+    // The first has room for 6,144 tokens where the second is not there.
+    let limit = format!("{:.0}", predicted + f64::from(12 << 20));
+    let asleep =
+        second.replace("minResidentSeconds: 0", "policy: AfterRequest, graceSeconds: 0, minResidentSeconds: 0");
+    let models = [("first", file.as_path(), first.as_str()), ("second", file.as_path(), asleep.as_str())];
+    let agent = Agent::start(&[], &["serve"], &models, &["--memory-limit-bytes", &limit], &[]).await;
+    agent.ready("first", 1).await;
+    agent.says("default/second: Unloaded").await;
+    agent.until("the second is unloaded", || async { workers(agent.pid()).len() == 1 }).await;
+    let [worker] = workers(agent.pid())[..] else { panic!("one worker: {}", agent.story()) };
+    let tokens = async || agent.metric("altiplano_context_tokens{", "\"first\"").await;
+    let before = tokens().await;
+    let prompt: Vec<u32> = (0..3000).map(|number| 260 + number % 240).collect();
+    let large = json!({"model": "first", "prompt": prompt, "max_tokens": 1});
+    let url = format!("{}/v1/completions", agent.base());
+    let answer = agent.client.post(url).json(&large).timeout(PATIENCE).send().await.expect("an answer");
+    assert_eq!(answer.status().as_u16(), 200, "{}", agent.story());
+    assert!(tokens().await > 3000.0, "it has grown: {}", agent.story());
+
+    let mut body = chat("second", "Hello");
+    body["max_tokens"] = json!(1);
+    let answer = agent.post(&body).await.expect("an answer");
+    assert_eq!(answer.status().as_u16(), 200, "{}", agent.story());
+    assert!((tokens().await - before).abs() < 1.0, "{} tokens, {before} at first; {}", tokens().await, agent.story());
+    assert!(workers(agent.pid()).contains(&worker), "the first one's worker has stayed: {}", agent.story());
+    let evictions = agent.metric("altiplano_model_evictions_total", "\"first\"").await;
+    assert!(evictions < 1.0, "{evictions}; {}", agent.story());
+    assert!(agent.log().contains("asking for what the context has grown by"), "{}", agent.story());
 }

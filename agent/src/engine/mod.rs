@@ -546,8 +546,9 @@ impl Engine {
     /// Asks for a context of at most `cells` cells, or of what the running requests need if that is more; prefixes go to
     /// host memory. Returns at once: [`Self::watch`] tells the size. A context of fixed size stays as it is.
     pub fn shrink(&self, cells: u32) {
-        if let Queue::Generate(mailbox) = &self.inner.queue {
-            mailbox.ask_shrink(cells);
+        match &self.inner.queue {
+            Queue::Generate(mailbox) => mailbox.ask_shrink(cells),
+            Queue::Embed(mailbox) => mailbox.ask_shrink(cells),
         }
     }
 

@@ -261,6 +261,10 @@ impl Executor {
             }
             Step::Resume { uid: _ } => tracing::info!(model = model.label(), "it takes requests again"),
             Step::Wake { uid: _ } => tracing::info!(model = model.label(), "waking the model"),
+            Step::Shrink { uid: _, worker, why } => {
+                tracing::info!(model = model.label(), worker, why, "asking for what the context has grown by");
+                self.tell(worker, RunnerCommand::Shrink);
+            }
             Step::Drain { uid: _, worker, deadline: _ } => {
                 tracing::info!(model = model.label(), worker, "draining the worker");
             }

@@ -373,6 +373,7 @@ impl Observed {
             started: now,
             phase: Phase::Loading { percent: 0 },
             requests: 0,
+            shrink_asked: None,
             leaving: None,
         };
         model.workers.insert(worker, worker_state);

@@ -20,6 +20,7 @@ mod pressure;
 #[cfg(test)]
 mod progress;
 mod room;
+mod shrink;
 #[cfg(test)]
 mod tests;
 mod victims;
@@ -115,6 +116,15 @@ pub enum Step {
         /// The model.
         uid: String,
     },
+    /// Ask a worker for what its context has grown by.
+    Shrink {
+        /// The model.
+        uid: String,
+        /// The worker.
+        worker: WorkerId,
+        /// Who needs the memory, for people.
+        why: String,
+    },
     /// Let a worker's requests end; no new ones go to it.
     Drain {
         /// The model.
@@ -164,6 +174,7 @@ impl Step {
             | Self::Yield { uid }
             | Self::Resume { uid }
             | Self::Wake { uid }
+            | Self::Shrink { uid, .. }
             | Self::Drain { uid, .. }
             | Self::Stop { uid, .. }
             | Self::End { uid, .. }
@@ -218,6 +229,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
     let leaving = observed.models.values().flat_map(|model| &model.workers).filter(|(_, w)| w.leaving.is_some());
     leaving.for_each(|(id, _)| soon.release(*id));
     soon.expect_back();
+    let shrinking = shrink::expect(observed, &mut soon, now);
     let loads = |model: &Model| model.workers.values().filter(|w| matches!(w.phase, Phase::Loading { .. })).count();
     let mut planner = Planner {
         observed,
@@ -229,7 +241,7 @@ pub fn plan(desired: &Desired, observed: &Observed, limits: Limits, now: Instant
         soon,
         unloaded: BTreeSet::new(),
         yielding: BTreeSet::new(),
-        plan: Plan::default(),
+        plan: Plan { wake_at: shrinking, ..Plan::default() },
     };
     let wanted: BTreeSet<&str> = desired.entries.iter().map(Entry::uid).collect();
     for (uid, model) in observed.models.iter().filter(|(uid, _)| !wanted.contains(uid.as_str())) {
@@ -275,7 +287,8 @@ struct Planner<'a> {
     loading: usize,
     /// What is promised, this plan's loads included.
     held: Ledger,
-    /// The same after all workers on their way out have gone, with what waits for that room.
+    /// The same after all workers on their way out have gone and those that were asked to shrink have done so, with what
+    /// waits for that room.
     soon: Ledger,
     /// Models that this plan unloads to make room.
     unloaded: BTreeSet<String>,

@@ -233,10 +233,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Gives back what long texts took, when none came for a while.
+    /// Gives back what long texts took, when none came for a while, or when others need it and nobody is here.
     fn shrink(&mut self, now: Instant) -> Result<(), EngineError> {
         let capacity = self.capacity();
-        let Some(to) = self.lately.shrunk(&self.sizes, capacity, now) else { return Ok(()) };
+        let asked = self.mailbox.take_shrink().filter(|_| self.running.is_empty());
+        let asked = asked.map(|cells| cells.max(self.sizes.initial)).filter(|to| *to < capacity);
+        let Some(to) = asked.or_else(|| self.lately.shrunk(&self.sizes, capacity, now)) else { return Ok(()) };
         match self.resize(to)? {
             Ok(()) => self.shared.update(|stats| stats.shrinks += 1),
             Err(reason) => tracing::warn!(from = capacity, to, reason, "the context does not shrink"),

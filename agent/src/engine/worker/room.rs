@@ -192,7 +192,14 @@ impl Worker {
         if let Some(target) = self.mailbox.take_shrink() {
             // Not below what the running ones aim for: they would only ask for it again.
             let to = sizing::rung(aim.max(hard).max(target)).clamp(self.plan.limits.initial, self.plan.limits.cap);
-            return if to < cells { self.shrink(to) } else { Ok(()) };
+            if to < cells {
+                self.shrink(to)?;
+            }
+            if self.running.is_empty() && self.executor.staging_bytes() > 0 {
+                self.executor.free_staging();
+                self.publish_memory();
+            }
+            return Ok(());
         }
         if self.running.is_empty() && !self.preempted.is_empty() && self.may_get_memory(now) {
             // Who waits for memory holds none that another may wait for.

@@ -45,6 +45,7 @@ impl Model {
                     started: now,
                     phase: Phase::Loading { percent: 0 },
                     requests: 0,
+                    shrink_asked: None,
                     leaving: None,
                 };
                 self.workers.insert(*worker, worker_state);
@@ -66,6 +67,11 @@ impl Model {
                         settled: false,
                         stopped: false,
                     });
+                }
+            }
+            Step::Shrink { worker, .. } => {
+                if let Some(worker) = self.workers.get_mut(worker) {
+                    worker.shrink_asked = Some(now);
                 }
             }
             Step::Stop { worker, .. } => {
@@ -168,7 +174,13 @@ impl Model {
                 }
             }
             RunnerEvent::Changed(report) => worker.report = Some(report),
-            RunnerEvent::Activity { running, waiting } => worker.requests = running.saturating_add(waiting),
+            RunnerEvent::Activity { running, waiting } => {
+                worker.requests = running.saturating_add(waiting);
+                if worker.requests > 0 {
+                    // It may grow again.
+                    worker.shrink_asked = None;
+                }
+            }
             // The end that follows has it; the supervisor hears the heart; and the ledger answers.
             RunnerEvent::Failed(_) | RunnerEvent::Heartbeat { .. } | RunnerEvent::Growth { .. } => {}
         }

@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 use crate::ledger::Need;
 use crate::runner::protocol::RunnerReport;
 
+/// How long a worker may take to give back what its context has grown by. What it has not given back then it keeps.
+const SHRINK_TIME: Duration = Duration::from_secs(5);
+
 /// A process that holds a model.
 #[derive(Clone, Debug)]
 pub struct Worker {
@@ -30,6 +33,8 @@ pub struct Worker {
     pub phase: Phase,
     /// Requests in it, running and waiting.
     pub requests: u32,
+    /// When it was asked to give back what its context has grown by; forgotten with its next request.
+    pub shrink_asked: Option<Instant>,
     /// It is on its way out.
     pub leaving: Option<Leaving>,
 }
@@ -63,6 +68,22 @@ pub struct Leaving {
 }
 
 impl Worker {
+    /// Bytes that it has taken since it was loaded, as its context grew: what it can give back.
+    #[must_use]
+    pub fn grown(&self) -> Need {
+        let more = |(device, loaded): (&String, &u64)| {
+            let more = self.measured.get(device)?.saturating_sub(*loaded);
+            (more > 0).then(|| (device.clone(), more))
+        };
+        self.loaded.iter().filter_map(more).collect()
+    }
+
+    /// Whether it was asked to give that back and may still be about to.
+    #[must_use]
+    pub fn shrinks_until(&self, now: Instant) -> Option<Instant> {
+        self.shrink_asked.map(|asked| asked + SHRINK_TIME).filter(|until| now < *until)
+    }
+
     /// How long its load took.
     #[must_use]
     pub fn load_time(&self) -> Option<Duration> {

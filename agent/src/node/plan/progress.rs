@@ -24,6 +24,10 @@ struct Given {
     min_resident: u64,
     load: u64,
     pinned: bool,
+    /// What its context grows by with a request, if it gets it.
+    grows: u64,
+    /// It does not shrink when it is asked to.
+    deaf: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -45,6 +49,7 @@ struct Sim {
     observed: Observed,
     loading: BTreeMap<WorkerId, (String, Instant, u64)>,
     ending: BTreeMap<WorkerId, (String, Instant)>,
+    shrinking: BTreeMap<WorkerId, (String, Instant)>,
     requests: Vec<Request>,
     /// Memory is on its way back, and the driver will say so.
     looking: Option<Devices>,
@@ -84,6 +89,7 @@ impl Sim {
             observed,
             loading: BTreeMap::new(),
             ending: BTreeMap::new(),
+            shrinking: BTreeMap::new(),
             requests,
             looking: None,
             story: std::collections::VecDeque::new(),
@@ -95,8 +101,18 @@ impl Sim {
             self.loading.iter().filter(|(_, (_, at, _))| *at <= self.now).map(|(id, _)| *id).collect();
         for id in due {
             let Some((uid, _, load)) = self.loading.remove(&id) else { continue };
-            let report = RunnerReport { load_milliseconds: load * 1000, ..RunnerReport::default() };
+            let report = RunnerReport { load_milliseconds: load * 1000, ..self.report(&uid, 0) };
             self.observed.note(&uid, Happened::WorkerSaid(id, RunnerEvent::Ready(report)), self.now);
+        }
+        let due: Vec<WorkerId> =
+            self.shrinking.iter().filter(|(_, (_, at))| *at <= self.now).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some((uid, _)) = self.shrinking.remove(&id) else { continue };
+            // Who has got a request meanwhile needs it.
+            if self.observed.models[&uid].activity.running == 0 {
+                let report = self.report(&uid, 0);
+                self.observed.note(&uid, Happened::WorkerSaid(id, RunnerEvent::Changed(report)), self.now);
+            }
         }
         let due: Vec<WorkerId> = self.ending.iter().filter(|(_, (_, at))| *at <= self.now).map(|(id, _)| *id).collect();
         for id in due {
@@ -134,7 +150,58 @@ impl Sim {
             }
         }
         self.count();
+        self.grow();
         self.settle();
+    }
+
+    fn report(&self, uid: &str, grown: u64) -> RunnerReport {
+        let index: usize = uid[1..].parse().unwrap();
+        let part = MemoryUse {
+            device: "GPU0".to_owned(),
+            weights_bytes: self.given[index].bytes,
+            context_bytes: grown,
+            ..MemoryUse::default()
+        };
+        RunnerReport { memory: vec![part], ..RunnerReport::default() }
+    }
+
+    /// Contexts with requests grow, if they may.
+    fn grow(&mut self) {
+        for (index, given) in self.given.clone().into_iter().enumerate() {
+            let uid = format!("m{index}");
+            let model = &self.observed.models[&uid];
+            let worker = model.workers.iter().find(|(_, worker)| worker.requests > 0 && worker.grown().is_empty());
+            let Some(id) = worker.map(|(id, _)| *id).filter(|_| given.grows > 0) else { continue };
+            let more = MemoryUse { device: "GPU0".to_owned(), context_bytes: given.grows, ..MemoryUse::default() };
+            if self.observed.grow(&uid, id, 1, &[more], self.now).is_ok() {
+                let report = self.report(&uid, given.grows);
+                self.observed.note(&uid, Happened::WorkerSaid(id, RunnerEvent::Changed(report)), self.now);
+            }
+        }
+    }
+
+    /// Nobody is unloaded for `whom` who could be spared by others that shrink.
+    fn check_spared(&self, step: &Step, whom: &str) {
+        let others_wait = self.observed.models.iter().any(|(uid, model)| uid != whom && model.waiting_since.is_some());
+        let model = &self.observed.models[whom];
+        if others_wait || !self.observed.ledger.is_settled() {
+            return;
+        }
+        let index: usize = whom[1..].parse().unwrap();
+        let need = match &model.wants_more {
+            Some((need, _)) if model.is_served() => need["GPU0"],
+            _ => self.given[index].bytes,
+        };
+        let idle = self.observed.models.iter().filter(|(uid, model)| *uid != whom && model.activity.running == 0);
+        let workers = idle.flat_map(|(_, model)| model.workers.values());
+        let could = workers.filter(|w| w.leaving.is_none() && w.requests == 0 && w.shrink_asked.is_none());
+        let could: u64 = could.filter_map(|worker| worker.grown().get("GPU0").copied()).sum();
+        let free = self.observed.ledger.free("GPU0");
+        assert!(
+            could == 0 || free + could < need,
+            "{step:?}: {could} of {need} could be given back: {:#?}",
+            self.story
+        );
     }
 
     /// Worker and listener count the requests.
@@ -194,6 +261,14 @@ impl Sim {
                 let least = Duration::from_secs(u64::try_from(model.assignment.unload.min_resident_seconds).unwrap());
                 let young = |phase| matches!(phase, Phase::Ready { since } if self.now < since + least);
                 assert!(!for_room || !model.workers.values().any(|worker| young(worker.phase)), "{step:?} is young");
+                if let Step::Unload { why, for_room: true, .. } = step {
+                    self.check_spared(step, why.trim_start_matches("ns/").split(' ').next().unwrap());
+                }
+            }
+            Step::Shrink { worker, .. } => {
+                let worker = &model.workers[worker];
+                assert!(!busy && worker.leaving.is_none(), "a busy context is to shrink: {step:?}");
+                assert!(!worker.grown().is_empty() && worker.shrink_asked.is_none(), "{step:?} for nothing");
             }
             Step::Stop { .. } => assert!(!busy, "a busy worker is stopped: {step:?}"),
             Step::Yield { .. } => assert_ne!(model.assignment.unload.policy, UnloadPolicy::Never),
@@ -221,7 +296,14 @@ impl Sim {
                 self.loading.insert(*worker, (uid, self.now + Duration::from_secs(load), load));
                 return;
             }
+            Step::Shrink { worker, .. } => {
+                if !self.given[index].deaf {
+                    self.shrinking.insert(*worker, (uid, self.now + TICK));
+                }
+                return;
+            }
             Step::Stop { worker, .. } => {
+                self.shrinking.remove(worker);
                 self.ending.insert(*worker, (uid, self.now + TICK));
                 return;
             }
@@ -236,11 +318,15 @@ fn brief(step: &Step) -> String {
 }
 
 fn models() -> impl Strategy<Value = Vec<Given>> {
-    let one = (1_u64..10, 0_u64..20, 0_u64..6).prop_map(|(bytes, min_resident, load)| Given {
+    let one = (1_u64..10, 0_u64..20, 0_u64..6, 0_u64..8, 0_u8..4);
+    let one = one.prop_map(|(bytes, min_resident, load, grows, deaf)| Given {
         bytes,
         min_resident,
         load,
         pinned: false,
+        // Half of them.
+        grows: grows.saturating_sub(4),
+        deaf: deaf == 0,
     });
     prop::collection::vec(one, 2..7)
 }
@@ -267,6 +353,8 @@ proptest! {
         if pin {
             // It keeps its room for ever, so there must be room beside it.
             given[0].pinned = true;
+            // What it has grown by it gives back only while it is idle, and not if it does not listen.
+            given[0].grows = 0;
             capacity += given[0].bytes;
         }
         let count = given.len();

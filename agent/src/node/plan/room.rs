@@ -1,8 +1,8 @@
 //! Where a model goes, and who makes room for it.
 //!
 //! Tier after tier of places (one GPU, all of them, the CPU), and in each: room that is there; room that workers on
-//! their way out will leave; room that the model's own former revision holds; room that idle models hold which may be
-//! unloaded (`victims`). Where only time or patience lacks, requests wait; where nothing helps, the numbers are said.
+//! their way out will leave; room that idle models' contexts have grown into (`shrink`); room that the model's own former
+//! revision holds; room that idle models hold which may be unloaded (`victims`). Where only time or patience lacks, requests wait; where nothing helps, the numbers are said.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a context that was refused more memory is taken to want it still.
 const GROWTH_INTEREST: Duration = Duration::from_secs(15);
+
+/// What a model waits for whose room is being made by contexts that shrink.
+const GIVEN_BACK: &str = "waits for memory that idle models' contexts give back";
 
 /// How long a request waits for room before nobody who is planned later may take any of it.
 const CLAIM: Duration = Duration::from_secs(10);
@@ -100,13 +103,14 @@ impl<'a> Planner<'a> {
         self.now >= at
     }
 
-    /// Unloads idle models for a context that lately wanted to grow and could not; it asks again.
+    /// Has idle models shrink, or unloads them, for a context that lately wanted to grow and could not; it asks again.
     pub(super) fn room_to_grow(&mut self, wanted: &ModelAssignment, model: &Model) {
         let Some((need, asked)) = &model.wants_more else { return };
         if self.now < *asked + GROWTH_INTEREST
             && self.soon.check(need).is_err()
-            && let Room::Now(victims) = self.victims(wanted, &self.soon, need)
+            && let (Room::Now(victims), shrinking) = self.room(wanted, &self.soon, need)
         {
+            self.shrink(shrinking, model);
             for victim in &victims {
                 self.unload(victim, model);
             }
@@ -185,12 +189,24 @@ impl<'a> Planner<'a> {
         }
         if let Some((_, need)) = choices.iter().find(|choice| fits(&self.soon, choice)) {
             self.speak_for(model, need);
-            let message = if self.observed.ledger.is_settled() {
+            let mut workers = self.observed.models.values().flat_map(|model| model.workers.values());
+            let message = if !self.observed.ledger.is_settled() {
+                "waits for memory that a model has left and that the driver has not given back yet"
+            } else if workers.any(|worker| worker.leaving.is_some()) {
                 "waits for memory that a model on its way out still holds"
             } else {
-                "waits for memory that a model has left and that the driver has not given back yet"
+                GIVEN_BACK
             };
             return Taken::Verdict(waiting(message));
+        }
+        for (_, need) in choices {
+            if let (Room::Now(victims), shrinking) = self.room(wanted, &self.soon, need)
+                && victims.is_empty()
+            {
+                self.shrink(shrinking, model);
+                self.speak_for(model, need);
+                return Taken::Verdict(waiting(GIVEN_BACK));
+            }
         }
         let mut without_former = self.soon.clone();
         model.former(&wanted.revision).for_each(|(id, _)| without_former.release(id));
@@ -203,8 +219,10 @@ impl<'a> Planner<'a> {
         }
         let mut later = None;
         for (_, need) in choices {
-            match self.victims(wanted, &without_former, need) {
+            let (room, shrinking) = self.room(wanted, &without_former, need);
+            match room {
                 Room::Now(victims) => {
+                    self.shrink(shrinking, model);
                     for (id, _) in model.former(&wanted.revision) {
                         self.drain(wanted, id);
                     }

@@ -142,6 +142,17 @@ impl World {
                 return;
             }
             "look" => return self.look(),
+            // Its context wants so many GiB more of its device.
+            "asks" => {
+                let worker = worker.unwrap();
+                let device = self.observed.models[uid].workers[&worker].devices[0].clone();
+                let gib: u64 = rest(2).parse().unwrap();
+                let more = MemoryUse { device, context_bytes: gib << 30, ..MemoryUse::default() };
+                let granted = self.observed.grow(uid, worker, 1, &[more], self.now);
+                let said = granted.map_or_else(|refusal| refusal.reason, |()| "granted".to_owned());
+                let _ = writeln!(self.text, "    {said}");
+                return;
+            }
             _ => {}
         }
         let worker_did = || worker.unwrap_or_else(|| panic!("{event}: no such worker"));
@@ -158,6 +169,13 @@ impl World {
                 let load_milliseconds = rest(2).parse::<u64>().unwrap_or(0) * 1000;
                 let report = RunnerReport { load_milliseconds, ..RunnerReport::default() };
                 Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(report))
+            }
+            // What it took is what the dry run said.
+            "loaded" => Happened::WorkerSaid(worker_did(), RunnerEvent::Ready(self.grown(uid, worker_did(), 0))),
+            // By so many GiB, counted from there.
+            "grows" => {
+                let gib = rest(2).parse().unwrap();
+                Happened::WorkerSaid(worker_did(), RunnerEvent::Changed(self.grown(uid, worker_did(), gib)))
             }
             "measures" => Happened::WorkerSaid(worker_did(), RunnerEvent::Changed(self.measured(uid, worker_did()))),
             "busy" => self.requests(worker_did(), uid, 1),
@@ -220,6 +238,19 @@ impl World {
             load_milliseconds: 1234,
             notes: vec!["flash attention is off: the device lacks it".to_owned()],
         }
+    }
+
+    /// What the dry run said, and so many GiB more on the first of its devices.
+    fn grown(&self, uid: &str, worker: WorkerId, gib: u64) -> RunnerReport {
+        let worker = &self.observed.models[uid].workers[&worker];
+        let first = worker.devices.first().map_or("CPU", String::as_str);
+        let part = |(device, bytes): (&String, &u64)| MemoryUse {
+            device: device.clone(),
+            weights_bytes: *bytes,
+            context_bytes: if device == first { gib << 30 } else { 0 },
+            ..MemoryUse::default()
+        };
+        RunnerReport { memory: worker.predicted.iter().map(part).collect(), ..RunnerReport::default() }
     }
 
     /// The worker counts its requests, and so does the listener.
@@ -334,6 +365,7 @@ impl World {
             Step::Yield { uid } => format!("{uid} yields"),
             Step::Resume { uid } => format!("{uid} resumes"),
             Step::Wake { uid } => format!("wake {uid}"),
+            Step::Shrink { uid, worker, why } => format!("shrink {uid}#{worker}: {why}"),
             Step::Drain { uid, worker, deadline } => format!("drain {uid}#{worker} until {} s", seconds(*deadline)),
             Step::Stop { uid, worker, kill_at } => format!("stop {uid}#{worker}, kill at {} s", seconds(*kill_at)),
             Step::End { uid, worker, message } => format!("end {uid}#{worker}: {message}"),
@@ -456,6 +488,8 @@ scenarios!(
     keep_alive,
     unload_asked,
     room_from_idle_models,
+    idle_contexts_shrink_first,
+    shrinking_spares_some,
     by_score,
     exclusive_in_turn,
     a_turn_for_who_waits,

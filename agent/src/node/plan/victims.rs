@@ -112,6 +112,10 @@ impl Planner<'_> {
         }
         let mut left = self.held.clone();
         left.keep(|worker| for_good.contains(&worker));
+        // For good they have what they had when they were loaded.
+        for (id, worker) in self.observed.models.values().flat_map(|model| &model.workers) {
+            left.expect_less(*id, &worker.grown());
+        }
         if left.check(need).is_ok() { Room::Later { at, busy } } else { Room::Never }
     }
 
