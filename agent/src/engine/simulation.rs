@@ -151,9 +151,9 @@ impl Simulation {
         self.growths += 1;
     }
 
-    fn resize(&mut self, to: u32, needed: bool) {
+    fn resize(&mut self, to: u32) {
         assert!(to > self.cells && to <= self.limits.cap, "{to} after {}", self.cells);
-        if (!needed || !self.running.is_empty()) && self.prepare(to) {
+        if !self.running.is_empty() && self.prepare(to) {
             return;
         }
         if to > self.room() {
@@ -170,7 +170,8 @@ impl Simulation {
             return;
         }
         let demand = self.demand(None);
-        if let Some(to) = sizing::anticipate(self.cells, self.ceiling(demand.hard), demand) {
+        let wishes = self.calm() && self.running.iter().all(|job| job.tokens - job.resident < 2);
+        if let Some(to) = sizing::anticipate(self.cells, self.ceiling(demand.hard), demand, wishes) {
             self.prepare(to);
         } else if self.running.is_empty()
             && !self.preempted.is_empty()
@@ -200,8 +201,11 @@ impl Simulation {
                 let alone = self.running.is_empty() && !self.may_get_memory();
                 let (ceiling, may_resize) = (self.ceiling(demand.hard), self.making.is_none());
                 match sizing::admit(self.cells, ceiling, demand, self.calm(), may_resize, alone) {
-                    Admission::Begin => break,
-                    Admission::Grow { to } => self.resize(to, demand.hard > self.cells),
+                    Admission::Wish { to } if self.running.is_empty() && self.cells + to > self.device => {
+                        self.resize(to);
+                    }
+                    Admission::Begin | Admission::Wish { .. } => break,
+                    Admission::Grow { to } => self.resize(to),
                     Admission::Wait => return self.preempted.insert(0, job),
                     Admission::Fail => panic!("{job:?} fits alone into {} cells: {demand:?}", self.device),
                 }
@@ -237,7 +241,7 @@ impl Simulation {
             Relief::DropKept => self.drop_kept(),
             Relief::AwaitContext => self.take_prepared(true),
             Relief::Grow { to } => {
-                self.resize(to, true);
+                self.resize(to);
                 self.take_prepared(true);
             }
             Relief::Preempt => {

@@ -129,6 +129,12 @@ pub(super) fn decide(cells: u32, cap: u32, demand: Demand, calm: bool) -> Sizing
 pub(super) enum Admission {
     /// It begins.
     Begin,
+    /// It begins; a larger context is made beside it when nobody waits for a first token, or at once where that cannot be
+    /// and nobody runs.
+    Wish {
+        /// Cells of the new context.
+        to: u32,
+    },
     /// A larger context first, then the same question again.
     Grow {
         /// Cells of the new context.
@@ -145,6 +151,7 @@ pub(super) enum Admission {
 pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize: bool, alone: bool) -> Admission {
     match decide(cells, cap, demand, calm) {
         Sizing::Fits => Admission::Begin,
+        Sizing::Grow { to } if may_resize && demand.hard <= cells => Admission::Wish { to },
         Sizing::Grow { to } if may_resize => Admission::Grow { to },
         Sizing::Grow { .. } if demand.hard <= cells => Admission::Begin,
         Sizing::Grow { .. } | Sizing::Wait if alone => Admission::Fail,
@@ -153,11 +160,11 @@ pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize
 }
 
 /// Cells of a context to make beside the running one before anybody needs it: somebody would not find the next
-/// [`CELLS_STEP`] cells.
-pub(super) fn anticipate(cells: u32, cap: u32, demand: Demand) -> Option<u32> {
+/// [`CELLS_STEP`] cells, or, where `wishes` count, what is aimed for.
+pub(super) fn anticipate(cells: u32, cap: u32, demand: Demand, wishes: bool) -> Option<u32> {
     let Demand { hard, aim } = demand;
     let to = rung(aim.max(hard)).min(cap);
-    (hard > cells && to > cells).then_some(to)
+    ((hard > cells || wishes && aim > cells) && to > cells).then_some(to)
 }
 
 /// What stands against a step that finds no cells.
@@ -302,7 +309,8 @@ mod tests {
         let cases = [
             // cells, cap, hard, aim, calm, may resize, alone, admission
             (4096, 8192, 300, 4096, true, true, true, Admission::Begin),
-            (4096, 8192, 300, 5000, true, true, false, Admission::Grow { to: 6144 }),
+            (4096, 8192, 300, 5000, true, true, false, Admission::Wish { to: 6144 }),
+            (4096, 8192, 300, 5000, true, false, false, Admission::Begin),
             (4096, 8192, 300, 5000, false, true, false, Admission::Begin),
             (4096, 8192, 5000, 5000, false, true, true, Admission::Grow { to: 6144 }),
             (4096, 8192, 5000, 5000, false, false, false, Admission::Wait),
@@ -337,15 +345,18 @@ mod tests {
     #[test]
     fn growth_is_anticipated() {
         let cases = [
-            // cells, cap, hard, aim, to
-            (1024, 4096, 1024, 2000, None),
-            (1024, 4096, 1025, 1025, Some(1536)),
-            (1024, 4096, 1025, 2000, Some(2048)),
-            (1024, 1280, 1025, 2000, Some(1280)),
-            (1024, 1024, 1100, 2000, None),
+            // cells, cap, hard, aim, wishes, to
+            (1024, 4096, 1024, 2000, false, None),
+            (1024, 4096, 1024, 2000, true, Some(2048)),
+            (1024, 4096, 1000, 1024, true, None),
+            (1024, 4096, 1025, 1025, false, Some(1536)),
+            (1024, 4096, 1025, 2000, false, Some(2048)),
+            (1024, 1280, 1025, 2000, false, Some(1280)),
+            (1024, 1024, 1100, 2000, true, None),
         ];
-        for (cells, cap, hard, aim, expected) in cases {
-            assert_eq!(anticipate(cells, cap, Demand { hard, aim }), expected, "{cells} {cap} {hard} {aim}");
+        for (cells, cap, hard, aim, wishes, expected) in cases {
+            let found = anticipate(cells, cap, Demand { hard, aim }, wishes);
+            assert_eq!(found, expected, "{cells} {cap} {hard} {aim} {wishes}");
         }
     }
 

@@ -137,7 +137,11 @@ impl Executor {
                 return refused("the state does not fit into the other context");
             }
         }
-        (self.context, self.params) = (Some(context), params);
+        let old = self.context.replace(context);
+        self.params = params;
+        // Streams do not wait until its memory is unmapped, which takes a third as long as the moving. Where there is no
+        // thread to be had it goes here.
+        let _ = thread::Builder::new().name("old context".to_owned()).spawn(move || drop(old));
         Resized::Moved
     }
 
@@ -159,6 +163,11 @@ impl Executor {
     fn question(&self, rooms: &[DeviceRoom], cells: u32, way: Way) -> Option<Question> {
         let grants = self.grants.as_ref().filter(|_| cells > self.cells())?;
         Some(Question { grants: Arc::clone(grants), more: sizing::more(rooms, self.cells(), cells, way) })
+    }
+
+    /// Whether streams can go on while a context of `cells` cells is made, and in it.
+    pub(in crate::engine) fn fits_beside(&mut self, cells: u32) -> bool {
+        self.state_survives(cells) && matches!(self.way(cells), Ok((Way::Beside, _)))
     }
 
     /// Whether what is in the cache is right in a context of `cells` cells.

@@ -55,7 +55,10 @@ impl Worker {
             let (cells, alone) = (self.executor.cells(), self.running.is_empty() && !self.may_get_memory(now));
             let (calm, may_resize) = (self.calm(now), self.may_resize());
             match sizing::admit(cells, self.ceiling(demand.hard, now), demand, calm, may_resize, alone) {
-                Admission::Begin => {
+                Admission::Wish { to } if self.running.is_empty() && !self.executor.fits_beside(to) => {
+                    self.resize(to)?;
+                }
+                Admission::Begin | Admission::Wish { .. } => {
                     let granted = sequence.need.saturating_sub(demand.aim.saturating_sub(cells));
                     tracing::debug!(
                         request = sequence.id,
@@ -66,7 +69,7 @@ impl Worker {
                     );
                     break choice;
                 }
-                Admission::Grow { to } => self.resize(to, demand.hard > cells)?,
+                Admission::Grow { to } => self.resize(to)?,
                 Admission::Wait => {
                     if self.running.is_empty() {
                         sequence.wait_for_memory(now);

@@ -75,17 +75,13 @@ impl Worker {
         next.filter(|next| *next > now)
     }
 
-    /// Gives the context another size: beside the running one where there is memory for both and somebody runs, or nobody
-    /// needs it before it can be read into; else at once. `needed`: somebody cannot go on without.
-    pub(super) fn resize(&mut self, to: u32, needed: bool) -> Result<(), EngineError> {
+    /// Gives the context another size: beside the running one where there is memory for both and somebody runs; else at
+    /// once.
+    pub(super) fn resize(&mut self, to: u32) -> Result<(), EngineError> {
         let mailbox = Arc::clone(&self.mailbox);
         let streams = self.running.iter().any(|sequence| sequence.cells.is_some());
-        let can_wait = !needed && to > self.executor.cells() && self.executor.state_survives(to);
-        if (streams || can_wait)
-            && self.may_make_beside(Instant::now())
-            && self.executor.prepare(to, move || mailbox.wake())
-        {
-            self.early = !needed;
+        if streams && self.may_make_beside(Instant::now()) && self.executor.prepare(to, move || mailbox.wake()) {
+            self.early = false;
             tracing::debug!(from = self.executor.cells(), to, "a context is made beside the running one");
             return Ok(());
         }
@@ -109,9 +105,11 @@ impl Worker {
         match self.executor.prepared(wait) {
             // It may still be had instead of the running one.
             Some(Resized::Refused(Refusal { reason, passing })) => {
-                tracing::info!(to, reason, passing, "no context beside the running one");
+                // It is asked for again and again while streams aim for it.
+                if self.beside_refused.replace(Instant::now()).is_none() {
+                    tracing::info!(to, reason, passing, "no context beside the running one");
+                }
                 self.executor.give_back();
-                self.beside_refused = Some(Instant::now());
                 Ok(())
             }
             Some(resized) => {
@@ -153,6 +151,7 @@ impl Worker {
         if changed {
             tracing::info!(from, to, milliseconds, emptied, "the context has another size");
             self.last_resize = Some(now);
+            self.beside_refused = None;
         } else {
             self.refused = Some(Refused { at: now, cells: to, passing });
             self.executor.give_back();
@@ -224,12 +223,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Begins to make a larger context beside the running one when somebody will soon need it and the device has room for
-    /// both.
+    /// Begins to make a larger context beside the running one when somebody will soon need it, or aims for it and nobody
+    /// waits for a first token, and the device has room for both.
     fn anticipate(&mut self, demand: Demand, now: Instant) -> bool {
-        let Some(to) = sizing::anticipate(self.executor.cells(), self.ceiling(demand.hard, now), demand) else {
-            return false;
-        };
+        let (cells, cap) = (self.executor.cells(), self.ceiling(demand.hard, now));
+        let wishes = self.calm(now) && !self.running.iter().any(Sequence::is_reading);
+        let Some(to) = sizing::anticipate(cells, cap, demand, wishes) else { return false };
         if self.anticipated.is_some_and(|last| now.saturating_duration_since(last) < ANTICIPATE_PAUSE)
             || !self.may_make_beside(now)
             // Streams would have to be read again for room that they may never need.
@@ -252,7 +251,7 @@ impl Worker {
         if self.executor.pool().used() > to {
             return Ok(());
         }
-        self.resize(to, false)
+        self.resize(to)
     }
 
     /// Makes room for the next step by the cheapest measure that is left.
@@ -275,7 +274,7 @@ impl Worker {
             }
             Relief::AwaitContext => return self.take_prepared(true),
             Relief::Grow { to } => {
-                self.resize(to, true)?;
+                self.resize(to)?;
                 return self.take_prepared(true);
             }
             Relief::Preempt | Relief::Fail => {}

@@ -29,7 +29,7 @@ const TURN: usize = 16;
 const SMALL: usize = 8192;
 const LARGE: usize = 16_384;
 
-const ROUNDS: u64 = 3;
+const ROUNDS: u64 = 5;
 /// Longest wait for a context that is made beside a stream.
 const PATIENCE: Duration = Duration::from_secs(30);
 
