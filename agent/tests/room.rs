@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use altiplano_agent::runner::protocol::{MemoryUse, RunnerConfig};
 use altiplano_agent::runner::spawn::Runner;
 use altiplano_test_models::{Spec, toy};
+use rustix::process::Signal;
 use serde_json::json;
-use support::{Agent, PATIENCE, chat, question, traffic, workers};
+use support::{Agent, PATIENCE, chat, kill, question, traffic, workers};
 
 /// Bytes that the toy model takes on the CPU, by the dry run.
 async fn need() -> u64 {
@@ -139,4 +140,92 @@ async fn an_idle_context_shrinks_before_anybody_is_unloaded() {
     let evictions = agent.metric("altiplano_model_evictions_total", "\"first\"").await;
     assert!(evictions < 1.0, "{evictions}; {}", agent.story());
     assert!(agent.log().contains("asking for what the context has grown by"), "{}", agent.story());
+}
+
+/// Requests for a loaded model never wait behind loads: they are answered as fast while as many models load as may, and would
+/// not be answered at all if they waited, because those loads stand still until they have been.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_for_a_loaded_model_do_not_wait_behind_loads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("slow.gguf");
+    // 128 MiB of context are filled with zeros when it is loaded.
+    let spec = Spec { layers: 2, embd: 512, heads: 8, kv_heads: 8, ff: 64, context: 32_768, ..Spec::default() };
+    spec.write(&file).expect("a model file");
+    let slow = ", unload: {policy: AfterRequest, graceSeconds: 0}, engine: {gpu: Never, threads: 1}, \
+                context: {sizing: Fixed, maxTokens: 32768, parallel: 1}";
+    // As many as load at the same time.
+    let names = ["one", "two", "three", "four"];
+    let path = toy::path();
+    let stays = ", unload: {policy: Never}, engine: {gpu: Never}";
+    let mut models = vec![("toy", path.as_path(), stays)];
+    models.extend(names.map(|name| (name, file.as_path(), slow)));
+    let agent = Arc::new(Agent::start(&[], &["serve"], &models, &[], &[]).await);
+    agent.ready("toy", 1).await;
+    for name in names {
+        agent.says(&format!("default/{name}: Unloaded")).await;
+    }
+    agent.until("one worker is left", || async { workers(agent.pid()).len() == 1 }).await;
+    let [loaded] = workers(agent.pid())[..] else { panic!("one worker: {}", agent.story()) };
+    let times = async || {
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let begun = Instant::now();
+            agent.check("toy").await;
+            times.push(begun.elapsed());
+        }
+        times.sort();
+        times
+    };
+    times().await;
+    let before = times().await;
+
+    let ask = |name: &'static str| {
+        let agent = Arc::clone(&agent);
+        let mut body = chat(name, "Hello");
+        body["max_tokens"] = json!(1);
+        tokio::spawn(async move { agent.post(&body).await.expect("an answer").status().as_u16() })
+    };
+    let asks = names.map(ask);
+    let mut stopped = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
+    while stopped.len() < names.len() {
+        assert!(Instant::now() < deadline, "{stopped:?} load; {}", agent.story());
+        for worker in workers(agent.pid()) {
+            if worker != loaded && !stopped.contains(&worker) {
+                kill(worker, Signal::STOP);
+                stopped.push(worker);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let during = times().await;
+    println!("median {:?}, while others load {:?}; slowest {:?}, {:?}", before[10], during[10], before[19], during[19]);
+    assert!(asks.iter().all(|ask| !ask.is_finished()), "they still load");
+    assert!(during[10] <= before[10] * 3 + Duration::from_millis(20), "{during:?} after {before:?}");
+    for worker in stopped {
+        kill(worker, Signal::CONT);
+    }
+    for ask in asks {
+        assert_eq!(ask.await.expect("an answer"), 200, "{}", agent.story());
+    }
+}
+
+/// A request that comes just when its model is unloaded for being idle is held and answered, never failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_meets_the_unload_is_answered() {
+    let path = toy::path();
+    let more = ", unload: {policy: AfterRequest, graceSeconds: 0}, engine: {gpu: Never}";
+    let agent = Agent::start(&[], &["serve"], &[("toy", path.as_path(), more)], &[], &[]).await;
+    agent.says("default/toy: Unloaded").await;
+    let unloads = || agent.log().matches("unloading the model").count();
+    let before = unloads();
+    // From the answer's end to the worker's end: the later the request, the further the unload has come.
+    for round in 0..60 {
+        agent.check("toy").await;
+        tokio::time::sleep(Duration::from_micros(500 * round)).await;
+    }
+    let unloads = unloads() - before;
+    println!("{unloads} unloads in 60 requests");
+    assert!(unloads >= 20, "the requests met {unloads} unloads; {}", agent.story());
+    assert!(!agent.said().contains("Failed"), "{}", agent.story());
 }
