@@ -1,6 +1,9 @@
 //! The worker process: what the agent starts, reads, and ends. Vulkan runs on Mesa's software driver.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "runner/estimates.rs"]
+mod estimates;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;

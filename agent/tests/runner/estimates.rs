@@ -1,0 +1,134 @@
+//! What was predicted, beside what a worker takes: llama.cpp's part to the percent, the whole process to three percent or
+//! 64 MiB.
+
+use altiplano_crds::model_deployment::{CacheType, ContextSizing};
+use altiplano_test_models::Architecture;
+
+use super::*;
+
+struct Case {
+    name: &'static str,
+    spec: Spec,
+    context: ContextSpec,
+    engine: EngineSpec,
+    device: &'static str,
+    /// `None`: all.
+    gpu_layers: Option<u32>,
+    /// Tokens of the request that fills the context, so that compute buffers are touched.
+    prompt: usize,
+}
+
+fn fixed(max_tokens: i32, parallel: i32) -> ContextSpec {
+    let (min_tokens, max_tokens) = (Some(256), Some(max_tokens));
+    ContextSpec { sizing: ContextSizing::Fixed, min_tokens, max_tokens, parallel, ..ContextSpec::default() }
+}
+
+/// Ten ways of serving small models whose contexts are large: what can be wrong with a prediction is not their weights.
+fn cases() -> Vec<Case> {
+    // 16 KiB of KV a token, and little to compute.
+    let spec = Spec { layers: 4, embd: 1024, heads: 8, kv_heads: 8, ff: 256, context: 1 << 17, ..Spec::default() };
+    let case = |name, context: ContextSpec, prompt| Case {
+        name,
+        spec: spec.clone(),
+        context,
+        engine: EngineSpec::default(),
+        device: "CPU",
+        gpu_layers: None,
+        prompt,
+    };
+    let micro_batch = |tokens| EngineSpec { micro_batch_tokens: Some(tokens), ..EngineSpec::default() };
+    // Small batches and no flash attention need few shaders.
+    let few = EngineSpec {
+        batch_tokens: Some(32),
+        micro_batch_tokens: Some(32),
+        flash_attention: FlashAttention::Off,
+        ..EngineSpec::default()
+    };
+    let dynamic = ContextSpec { min_tokens: Some(4096), max_tokens: Some(4096), ..ContextSpec::default() };
+    let q8 = ContextSpec { key_cache_type: CacheType::Q8_0, value_cache_type: CacheType::Q8_0, ..fixed(32_768, 1) };
+    let thin = Spec { layers: 2, embd: 256, heads: 2, kv_heads: 2, ff: 256, ..spec.clone() };
+    vec![
+        case("4k, dynamic", dynamic, 4000),
+        // Masks for so many cells are large, and touched as far as cells are used.
+        Case { engine: micro_batch(64), spec: thin.clone(), ..case("128k", fixed(131_072, 1), 600) },
+        case("8 times 4k", fixed(4096, 8), 600),
+        Case { engine: micro_batch(128), ..case("32k of Q8_0", q8, 600) },
+        Case { engine: micro_batch(128), ..case("small steps", fixed(32_768, 1), 600) },
+        Case {
+            engine: EngineSpec { flash_attention: FlashAttention::Off, ..EngineSpec::default() },
+            ..case("no flash attention", fixed(4096, 1), 4000)
+        },
+        Case {
+            spec: Spec { architecture: Architecture::Gemma3, layers: 6, ..spec.clone() },
+            ..case("a window", fixed(8192, 1), 600)
+        },
+        Case { spec: Spec { vocab: 65_536, ..thin }, ..case("a large vocabulary", fixed(4096, 2), 600) },
+        Case { engine: few.clone(), device: "Vulkan0", ..case("on a GPU", fixed(16_384, 1), 200) },
+        Case { engine: few, device: "Vulkan0", gpu_layers: Some(2), ..case("half on a GPU", fixed(16_384, 1), 200) },
+    ]
+}
+
+/// Anonymous and shared memory of a process, in bytes. On this driver device memory is among it.
+fn held(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let kib = |name: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    };
+    (kib("RssAnon:") + kib("RssShmem:")) * 1024
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn sum(memory: &[MemoryUse], of: impl Fn(&MemoryUse) -> u64) -> u64 {
+    memory.iter().map(of).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn ten_configurations_take_what_was_predicted() {
+    let cases = cases();
+    assert_eq!(cases.len(), 10);
+    let mut wrong = Vec::new();
+    for Case { name, spec, context, engine, device, gpu_layers, prompt } in cases {
+        let folder = folder();
+        let path = folder.path().join("model.gguf");
+        spec.write(&path).expect("a model");
+        let environment: &[_] = if device == "CPU" { &[] } else { &VULKAN };
+        let devices = vec![device.to_owned()];
+        let config = RunnerConfig { devices, gpu_layers, context, engine, ..config(folder.path(), path) };
+        let input = serde_json::to_string(&config).expect("JSON");
+        let estimator = Worker::start(folder.path(), &["--estimate"], environment, &input);
+        let line = estimator.line().unwrap_or_else(|| panic!("no estimate: {}", estimator.log()));
+        let estimate: EstimateReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        drop(estimator);
+        let mut worker = Worker::serve(folder.path(), &config, environment);
+        let report = worker.ready();
+        let prompt: Vec<usize> = (0..prompt).map(|number| 260 + number % 240).collect();
+        let body = json!({"model": "test", "prompt": prompt, "max_tokens": 2});
+        let (status, answer) = post(&config.socket, "/v1/completions", &body).await;
+        assert_eq!(status, 200, "{name}: {answer}; {}", worker.log());
+
+        let whole = held(worker.child.id()) + sum(&report.memory, |part| part.mapped_bytes);
+        let predicted = sum(&estimate.memory, MemoryUse::total);
+        let llama = |part: &MemoryUse| part.weights_bytes + part.context_bytes + part.compute_bytes;
+        let (of_llama, its) = (sum(&estimate.memory, llama), sum(&report.memory, llama));
+        println!(
+            "{name:<20} llama.cpp's {:.1} of {:.1} MiB, the process {:.1} of {:.1} MiB; {:?}",
+            mib(of_llama),
+            mib(its),
+            mib(predicted),
+            mib(whole),
+            report.memory
+        );
+        let error = predicted.abs_diff(whole);
+        if of_llama.abs_diff(its) * 100 > its || (error * 100 > whole * 3 && error > 64 << 20) {
+            wrong.push(format!("{name}: {of_llama} of {its} bytes, the process {predicted} of {whole}"));
+        }
+        worker.signal(rustix::process::Signal::TERM);
+        assert_eq!(worker.wait().code(), Some(0), "{}", worker.log());
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
