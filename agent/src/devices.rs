@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use altiplano_crds::model_deployment::{EngineSpec, GpuPolicy};
 
 use crate::ledger::{Ledger, Need, bytes};
-use crate::runner::protocol::{MemoryUse, ProbeReport, ProbedDevice};
+use crate::runner::protocol::{MemoryUse, Part, ProbeReport, ProbedDevice};
 
 /// llama.cpp's name of host memory.
 pub const CPU: &str = "CPU";
@@ -34,6 +34,29 @@ pub struct Target {
     pub devices: Vec<String>,
     /// The devices that the dry run is made on: the first of the same kind, so that eight equal GPUs need one dry run.
     pub estimate_on: Vec<String>,
+    /// How much of the model they get.
+    pub share: Share,
+}
+
+/// How much of a model goes to GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Share {
+    /// What the spec says: all, unless it names a number.
+    #[default]
+    Asked,
+    /// As much as there is room for: which part is to be chosen when dry runs have said what each takes.
+    Fitting,
+    /// This part.
+    Part(Part),
+}
+
+/// What a dry run is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trial {
+    /// llama.cpp's names of the devices; empty is the CPU alone.
+    pub devices: Vec<String>,
+    /// Parts of the model are asked about, too.
+    pub parts: bool,
 }
 
 impl Devices {
@@ -138,18 +161,27 @@ impl Devices {
         }
     }
 
-    /// Where a model may go, tier after tier: one GPU, all GPUs of one backend together, the CPU. Within a tier the
-    /// one with most room first. Empty when the model needs a GPU and there is none.
+    /// Where a model may go, tier after tier: one GPU, all GPUs of one backend together, a part of it there and the rest on
+    /// the CPU (unless the spec names the part), the CPU. Within a tier the one with most room first. Empty when the
+    /// model needs a GPU and there is none; one that needs a GPU is there as a whole, or in the part that the spec names.
     #[must_use]
     pub fn tiers(&self, engine: &EngineSpec, ledger: &Ledger) -> Vec<Vec<Target>> {
-        let on_cpu = || vec![Target { devices: Vec::new(), estimate_on: Vec::new() }];
+        let on_cpu = || vec![Target { devices: Vec::new(), estimate_on: Vec::new(), share: Share::Asked }];
         let gpus = self.gpus();
         let no_layers = engine.gpu_layers == Some(0);
         match engine.gpu {
             GpuPolicy::Never => vec![on_cpu()],
             GpuPolicy::Preferred if gpus.is_empty() || no_layers => vec![on_cpu()],
             GpuPolicy::Required if no_layers => Vec::new(),
-            GpuPolicy::Preferred => gpu_tiers(&gpus, ledger).into_iter().chain([on_cpu()]).collect(),
+            GpuPolicy::Preferred => {
+                let whole = gpu_tiers(&gpus, ledger);
+                let is_free = engine.gpu_layers.is_none() && engine.experts_on_cpu.is_none();
+                // Where there are several, all of them hold the largest part.
+                let parts = whole.last().filter(|_| is_free).cloned().map(|targets| {
+                    targets.into_iter().map(|target| Target { share: Share::Fitting, ..target }).collect()
+                });
+                whole.into_iter().chain(parts).chain([on_cpu()]).collect()
+            }
             GpuPolicy::Required => gpu_tiers(&gpus, ledger),
         }
     }
@@ -174,12 +206,15 @@ fn gpu_tiers(gpus: &[&ProbedDevice], ledger: &Ledger) -> Vec<Vec<Target>> {
     };
     let mut by_room = gpus.to_vec();
     by_room.sort_by_key(|gpu| (std::cmp::Reverse(ledger.free(&gpu.id)), gpu.id.clone()));
-    let single =
-        by_room.iter().map(|gpu| Target { devices: vec![gpu.id.clone()], estimate_on: vec![like(gpu)] }).collect();
+    let share = Share::Asked;
+    let single = by_room
+        .iter()
+        .map(|gpu| Target { devices: vec![gpu.id.clone()], estimate_on: vec![like(gpu)], share })
+        .collect();
     let backends: BTreeSet<&str> = gpus.iter().map(|gpu| gpu.backend.as_str()).collect();
     let together = backends.into_iter().filter_map(|backend| {
         let all: Vec<String> = gpus.iter().filter(|gpu| gpu.backend == backend).map(|gpu| gpu.id.clone()).collect();
-        (all.len() > 1).then(|| Target { devices: all.clone(), estimate_on: all })
+        (all.len() > 1).then(|| Target { devices: all.clone(), estimate_on: all, share })
     });
     [single, together.collect::<Vec<_>>()].into_iter().filter(|tier: &Vec<Target>| !tier.is_empty()).collect()
 }
@@ -199,8 +234,14 @@ impl Target {
     /// The other way round: a worker's bytes as the dry run would have said them.
     #[must_use]
     pub fn translate_back(&self, memory: Vec<MemoryUse>) -> Vec<MemoryUse> {
-        let Self { devices, estimate_on } = self.clone();
-        Self { devices: estimate_on, estimate_on: devices }.translate(memory)
+        let Self { devices, estimate_on, share } = self.clone();
+        Self { devices: estimate_on, estimate_on: devices, share }.translate(memory)
+    }
+
+    /// The dry run that says what the model takes here.
+    #[must_use]
+    pub fn trial(&self) -> Trial {
+        Trial { devices: self.estimate_on.clone(), parts: self.share != Share::Asked }
     }
 
     /// Whether it is the CPU alone.
@@ -258,14 +299,19 @@ mod tests {
     }
 
     fn tiers(list: Vec<ProbedDevice>, gpu: GpuPolicy) -> String {
+        tiers_of(list, gpu, EngineSpec::default())
+    }
+
+    fn tiers_of(list: Vec<ProbedDevice>, gpu: GpuPolicy, engine: EngineSpec) -> String {
         let (devices, mut ledger) = devices(list);
         if ledger.capacity("CUDA0") > 0 {
             ledger.reserve(1, "m", Need::from([("CUDA0".to_owned(), 1)])).unwrap();
         }
         let show = |target: &Target| {
-            if target.is_cpu() { CPU.to_owned() } else { target.devices.join("+") }
+            let part = if target.share == Share::Fitting { "a part on " } else { "" };
+            if target.is_cpu() { CPU.to_owned() } else { format!("{part}{}", target.devices.join("+")) }
         };
-        let tiers = devices.tiers(&EngineSpec { gpu, ..EngineSpec::default() }, &ledger);
+        let tiers = devices.tiers(&EngineSpec { gpu, ..engine }, &ledger);
         tiers.iter().map(|tier| tier.iter().map(show).collect::<Vec<_>>().join(", ")).collect::<Vec<_>>().join(" | ")
     }
 
@@ -273,13 +319,19 @@ mod tests {
     fn where_a_model_may_go() {
         let two = || vec![device("CUDA0", "GPU", 24), device("CUDA1", "GPU", 24), device("CPU", "CPU", 64)];
         assert_eq!(tiers(two(), GpuPolicy::Required), "CUDA1, CUDA0 | CUDA0+CUDA1");
-        assert_eq!(tiers(two(), GpuPolicy::Preferred), "CUDA1, CUDA0 | CUDA0+CUDA1 | CPU");
+        assert_eq!(tiers(two(), GpuPolicy::Preferred), "CUDA1, CUDA0 | CUDA0+CUDA1 | a part on CUDA0+CUDA1 | CPU");
+        // What the spec names is not chosen here.
+        let named = || EngineSpec { gpu_layers: Some(5), ..EngineSpec::default() };
+        assert_eq!(tiers_of(two(), GpuPolicy::Preferred, named()), "CUDA1, CUDA0 | CUDA0+CUDA1 | CPU");
+        assert_eq!(tiers_of(two(), GpuPolicy::Required, named()), "CUDA1, CUDA0 | CUDA0+CUDA1");
+        let named = EngineSpec { experts_on_cpu: Some(false), ..EngineSpec::default() };
+        assert_eq!(tiers_of(two(), GpuPolicy::Preferred, named), "CUDA1, CUDA0 | CUDA0+CUDA1 | CPU");
         assert_eq!(tiers(two(), GpuPolicy::Never), "CPU");
         let none = || vec![device("CPU", "CPU", 64)];
         assert_eq!(tiers(none(), GpuPolicy::Required), "");
         assert_eq!(tiers(none(), GpuPolicy::Preferred), "CPU");
         let laptop = || vec![device("Vulkan0", "IntegratedGPU", 64), device("CPU", "CPU", 64)];
-        assert_eq!(tiers(laptop(), GpuPolicy::Preferred), "Vulkan0 | CPU");
+        assert_eq!(tiers(laptop(), GpuPolicy::Preferred), "Vulkan0 | a part on Vulkan0 | CPU");
     }
 
     #[test]

@@ -96,23 +96,75 @@ async fn models_go_to_the_gpu_whole_in_part_or_not() {
     assert!(found.contains("llvmpipe") && found.contains("Mesa"), "{found}");
 }
 
-/// What does not fit: who must have a GPU is refused with the numbers, who prefers one runs on the CPU and says why.
+/// What does not fit: who must have a GPU is refused with the numbers, who prefers one has as many layers there as there is
+/// room for and says so; one that has no room for any runs on the CPU and says why. All answer right.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_does_not_fit_is_refused_or_goes_to_the_cpu() {
-    let limit = (need().await * 3 / 4).to_string();
+async fn who_does_not_fit_is_refused_or_goes_in_part_or_to_the_cpu() {
+    let need = need().await;
     let (must, may) = (format!(", {}", engine("Required")), format!(", {}", engine("Preferred")));
     let path = toy::path();
-    let agent = agent(&[("must", &path, &must), ("may", &path, &may)], &["--device-memory-limit-bytes", &limit]).await;
-    let line = agent.ready("may", 1).await;
-    for words in ["on CPU", "runs on the CPU: it needs ", &format!(" on {DEVICE}, which has ")] {
+    let models: [Model<'_>; 2] = [("must", &path, &must), ("may", &path, &may)];
+    let limit = (need * 3 / 4).to_string();
+    let part = agent(&models, &["--device-memory-limit-bytes", &limit]).await;
+    let line = part.ready("may", 1).await;
+    let shortage = format!(" on {DEVICE}, which has ");
+    for words in [&format!("on {DEVICE}"), "runs in part on the CPU (", " layers are on the GPU): it needs ", &shortage]
+    {
         assert!(line.contains(words), "no {words:?} in {line}");
     }
-    agent.check("may").await;
-    let line = agent.line("default/must: Failed (InsufficientMemory)", 1).await;
+    part.check("may").await;
+    let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{DEVICE}\"");
+    let held = bytes(part.metric(&labels, "\"may\"").await);
+    assert!(held <= need * 3 / 4 && held > need / 8, "{held} of {need}");
+    let line = part.line("default/must: Failed (InsufficientMemory)", 1).await;
     assert!(line.contains("needs ") && line.contains(" free"), "{line}");
-    let (status, answer) = agent.ask("must", &question().0).await;
+    let (status, answer) = part.ask("must", &question().0).await;
     assert_eq!(status, 503, "{answer}");
-    assert!(!agent.said().contains("default/must: Ready"), "{}", agent.story());
+    assert!(!part.said().contains("default/must: Ready"), "{}", part.story());
+    drop(part);
+
+    let none = agent(&models, &["--device-memory-limit-bytes", "65536"]).await;
+    let line = none.ready("may", 1).await;
+    for words in ["on CPU", "runs on the CPU: it needs ", &shortage] {
+        assert!(line.contains(words), "no {words:?} in {line}");
+    }
+    none.check("may").await;
+}
+
+/// A mixture of experts keeps all layers on a GPU that has room for them without some of the experts.
+#[tokio::test(flavor = "multi_thread")]
+async fn experts_make_room_before_layers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("experts.gguf");
+    let spec = Spec { layers: 4, embd: 128, ff: 256, experts: 8, ..Spec::default() };
+    spec.write(&file).expect("a model file");
+    let (whole, part) = (format!(", {}", engine("Required")), format!(", {}", engine("Preferred")));
+    let body = |model: &str| {
+        let mut body = chat(model, "Hello");
+        body["max_tokens"] = 12.into();
+        body
+    };
+    let text = async |agent: &Agent, model: &str| {
+        let answer = agent.post(&body(model)).await.expect("an answer");
+        assert_eq!(answer.status().as_u16(), 200, "{}", agent.story());
+        let answer: serde_json::Value = answer.json().await.expect("JSON");
+        assert_eq!(answer["usage"]["completion_tokens"], 12, "{answer}");
+    };
+    let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{DEVICE}\"");
+    let all = agent(&[("whole", &file, &whole)], &[]).await;
+    all.ready("whole", 1).await;
+    text(&all, "whole").await;
+    let need = bytes(all.metric(&labels, "\"whole\"").await);
+    drop(all);
+    // 4 layers of 8 experts with 3 matrices of 64 KiB: one layer's are 1.5 MiB.
+    let limit = (need - (2 << 20)).to_string();
+    let some = agent(&[("part", &file, &part)], &["--device-memory-limit-bytes", &limit]).await;
+    let line = some.ready("part", 1).await;
+    let words = "runs in part on the CPU (the experts of 2 of 5 layers are there): it needs ";
+    assert!(line.contains(words) && line.contains(&format!("on {DEVICE}")), "{line}");
+    text(&some, "part").await;
+    let held = bytes(some.metric(&labels, "\"part\"").await);
+    assert!(need - held > 2 << 20 && need - held < 4 << 20, "{held} of {need}");
 }
 
 /// Device memory decides who is unloaded for whom, and what a worker held is waited for until the driver has it back.

@@ -1,6 +1,7 @@
 //! From a worker's configuration to a loaded model and its context; the dry run and the device list are here too.
 
 mod draft;
+mod parts;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::mpsc;
@@ -90,6 +91,13 @@ pub(super) struct Plan {
     pub(super) spoils_next: bool,
 }
 
+impl Plan {
+    /// Whether the CPU computes the attention of most layers.
+    pub(super) fn attends_on_cpu(&self) -> bool {
+        self.layers_offloaded.saturating_mul(2) < self.layers_total
+    }
+}
+
 /// Loads the weights; says also whether they are on a GPU. `progress` gets 0 to 100.
 pub(super) fn open(config: &RunnerConfig, progress: &dyn Fn(u8)) -> Result<(Model, bool), EngineError> {
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
@@ -161,6 +169,14 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
 
 /// llama.cpp's dry run: what [`load`] would take, without reading weights.
 pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
+    let (mut report, model) = dry_run(config)?;
+    if config.parts {
+        report.parts = parts::estimates(config, &model)?;
+    }
+    Ok(report)
+}
+
+fn dry_run(config: &RunnerConfig) -> Result<(EstimateReport, Model), EngineError> {
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
     let gpu = !devices.is_empty();
     let model = load_model(config, devices, true, &|_| {})?;
@@ -169,7 +185,7 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     }
     if let Some(pooling) = embed::pooling(&model) {
         let model = model.with_held_bytes(cgroup::held_bytes().unwrap_or(0));
-        return embed::estimate(config, &model, pooling, gpu);
+        return Ok((embed::estimate(config, &model, pooling, gpu)?, model));
     }
     check_positions(config, &model)?;
     let needs = projector_needs(config, gpu)?;
@@ -183,13 +199,16 @@ pub(super) fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineEr
     settle_guessing(&mut plan, context.rollback())?;
     let mut memory = context.memory();
     add(&mut memory, draft::estimate(config, &model, &plan, &params)?);
-    Ok(EstimateReport {
+    let report = EstimateReport {
         memory,
         layers_offloaded: plan.layers_offloaded,
         layers_total: plan.layers_total,
         context_tokens: context.cells(),
         max_tokens: plan.limits.max_tokens,
-    })
+        parts: Vec::new(),
+    };
+    drop(context);
+    Ok((report, model))
 }
 
 /// The devices that llama.cpp sees in this process, the CPU last.
@@ -275,7 +294,10 @@ fn load_model(
         path: &config.model_path,
         devices,
         gpu_layers: config.gpu_layers,
-        experts_on_cpu: config.engine.experts_on_cpu == Some(true),
+        experts_on_cpu: match config.engine.experts_on_cpu {
+            Some(true) => u32::MAX,
+            _ => config.expert_layers_on_cpu,
+        },
         dry_run,
         head: config.engine.speculative.as_ref().is_some_and(|spec| spec.kind == SpeculativeType::Mtp),
     };

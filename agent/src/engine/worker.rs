@@ -251,7 +251,7 @@ impl Worker {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let generating = self.lanes.iter().filter(|lane| lane.todo == 1 && !lane.parked).count();
         let reading = self.running.iter().filter(|sequence| sequence.todo() > 1 && !sequence.is_parked()).count();
-        let apart = self.plan.layers_offloaded == 0;
+        let apart = self.plan.attends_on_cpu();
         let crowd = Crowd { generating: count(generating), reading: count(reading), apart };
         self.pace.limits(self.executor.batch_tokens(), self.plan.outputs, crowd)
     }

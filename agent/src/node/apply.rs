@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::estimates::{self, Estimates};
 use super::observe::{Happened, Model, Observed, RouteTo, Sources, StoredFiles, Trouble};
 use super::plan::Step;
-use crate::devices::{Devices, Target};
+use crate::devices::{Devices, Share, Target, Trial};
 use crate::engine::llama_cpp_version;
 use crate::front::{Front, PublishedModel, Route};
 use crate::ledger::Need;
@@ -227,12 +227,15 @@ impl Executor {
             Step::Publish { uid } => self.publish(uid, model),
             Step::Fetch { uid } => self.fetch(uid, model.source.clone()),
             Step::Peek { uid } => self.peek(uid, model.source.clone()),
-            Step::Estimate { uid, revision, on } => {
-                let Some(config) = self.config(model, WorkerId::MAX, on) else { return };
-                self.estimate(uid, revision, Question::new(config, model, observed));
+            Step::Estimate { uid, revision, on: Trial { devices, parts } } => {
+                let Some(config) = self.config(model, WorkerId::MAX, devices) else { return };
+                self.estimate(uid, revision, Question::new(RunnerConfig { parts, ..config }, model, observed));
             }
             Step::Load { uid: _, revision, worker, target, need, note } => {
                 let Some(mut config) = self.config(model, worker, target.devices.clone()) else { return };
+                if let Share::Part(part) = target.share {
+                    config = config.with_part(part);
+                }
                 let estimated = RunnerConfig { devices: target.estimate_on.clone(), ..config.clone() };
                 self.asked.insert(worker, (Question::new(estimated, model, observed), target));
                 let devices = observed.devices.as_ref();
@@ -369,7 +372,8 @@ impl Executor {
         self.tasks.spawn(async move {
             let _permit = dry_runs.acquire_owned().await;
             let result = estimate(&runner, &known, &question).await.map_err(|error| trouble_of(&error));
-            Report { uid, what: Happened::Estimated(revision, question.config.devices, result) }
+            let RunnerConfig { devices, parts, .. } = question.config;
+            Report { uid, what: Happened::Estimated(revision, Trial { devices, parts }, result) }
         });
     }
 
@@ -398,6 +402,8 @@ impl Executor {
             traffic: wanted.traffic.clone(),
             devices,
             gpu_layers: layers.and_then(|layers| u32::try_from(layers).ok()),
+            expert_layers_on_cpu: 0,
+            parts: false,
             threads: threads(&wanted.engine, self.means.threads),
             reserved: BTreeMap::new(),
         })
@@ -574,6 +580,8 @@ impl Question {
             engine,
             devices,
             gpu_layers,
+            expert_layers_on_cpu,
+            parts,
             threads,
             ..
         } = &self.config;
@@ -590,7 +598,8 @@ impl Question {
             });
         }
         let versions = (env!("CARGO_PKG_VERSION"), llama_cpp_version());
-        estimates::key(&(versions, files, context, engine, (devices, &self.drivers), gpu_layers, threads))
+        let part = (gpu_layers, expert_layers_on_cpu, parts);
+        estimates::key(&(versions, files, context, engine, (devices, &self.drivers), part, threads))
     }
 }
 

@@ -21,7 +21,7 @@ pub use self::files::{FileState, Sources, StoredFiles};
 pub use self::worker::{Leaving, Phase, Worker};
 use super::plan::Step;
 use crate::cgroup::GroupMemory;
-use crate::devices::{CPU, Devices};
+use crate::devices::{CPU, Devices, Trial};
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::adopt::Record;
@@ -180,8 +180,8 @@ pub enum RouteTo {
 /// A dry run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Estimate {
-    /// The devices that it was made on.
-    pub on: Vec<String>,
+    /// What it was about.
+    pub on: Trial,
     /// What it said; `None` while it runs.
     pub report: Option<EstimateReport>,
 }
@@ -228,7 +228,7 @@ pub enum Happened {
     /// A file's header is there, or cannot be had.
     Peeked(Sources, Result<Arc<StoredFiles>, Trouble>),
     /// A dry run of a revision on some devices ended.
-    Estimated(String, Vec<String>, Result<EstimateReport, Trouble>),
+    Estimated(String, Trial, Result<EstimateReport, Trouble>),
     /// A worker said something.
     WorkerSaid(WorkerId, RunnerEvent),
     /// Host memory was measured, and little of it is left.
@@ -514,10 +514,10 @@ impl Model {
         former.map(|(id, worker)| (*id, worker))
     }
 
-    /// The dry run on these devices.
+    /// The dry run about this.
     #[must_use]
-    pub fn estimate(&self, on: &[String]) -> Option<&Estimate> {
-        self.estimates.iter().find(|estimate| estimate.on == on)
+    pub fn estimate(&self, on: &Trial) -> Option<&Estimate> {
+        self.estimates.iter().find(|estimate| estimate.on == *on)
     }
 
     /// Whether it has not been ready since it failed.

@@ -10,7 +10,7 @@ use altiplano_crds::model_deployment::{ModelSpec, UnloadPolicy};
 use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
 
 use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase, RouteTo, Worker};
-use crate::devices::Target;
+use crate::devices::{Target, Trial};
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::protocol::WARM_UP_PERCENT;
@@ -67,8 +67,8 @@ pub enum Step {
         uid: String,
         /// Its revision.
         revision: String,
-        /// The devices; empty is the CPU alone.
-        on: Vec<String>,
+        /// About what.
+        on: Trial,
     },
     /// Start a worker.
     Load {

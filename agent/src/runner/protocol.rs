@@ -6,6 +6,7 @@
 //! a line to its standard output, logs to its standard error, and serves the model's HTTP API on a Unix socket.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, TrafficSpec};
@@ -47,6 +48,10 @@ pub struct RunnerConfig {
     pub devices: Vec<String>,
     /// Layers to offload to `devices`; `None`: all.
     pub gpu_layers: Option<u32>,
+    /// Layers, from the first one on, whose experts stay in host memory.
+    pub expert_layers_on_cpu: u32,
+    /// A dry run also says what parts of the model would take.
+    pub parts: bool,
     /// CPU threads.
     pub threads: u32,
     /// Bytes of the devices that the agent has reserved: a worker that does not find them free does not begin.
@@ -54,9 +59,39 @@ pub struct RunnerConfig {
 }
 
 impl RunnerConfig {
+    /// The same for a part of the model on the devices.
+    #[must_use]
+    pub fn with_part(self, part: Part) -> Self {
+        let Part { gpu_layers, expert_layers_on_cpu, layers_total: _ } = part;
+        Self { gpu_layers: Some(gpu_layers), expert_layers_on_cpu, ..self }
+    }
+
     /// Whether any layer may be on a GPU.
     pub(crate) fn uses_gpu(&self) -> bool {
         self.gpu_layers != Some(0) && self.devices.iter().any(|device| device != "CPU")
+    }
+}
+
+/// What of a model is on GPUs.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Part {
+    /// Layers, the last ones, the output layer counted.
+    pub gpu_layers: u32,
+    /// Of all layers the first ones whose experts are in host memory.
+    pub expert_layers_on_cpu: u32,
+    /// Layers of the model, the output layer counted.
+    pub layers_total: u32,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { gpu_layers, expert_layers_on_cpu, layers_total } = *self;
+        if gpu_layers >= layers_total {
+            return write!(f, "the experts of {expert_layers_on_cpu} of {layers_total} layers are there");
+        }
+        let experts = if expert_layers_on_cpu > 0 { " without their experts" } else { "" };
+        write!(f, "{gpu_layers} of {layers_total} layers are on the GPU{experts}")
     }
 }
 
@@ -241,6 +276,19 @@ pub struct EstimateReport {
     pub context_tokens: u32,
     /// Tokens that one request may use.
     pub max_tokens: u32,
+    /// What parts of the model would take, the largest first; empty unless the configuration asks for them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<PartEstimate>,
+}
+
+/// What a part of a model would take.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PartEstimate {
+    /// The part.
+    pub part: Part,
+    /// Bytes per device at the context's initial size.
+    pub memory: Vec<MemoryUse>,
 }
 
 /// What `altiplano-agent runner --measure-resizes` prints for the [`RunnerConfig`] on its standard input.

@@ -44,6 +44,9 @@ struct Generate {
     kv_heads: Option<u32>,
     #[arg(long)]
     ff: Option<u32>,
+    /// Feed-forward parts of which a token passes two (llama only).
+    #[arg(long)]
+    experts: Option<u32>,
     #[arg(long)]
     context: Option<u32>,
     #[arg(long)]
@@ -84,6 +87,7 @@ impl Generate {
             heads: self.heads.unwrap_or(base.heads),
             kv_heads: self.kv_heads.unwrap_or(base.kv_heads),
             ff: self.ff.unwrap_or(base.ff),
+            experts: self.experts.unwrap_or(base.experts),
             context: self.context.unwrap_or(base.context),
             sliding_window: self.sliding_window.unwrap_or(base.sliding_window),
             long_rope: base.long_rope,

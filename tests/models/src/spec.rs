@@ -117,6 +117,8 @@ pub struct Spec {
     pub kv_heads: u32,
     /// Width of the feed-forward part.
     pub ff: u32,
+    /// Feed-forward parts in each layer, of which a token passes two; 0: one for all tokens (llama only).
+    pub experts: u32,
     /// Context length that the model claims to be trained for.
     pub context: u32,
     /// Window of the sliding-window layers (Gemma 3 only).
@@ -154,6 +156,7 @@ impl Default for Spec {
             heads: 2,
             kv_heads: 1,
             ff: 192,
+            experts: 0,
             context: 2048,
             sliding_window: 256,
             long_rope: None,
@@ -324,6 +327,12 @@ impl Spec {
         if self.long_rope.is_some() && self.architecture != Architecture::Llama {
             return invalid("only llama has two rotations here".to_owned());
         }
+        if self.experts > 0 && self.architecture != Architecture::Llama {
+            return invalid("only llama has experts here".to_owned());
+        }
+        if self.experts == 1 {
+            return invalid("a token passes two experts".to_owned());
+        }
         if self.pooling == Some(Pooling::Rank) && !self.is_bert() {
             return invalid("only bert has a head for pooling rank".to_owned());
         }
@@ -371,6 +380,10 @@ impl Spec {
             if let Some(pooling) = self.pooling {
                 h.u32(&format!("{arch}.pooling_type"), pooling.number());
             }
+        }
+        if self.experts > 0 {
+            h.u32(&format!("{arch}.expert_count"), self.experts);
+            h.u32(&format!("{arch}.expert_used_count"), 2);
         }
         if let Some(original) = self.long_rope {
             h.string(&format!("{arch}.rope.scaling.type"), "longrope");
@@ -482,14 +495,28 @@ impl Spec {
             matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(sharpness));
             matrix(format!("blk.{i}.attn_v.weight"), kv, embd, gain(1.0));
             matrix(format!("blk.{i}.attn_output.weight"), embd, embd, gain(1.0));
-            matrix(format!("blk.{i}.ffn_gate.weight"), ff, embd, gain(1.0));
-            matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, gain(1.0));
-            matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, gain(1.0));
+            if self.experts == 0 {
+                matrix(format!("blk.{i}.ffn_gate.weight"), ff, embd, gain(1.0));
+                matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, gain(1.0));
+                matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, gain(1.0));
+            }
         }
         if !self.is_tied() {
             matrix("output.weight".to_owned(), vocab, embd, gain(3.0));
         }
 
+        if self.experts > 0 {
+            let experts = u64::from(self.experts);
+            for i in 0..layers {
+                let mut one = |name: &str, shape: Vec<u64>, kind: Quantization| {
+                    all.push(Tensor { name: format!("blk.{i}.{name}.weight"), shape, kind, filling: gain(1.0) });
+                };
+                one("ffn_gate_inp", vec![embd, experts], Quantization::F32);
+                one("ffn_gate_exps", vec![embd, ff, experts], self.quantization);
+                one("ffn_up_exps", vec![embd, ff, experts], self.quantization);
+                one("ffn_down_exps", vec![ff, embd, experts], self.quantization);
+            }
+        }
         let mut vector = |name: String, length: u64, filling: Filling| {
             all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
         };

@@ -81,6 +81,7 @@ pub(in crate::engine) fn estimate(
         layers_total,
         context_tokens: context.capacity(),
         max_tokens: sizes.max,
+        parts: Vec::new(),
     })
 }
 

@@ -1,6 +1,6 @@
 //! Weights and vocabulary.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,6 +18,9 @@ use crate::engine::FimTokens;
 use crate::engine::request::Token;
 use crate::runner::protocol::MemoryUse;
 
+/// llama.cpp's own limit of layers.
+const MAX_LAYERS: u32 = 512;
+
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub(in crate::engine) struct ModelParams<'path> {
@@ -27,8 +30,8 @@ pub(in crate::engine) struct ModelParams<'path> {
     pub(in crate::engine) devices: Vec<usize>,
     /// Layers to offload; `None`: all.
     pub(in crate::engine) gpu_layers: Option<u32>,
-    /// Experts stay in host memory.
-    pub(in crate::engine) experts_on_cpu: bool,
+    /// Of so many layers, the first ones, the experts stay in host memory.
+    pub(in crate::engine) experts_on_cpu: u32,
     /// Reads no weights: memory can be predicted, nothing can be computed.
     pub(in crate::engine) dry_run: bool,
     /// Loads its head for guessing too, if it has one.
@@ -70,9 +73,11 @@ impl Model {
         if let Some(layers) = gpu_layers {
             model_params = model_params.with_n_gpu_layers(layers);
         }
+        // llama.cpp keeps the pointer until the model is loaded.
+        let experts = experts_pattern(experts_on_cpu);
         let mut model_params = pin!(model_params);
-        if experts_on_cpu {
-            model_params.as_mut().add_cpu_moe_override();
+        if let Some(pattern) = &experts {
+            model_params.as_mut().add_cpu_buft_override(pattern);
         }
         let (loaded, errors) = log::with_errors(|| LlamaModel::load_from_file(backend, path, &model_params));
         match loaded {
@@ -148,6 +153,13 @@ impl Model {
     /// Tokens that the model was trained with.
     pub(in crate::engine) fn trained_context(&self) -> u32 {
         self.inner.n_ctx_train()
+    }
+
+    /// Whether a token passes only some of many feed-forward parts.
+    pub(in crate::engine) fn has_experts(&self) -> bool {
+        let architecture = self.metadata("general.architecture").unwrap_or_default();
+        let count = self.metadata(&format!("{architecture}.expert_count"));
+        count.and_then(|count| count.parse::<u32>().ok()).is_some_and(|count| count > 0)
     }
 
     /// Layers without the output layer.
@@ -440,6 +452,19 @@ impl Model {
     }
 }
 
+/// llama.cpp's pattern for the names of the experts' tensors in the first `layers` layers; `u32::MAX`: in all.
+fn experts_pattern(layers: u32) -> Option<CString> {
+    let number = match layers {
+        0 => return None,
+        u32::MAX => String::new(),
+        _ => {
+            let numbers: Vec<String> = (0..layers.min(MAX_LAYERS)).map(|layer| layer.to_string()).collect();
+            format!("blk\\.({})", numbers.join("|"))
+        }
+    };
+    CString::new(format!("{number}\\.ffn_(up|down|gate|gate_up)_(ch|)exps")).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,7 +480,7 @@ mod tests {
             path: &path,
             devices: vec![],
             gpu_layers: None,
-            experts_on_cpu: false,
+            experts_on_cpu: 0,
             dry_run: false,
             head: false,
         };

@@ -64,7 +64,7 @@ fn open(
     let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
     let offload = !devices.is_empty();
     // All of it: it is small, and every token waits for it.
-    let model = ModelParams { path, devices, gpu_layers: None, experts_on_cpu: false, dry_run, head: false };
+    let model = ModelParams { path, devices, gpu_layers: None, experts_on_cpu: 0, dry_run, head: false };
     let model = Model::load(&model, |_| {}).map_err(|message| classify(&path.display().to_string(), message))?;
     let unfit = model.unsupported().map(str::to_owned).or_else(|| target.vocabulary_differs(&model));
     if let Some(reason) = unfit.or_else(|| model.is_recurrent().then(|| STATE.to_owned())) {

@@ -87,7 +87,7 @@ impl Worker {
                 }
             }
         };
-        if self.running.is_empty() && self.plan.layers_offloaded == 0 {
+        if self.running.is_empty() && self.plan.attends_on_cpu() {
             self.executor.make_way(choice.reuse);
         }
         if !self.begin(&mut sequence, choice) {

@@ -11,7 +11,7 @@ impl Worker {
     /// After each step: gathers the cells of the only sequence, once it has generated alone for a while.
     pub(super) fn look_after_the_only_one(&mut self) -> Result<(), EngineError> {
         let generates = matches!(self.step.as_slice(), [chunk] if chunk.output && chunk.count == 1);
-        if !generates || self.running.len() != 1 || self.plan.layers_offloaded > 0 {
+        if !generates || self.running.len() != 1 || !self.plan.attends_on_cpu() {
             self.alone = 0;
             return Ok(());
         }

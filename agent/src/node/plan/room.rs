@@ -1,6 +1,6 @@
 //! Where a model goes, and who makes room for it.
 //!
-//! Tier after tier of places (one GPU, all of them, the CPU), and in each: room that is there; room that workers on
+//! Tier after tier of places (one GPU, all of them, a part of the model on them, the CPU), and in each: room that is there; room that workers on
 //! their way out will leave; room that idle models' contexts have grown into (`shrink`); room that the model's own former
 //! revision holds; room that idle models hold which may be unloaded (`victims`). Where only time or patience lacks, requests wait; where nothing helps, the numbers are said.
 
@@ -13,8 +13,9 @@ use altiplano_crds::model_node::ModelAssignment;
 use super::super::observe::Model;
 use super::victims::Room;
 use super::{Planner, Step, Verdict};
-use crate::devices::{Devices, Target};
+use crate::devices::{Devices, Share, Target};
 use crate::ledger::{Ledger, Need, Shortage};
+use crate::runner::protocol::{MemoryUse, PartEstimate};
 
 /// A place and what the model would take there.
 type Choice = (Target, Need);
@@ -157,20 +158,31 @@ impl<'a> Planner<'a> {
         devices: &Devices,
         tier: Vec<Target>,
     ) -> Result<Vec<Choice>, Verdict> {
-        let mut choices = Vec::new();
+        let (mut choices, mut parts) = (Vec::new(), Vec::new());
         for target in tier {
-            let estimate = model.estimate(&target.estimate_on);
+            let trial = target.trial();
+            let estimate = model.estimate(&trial);
             let Some(report) = estimate.and_then(|estimate| estimate.report.as_ref()) else {
                 if estimate.is_none() {
                     let (uid, revision) = (wanted.uid.clone(), wanted.revision.clone());
-                    self.plan.steps.push(Step::Estimate { uid, revision, on: target.estimate_on });
+                    self.plan.steps.push(Step::Estimate { uid, revision, on: trial });
                 }
                 let message = Some("llama.cpp works out how much memory the model needs".to_owned());
                 return Err(Verdict { message, reason: Some(reasons::ESTIMATING.to_owned()), ..pending() });
             };
-            let need = devices.worker_need(&target.translate(report.memory.clone()));
-            choices.push((target, need));
+            let need = |memory: &[MemoryUse]| devices.worker_need(&target.translate(memory.to_vec()));
+            if target.share == Share::Fitting {
+                parts.extend(report.parts.iter().enumerate().map(|(place, PartEstimate { part, memory })| {
+                    (place, (Target { share: Share::Part(*part), ..target.clone() }, need(memory)))
+                }));
+            } else {
+                let need = need(&report.memory);
+                choices.push((target, need));
+            }
         }
+        // The largest part first, wherever there is room for it.
+        parts.sort_by_key(|(place, _)| *place);
+        choices.extend(parts.into_iter().map(|(_, choice)| choice));
         Ok(choices)
     }
 
@@ -262,10 +274,13 @@ impl<'a> Planner<'a> {
         self.speak_for(model, need);
         self.loading += 1;
         let may_use_gpu = wanted.engine.gpu == GpuPolicy::Preferred && wanted.engine.gpu_layers != Some(0);
-        let note = (target.is_cpu() && may_use_gpu).then(|| match before {
-            Some(shortage) => format!("runs on the CPU: it {shortage}"),
-            None => "runs on the CPU: this node has no GPU".to_owned(),
-        });
+        let note = match (target.share, before) {
+            (Share::Part(part), Some(shortage)) => Some(format!("runs in part on the CPU ({part}): it {shortage}")),
+            (Share::Part(part), None) => Some(format!("runs in part on the CPU ({part})")),
+            (_, Some(shortage)) if target.is_cpu() && may_use_gpu => Some(format!("runs on the CPU: it {shortage}")),
+            (_, None) if target.is_cpu() && may_use_gpu => Some("runs on the CPU: this node has no GPU".to_owned()),
+            _ => None,
+        };
         self.plan.steps.push(Step::Load {
             uid: wanted.uid.clone(),
             revision: wanted.revision.clone(),

@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 use super::super::observe::{Activity, Desired, Happened, Observed, RouteTo, StoredFiles, Trouble};
 use super::super::status::{Identity, status};
 use super::{Limits, Plan, Step, plan};
-use crate::devices::Devices;
+use crate::devices::{Devices, Trial};
 use crate::front::KeepAlive;
 use crate::ledger::bytes;
 use crate::runner::protocol::{
-    EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerEvent, RunnerFailure, RunnerReport,
+    EstimateReport, MemoryUse, Part, PartEstimate, ProbeReport, ProbedDevice, RunnerEvent, RunnerFailure, RunnerReport,
 };
 use crate::runner::supervise::{WorkerEnd, WorkerId};
 use crate::store::{GgufHeader, StoredModel};
@@ -30,6 +30,9 @@ struct Scenario {
     devices: BTreeMap<String, u64>,
     /// Model to place to GiB: "gpu" (of the first of its devices), "cpu", and "host" (beside the GPU).
     needs: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Models of which parts can be on GPUs, to their layers.
+    #[serde(default)]
+    layers: BTreeMap<String, u32>,
     /// Models whose files do not come by themselves.
     #[serde(default)]
     slow_files: Vec<String>,
@@ -55,6 +58,7 @@ struct World {
     start: Instant,
     now: Instant,
     needs: BTreeMap<String, BTreeMap<String, u64>>,
+    layers: BTreeMap<String, u32>,
     slow_files: Vec<String>,
     desired: Desired,
     observed: Observed,
@@ -73,6 +77,7 @@ fn play(yaml: &str) -> String {
         start,
         now: start,
         needs: scenario.needs,
+        layers: scenario.layers,
         slow_files: scenario.slow_files,
         desired: Desired::default(),
         observed: Observed::default(),
@@ -321,7 +326,7 @@ impl World {
         self.observed.note(uid, happened, self.now);
     }
 
-    fn dry_run(&self, uid: &str, on: &[String]) -> Result<EstimateReport, Trouble> {
+    fn dry_run(&self, uid: &str, Trial { devices: on, parts }: &Trial) -> Result<EstimateReport, Trouble> {
         let refused = || Trouble { reason: "LoadFailed".to_owned(), message: "llama.cpp cannot read it".to_owned() };
         let need = self.needs.get(uid).ok_or_else(refused)?;
         let part = |device: &str, gib: u64| MemoryUse {
@@ -336,7 +341,15 @@ impl World {
             let share = gib("gpu") / on.len() as u64;
             on.iter().map(|device| part(device, share)).chain([part("CPU", gib("host"))]).collect()
         };
-        Ok(EstimateReport { memory, ..EstimateReport::default() })
+        let layers = self.layers.get(uid).copied().filter(|_| *parts).unwrap_or(0);
+        let of = |gpu_layers: u32| {
+            let there = gib("gpu") * u64::from(gpu_layers) / u64::from(layers) / on.len() as u64;
+            let host = part("CPU", gib("host") + gib("gpu") - there * on.len() as u64);
+            let memory = on.iter().map(|device| part(device, there)).chain([host]).collect();
+            let part = Part { gpu_layers, expert_layers_on_cpu: 0, layers_total: layers };
+            PartEstimate { part, memory }
+        };
+        Ok(EstimateReport { memory, parts: (1..layers).rev().map(of).collect(), ..EstimateReport::default() })
     }
 
     fn describe(&self, step: &Step) -> String {
@@ -346,7 +359,10 @@ impl World {
             Step::Publish { uid } => format!("publish {uid}"),
             Step::Fetch { uid } => format!("fetch {uid}"),
             Step::Peek { uid } => format!("peek {uid}"),
-            Step::Estimate { uid, revision, on } => format!("estimate {uid}@{revision} on {}", place(on)),
+            Step::Estimate { uid, revision, on: Trial { devices, parts } } => {
+                let what = if *parts { "parts of " } else { "" };
+                format!("estimate {what}{uid}@{revision} on {}", place(devices))
+            }
             Step::Load { uid, revision, worker, target, need, note } => {
                 let need: Vec<String> =
                     need.iter().filter(|(_, b)| **b > 0).map(|(d, b)| format!("{} of {d}", bytes(*b))).collect();
@@ -497,6 +513,7 @@ scenarios!(
     nothing_helps,
     no_room,
     gpu_policies,
+    a_part_on_the_gpu,
     memory_comes_back_late,
     others_hold_memory,
     removal_drains,
