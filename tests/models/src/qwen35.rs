@@ -45,7 +45,7 @@ pub(crate) fn tensors(spec: &Spec) -> Vec<Tensor> {
         }
         layer.feed_forward(out);
     }
-    if let Some(head) = spec.mtp {
+    if let Some(head) = spec.mtp.filter(|head| *head != MtpHead::Missing) {
         let mut layer = Layer { spec, number: spec.layers, all: &mut all };
         let out = if head == MtpHead::Good { 0.0 } else { 1.0 };
         layer.attention(out);
@@ -121,7 +121,7 @@ impl Layer<'_> {
     fn head(&mut self, head: MtpHead) {
         let embd = self.embd();
         match head {
-            MtpHead::Random => self.matrix("nextn.eh_proj.weight", 2 * embd, embd, 1.0),
+            MtpHead::Random | MtpHead::Missing => self.matrix("nextn.eh_proj.weight", 2 * embd, embd, 1.0),
             MtpHead::Good => {
                 self.tensor("nextn.eh_proj.weight", &[2 * embd, embd], Quantization::F32, Filling::Identity);
             }

@@ -32,6 +32,8 @@ pub enum Architecture {
     Bert,
     /// No attention: one state for each sequence, which every token changes. `heads`, `kv_heads` and `ff` play no part.
     Mamba,
+    /// Like llama, and named as a mixture of experts of whose layers none has experts; may name a head that guesses.
+    Glm4moe,
     /// A hybrid: a state for each sequence in one layer, attention in the next; may have a head that guesses ([`Spec::mtp`]).
     Qwen35,
 }
@@ -41,6 +43,8 @@ pub enum Architecture {
 pub enum MtpHead {
     /// Random weights, so hardly ever right.
     Random,
+    /// Named in the metadata, and not there.
+    Missing,
     /// It says what the model says, nearly always: the model's layers are quiet, so that its next token follows from the
     /// last one, and the head passes that one on.
     Good,
@@ -136,7 +140,7 @@ pub struct Spec {
     /// Keep the model from ending by itself: end-of-text and other tokens that are no printable text get logit 0, far
     /// below the winner, so generation runs to its limit and its text is ASCII.
     pub endless: bool,
-    /// A head that guesses the token after the next one (Qwen 3.5 only); `None`: there is none.
+    /// A head that guesses the token after the next one (Qwen 3.5; GLM-4.5 may name one that it lacks); `None`: there is none.
     pub mtp: Option<MtpHead>,
     /// Names three tokens as those for infilling, as a model trained for it does.
     pub infill: bool,
@@ -321,8 +325,13 @@ impl Spec {
         if self.is_bert() != (self.tokenizer == Tokenizer::Wpm) {
             return invalid("bert goes with the wpm tokenizer, and no other architecture does".to_owned());
         }
-        if self.mtp.is_some() && self.architecture != Architecture::Qwen35 {
-            return invalid("only qwen35 has an mtp head".to_owned());
+        let may_name = match self.mtp {
+            None => true,
+            Some(MtpHead::Missing) => matches!(self.architecture, Architecture::Qwen35 | Architecture::Glm4moe),
+            Some(MtpHead::Random | MtpHead::Good) => self.architecture == Architecture::Qwen35,
+        };
+        if !may_name {
+            return invalid("only qwen35 has an mtp head, and only glm4moe can name one that it lacks".to_owned());
         }
         if self.long_rope.is_some() && self.architecture != Architecture::Llama {
             return invalid("only llama has two rotations here".to_owned());
@@ -360,6 +369,19 @@ impl Spec {
         h.u32(&format!("{arch}.block_count"), self.layers + u32::from(self.mtp.is_some()));
         if self.architecture == Architecture::Qwen35 {
             qwen35::describe(&mut h, self);
+        }
+        if self.architecture == Architecture::Glm4moe {
+            let numbers = [
+                ("expert_count", 2),
+                ("expert_used_count", 1),
+                ("expert_shared_count", 1),
+                ("expert_feed_forward_length", self.ff),
+                ("leading_dense_block_count", self.layers),
+                ("nextn_predict_layers", u32::from(self.mtp.is_some())),
+            ];
+            for (name, value) in numbers {
+                h.u32(&format!("{arch}.{name}"), value);
+            }
         }
         if self.architecture == Architecture::Mamba {
             mamba::describe(&mut h, self.embd);
@@ -522,9 +544,15 @@ impl Spec {
         };
         for i in 0..attention {
             vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
-            vector(format!("blk.{i}.ffn_norm.weight"), embd, Filling::Ones);
+            let before_ffn =
+                if self.architecture == Architecture::Glm4moe { "post_attention_norm" } else { "ffn_norm" };
+            vector(format!("blk.{i}.{before_ffn}.weight"), embd, Filling::Ones);
             match self.architecture {
-                Architecture::Llama | Architecture::Bert | Architecture::Mamba | Architecture::Qwen35 => {}
+                Architecture::Llama
+                | Architecture::Bert
+                | Architecture::Mamba
+                | Architecture::Glm4moe
+                | Architecture::Qwen35 => {}
                 Architecture::Qwen2 | Architecture::Qwen2vl => {
                     vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
                     vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
@@ -587,6 +615,7 @@ impl Architecture {
             Self::Gemma3 => "gemma3",
             Self::Bert => "bert",
             Self::Mamba => "mamba",
+            Self::Glm4moe => "glm4moe",
             Self::Qwen35 => "qwen35",
         }
     }

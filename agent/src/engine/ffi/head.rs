@@ -1,5 +1,7 @@
 //! A model's own head that guesses tokens (MTP): the hidden states that the model gives, and what the head makes of them.
 
+use std::ffi::CString;
+
 use llama_cpp_sys_2 as sys;
 
 use super::context::{Context, DecodeError, Part, decoded};
@@ -16,10 +18,24 @@ impl Model {
         let architecture = self.metadata("general.architecture").unwrap_or_default();
         match layers {
             _ if layers < 1 => Some("the model's file has no layers for it".to_owned()),
-            1 if HEADS.contains(&architecture.as_str()) => None,
+            1 if HEADS.contains(&architecture.as_str()) => self.lacks_projection(),
             1 => Some(format!("it is not known for models of the architecture {architecture}")),
             _ => Some(format!("the model has {layers} layers for it, and only one is known to work")),
         }
+    }
+}
+
+impl Model {
+    /// The name of the tensor that every head has, if the file lacks it: llama.cpp loads some such models all the same, and
+    /// aborts when it computes the head.
+    fn lacks_projection(&self) -> Option<String> {
+        // SAFETY: the model is alive. The head's layer is the first one behind these.
+        let layers = unsafe { sys::llama_model_n_layer(self.raw()) };
+        let name = format!("blk.{layers}.nextn.eh_proj.weight");
+        let c_name = CString::new(name.as_str()).ok()?;
+        // SAFETY: the model is alive, and the name is a C string that lives through the call.
+        let there = unsafe { shim::altiplano_has_tensor(self.raw(), c_name.as_ptr()) };
+        (!there).then(|| format!("the model's file lacks the tensor {name}"))
     }
 }
 

@@ -238,6 +238,7 @@ unsafe extern "C" {
         out: *mut i32,
         size: usize,
     ) -> bool;
+    pub(super) fn altiplano_has_tensor(model: *const llama_model, name: *const c_char) -> bool;
     pub(super) fn altiplano_hidden(context: *mut llama_context, outputs_only: bool);
     pub(super) fn altiplano_hidden_row(context: *mut llama_context, row: i32) -> *const f32;
     pub(super) fn altiplano_decode_head(

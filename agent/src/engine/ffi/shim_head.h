@@ -1,6 +1,7 @@
 // A model's own head that guesses tokens (MTP): what llama.cpp has of it only in C++ and may throw.
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -9,6 +10,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+// Whether the model's file has this tensor, in whichever of its parts.
+bool altiplano_has_tensor(const struct llama_model * model, const char * name);
 
 // Has a context give hidden states: of all tokens of a batch, or of those with an output.
 void altiplano_hidden(struct llama_context * context, bool outputs_only);

@@ -80,10 +80,8 @@ async fn a_head_guesses_and_the_model_has_the_say() {
         let stats = engine.stats();
         assert!(stats.resizes > 0 && stats.failed == 0, "{stats:?}");
         println!("{head:?}: {} of {} guesses were right", stats.accepted_tokens, stats.drafted_tokens);
-        match head {
-            MtpHead::Good => assert!(stats.accepted_tokens * 10 > stats.drafted_tokens * 7, "{stats:?}"),
-            MtpHead::Random => assert!(stats.accepted_tokens * 10 < stats.drafted_tokens * 7, "{stats:?}"),
-        }
+        let most_are_right = stats.accepted_tokens * 10 > stats.drafted_tokens * 7;
+        assert_eq!(most_are_right, head == MtpHead::Good, "{stats:?}");
         judge.shutdown(Instant::now());
         engine.shutdown(Instant::now());
     }
@@ -97,9 +95,17 @@ async fn who_gives_way_guesses_again() {
     for host_cache in [1 << 30, 0] {
         let config = guessing(&path, context(256, 1024, 4));
         let engine = crowded(&config, host_cache);
-        all_that_is_said_is_the_models_own(&engine, &judge).await;
-        let stats = engine.stats();
-        assert!(stats.preempted > 0 && stats.failed == 0 && stats.accepted_tokens > 0, "{stats:?}");
+        // Guesses pause where a busy machine makes them dear, and each request begins anew.
+        let deadline = Instant::now() + Duration::from_mins(1);
+        loop {
+            all_that_is_said_is_the_models_own(&engine, &judge).await;
+            let stats = engine.stats();
+            assert!(stats.preempted > 0 && stats.failed == 0, "{stats:?}");
+            if stats.accepted_tokens > 0 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "no guess was right: {stats:?}");
+        }
         engine.shutdown(Instant::now());
     }
     judge.shutdown(Instant::now());
@@ -143,6 +149,29 @@ async fn who_has_no_head_is_refused() {
             assert!(error.to_string().contains("type MTP: the model's file has no layers for it"), "{error}");
         }
     }
+}
+
+/// llama.cpp refuses a part of such files, naming what is missing, loads others, and aborts when it computes their head.
+#[tokio::test]
+async fn a_head_that_is_named_and_not_there_is_refused_by_its_tensors_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let missing = Some(MtpHead::Missing);
+    let hybrid = Spec { mtp: missing, ..spec() };
+    let glm = Spec { architecture: Architecture::Glm4moe, mtp: missing, ..Spec::default() };
+    for (spec, tensor) in [(hybrid, "blk.4.attn_norm.weight"), (glm.clone(), "blk.2.nextn.eh_proj.weight")] {
+        let path = folder.path().join("lacks.gguf");
+        spec.write(&path).expect("the model is written");
+        let config = guessing(&path, context(256, 256, 1));
+        for error in [load::estimate(&config).unwrap_err(), Engine::start(&config, &|_| {}).unwrap_err()] {
+            assert!(error.to_string().contains(tensor), "{tensor}: {error}");
+        }
+    }
+    // Who does not ask for the head needs none.
+    let path = folder.path().join("plain.gguf");
+    glm.write(&path).expect("the model is written");
+    let engine = judge(&path);
+    assert_eq!(ask(&engine, request(&tokens(20, 1), 5)).await.0.len(), 5);
+    engine.shutdown(Instant::now());
 }
 
 /// Each token's hidden state stands in its own row, whoever else is in the batch and in however many parts it is computed.
