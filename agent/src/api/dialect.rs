@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::ApiState;
 use super::error::ApiError;
 use super::form::Form;
 use super::frames::Frames;
@@ -39,7 +40,12 @@ pub(crate) trait Dialect: Send {
     /// The parameter that holds the prompt, for errors about it.
     fn prompt_param(&self) -> &'static str;
 
-    /// Something was taken from the prompts, which the answer has to say. Before all else, and only then.
+    /// What the engine is about to be asked; before all else.
+    fn asked(&mut self, state: &ApiState, choices: &[ChoiceJob], per_prompt: usize) {
+        let _ = (state, choices, per_prompt);
+    }
+
+    /// Something was taken from the prompts, which the answer has to say. Before all that is said, and only then.
     fn declare(&mut self, truncation: &Truncation);
 
     /// The body of a whole answer; `choices` by index.

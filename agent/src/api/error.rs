@@ -163,7 +163,8 @@ impl ApiError {
             SubmitError::QueueFull { limit } => Self::queue_full(*limit, retry_after),
             SubmitError::ContextLengthExceeded { prompt_tokens, limit } => {
                 let message = format!(
-                    "this model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} tokens"
+                    "this model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} tokens, \
+                     which exceeds the available context size"
                 );
                 Self { param: Some(prompt_param.to_owned()), ..Self::bad_request(message) }
                     .with_code("context_length_exceeded")

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::ApiState;
-use super::dialect::{Dialect, Piece, Tally};
+use super::dialect::{ChoiceJob, Dialect, Piece, Tally};
 use super::form::{DONE, Form};
 use super::frames::Frames;
 use super::live::Live;
+use super::native::answer::Native;
 use super::output::{Delta, Output};
 use super::overflow::Truncation;
 use super::params::Params;
@@ -26,10 +27,18 @@ pub(crate) struct OpenAi {
     live: Live,
     /// What was taken from the prompts.
     truncation: Option<Truncation>,
+    /// Where `verbose` was asked for; first how, then what `/completion` would say.
+    verbose: Option<Verbose>,
     /// Texts that stand before the answers, by choice; empty unless `echo` was asked for.
     echoes: Vec<String>,
     /// By choice: whether it has begun, and the characters it has said, for the offsets of log-probabilities.
     progress: Vec<(bool, usize)>,
+}
+
+/// `__verbose`: the parameters until the prompts are known, then all of it.
+enum Verbose {
+    Asked(Box<Params>),
+    Known(Box<Native>),
 }
 
 impl OpenAi {
@@ -44,6 +53,7 @@ impl OpenAi {
             wants_logprobs,
             live: Live::new(params, Instant::now()),
             truncation: None,
+            verbose: params.verbose.then(|| Verbose::Asked(Box::new(params.clone()))),
             echoes: Vec::new(),
             progress: Vec::new(),
         }
@@ -77,6 +87,15 @@ impl OpenAi {
             timings: None,
             prompt_progress: None,
             altiplano: None,
+            verbose: None,
+        }
+    }
+
+    /// `__verbose` of a choice with this content.
+    fn verbose(&self, choice: usize, content: &str, tally: &Tally) -> Option<serde_json::Value> {
+        match &self.verbose {
+            Some(Verbose::Known(native)) => Some(native.end(choice, content, tally)),
+            _ => None,
         }
     }
 
@@ -178,8 +197,17 @@ impl Dialect for OpenAi {
         self.shape.prompt_param()
     }
 
+    fn asked(&mut self, state: &ApiState, choices: &[ChoiceJob], per_prompt: usize) {
+        if let Some(Verbose::Asked(params)) = self.verbose.take() {
+            self.verbose = Some(Verbose::Known(Box::new(Native::beside(state, *params, choices, per_prompt))));
+        }
+    }
+
     fn declare(&mut self, truncation: &Truncation) {
         self.truncation = Some(truncation.clone());
+        if let Some(Verbose::Known(native)) = &mut self.verbose {
+            native.declare(truncation);
+        }
     }
 
     fn whole(&mut self, choices: &[Output], tally: &Tally) -> Result<Vec<u8>, serde_json::Error> {
@@ -205,6 +233,8 @@ impl Dialect for OpenAi {
         answer.usage = Some(UsageSlot::Now(usage));
         answer.timings = Some(timings);
         answer.altiplano = self.notice();
+        // As llama-server's: of the first choice.
+        answer.verbose = choices.first().and_then(|output| self.verbose(0, &output.content, tally));
         serde_json::to_vec(&answer)
     }
 
@@ -251,6 +281,7 @@ impl Dialect for OpenAi {
         };
         let finish_reason = tally.finish(choice).map(wire::finish_word);
         let mut chunk = self.chunk(ChoiceBody { index: choice, said, logprobs: None, finish_reason });
+        chunk.verbose = self.verbose(choice, "", tally);
         // Without a chunk for usage, the last one of all tells the timings, as llama-server's does.
         if !self.include_usage && tally.all_ended() {
             chunk.timings = Some(tally.totals().1);

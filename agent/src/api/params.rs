@@ -26,6 +26,7 @@
 //! | `json_schema`, `guided_json` | a schema | the same, in llama-server's and vLLM's words |
 //! | `grammar` | GBNF | from its rule `root` |
 //! | `return_progress`, `timings_per_token` | | of streams: chunks that say how far the prompt has been read, `timings` in every chunk |
+//! | `verbose` | | of chat and completions: `__verbose`, what `/completion` would have said: the prompt as text and the settings |
 //! | `altiplano` | `overflow`: `Reject`, `DropOldest`, `DropMiddle` | what happens to a prompt that is too long; else as `spec.context.overflow` says |
 //! | `cache_prompt`, `cache_salt` | true or false; a text of 256 bytes | whether, and with whom, computed prefixes are shared |
 //!
@@ -80,6 +81,8 @@ pub(crate) struct Params {
     pub(crate) return_progress: bool,
     /// `timings` in every chunk of a stream.
     pub(crate) timings_per_token: bool,
+    /// `__verbose` beside the answer.
+    pub(crate) verbose: bool,
     /// `num_ctx`: tokens of context to aim for, whatever the sizing's formula says. Never a limit, never a reload.
     pub(crate) aim_tokens: Option<u32>,
     /// What happens to a prompt that is too long; `None`: what the deployment says.
@@ -105,6 +108,7 @@ impl Params {
             include_usage: include_usage(fields, stream)?,
             return_progress: fields.boolean("return_progress")?.unwrap_or(false),
             timings_per_token: fields.boolean("timings_per_token")?.unwrap_or(false),
+            verbose: fields.boolean("verbose")?.unwrap_or(false),
             aim_tokens: fields.integer("num_ctx", 1..=i64::from(i32::MAX))?.and_then(|aim| u32::try_from(aim).ok()),
             overflow: overflow::read(fields)?,
         })
@@ -139,6 +143,7 @@ impl Params {
             include_usage: _,
             return_progress,
             timings_per_token,
+            verbose: _,
             aim_tokens,
             overflow: _,
         } = self;

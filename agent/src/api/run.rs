@@ -26,6 +26,7 @@ pub(crate) async fn answer(state: &ApiState, visit: Visit, job: Job) -> Result<R
     let prompt_tokens =
         choices.iter().step_by(per_prompt.max(1)).map(|choice| choice.request.prompt.len() as u64).sum();
     let prompt_param = dialect.prompt_param();
+    dialect.asked(state, &choices, per_prompt);
     let run = if choices.iter().any(|choice| choice.request.is_dear()) {
         state.prepare(move |state| Run::submit(state, visit, choices, per_prompt, prompt_param)).await?
     } else {

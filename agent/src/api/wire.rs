@@ -59,6 +59,9 @@ pub(crate) struct Answer<'a> {
     /// What was taken from the prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) altiplano: Option<serde_json::Value>,
+    /// What `/completion` would have said, where that is asked for.
+    #[serde(rename = "__verbose", skip_serializing_if = "Option::is_none")]
+    pub(crate) verbose: Option<serde_json::Value>,
 }
 
 /// llama-server's `prompt_progress`: tokens of the prompt, those that were cached, those that are done with the cached

@@ -202,6 +202,8 @@ pub struct EngineStats {
     pub cached_prompt_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Guesses of one or more tokens.
+    pub drafts: u64,
     /// Tokens that were guessed and checked.
     pub drafted_tokens: u64,
     /// Of these, the ones that were right.

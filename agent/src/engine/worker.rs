@@ -322,7 +322,7 @@ impl Worker {
     fn sample(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         let mut ended: Vec<(usize, Result<FinishReason, EngineError>)> = Vec::new();
-        let (mut generated, mut drafted, mut accepted) = (0, 0, 0);
+        let (mut generated, mut drafts, mut drafted, mut accepted) = (0, 0, 0, 0);
         let heard = self.is_heard();
         let entries = self.step.iter().zip(&self.rows).enumerate();
         for (entry, (chunk, &row)) in entries.filter(|(_, (chunk, _))| chunk.output) {
@@ -358,6 +358,7 @@ impl Worker {
                 }
             }
             if !draft.is_empty() {
+                drafts += 1;
                 drafted += draft.len() as u64;
                 accepted += right as u64;
                 sequence.settle(draft.len(), right, self.price.of_a_guess());
@@ -374,6 +375,7 @@ impl Worker {
         self.shared.update(|stats| {
             stats.generated_tokens += generated;
             stats.step_sequences += self.step.len() as u64;
+            stats.drafts += drafts;
             stats.drafted_tokens += drafted;
             stats.accepted_tokens += accepted;
         });

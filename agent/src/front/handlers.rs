@@ -136,10 +136,25 @@ async fn route(
             look(shared, &model, &path, query).await
         }
         _ => match path.strip_prefix("/v1/models/") {
-            None => Ok(Json(json!({"object": "list", "data": list(shared, &visit.door).await})).into_response()),
+            None => {
+                let data = list(shared, &visit.door).await;
+                let models = data.iter().map(in_llama_servers_words).collect::<Vec<_>>();
+                Ok(Json(json!({"object": "list", "data": data, "models": models})).into_response())
+            }
             Some(asked) => Ok(Json(describe(shared, &meant(shared, &visit.door, Some(asked))?).await).into_response()),
         },
     }
+}
+
+/// What llama-server's list has beside OpenAI's of a model: one word for images and sound.
+fn in_llama_servers_words(model: &Value) -> Value {
+    let able = |word: &str| model["capabilities"].as_array().is_some_and(|all| all.iter().any(|one| one == word));
+    let mut capabilities: Vec<&str> =
+        ["completion", "embedding", "rerank"].into_iter().filter(|word| able(word)).collect();
+    if able("vision") || able("audio") {
+        capabilities.push("multimodal");
+    }
+    json!({"name": model["id"], "model": model["id"], "type": "model", "capabilities": capabilities})
 }
 
 /// The model that a request at `door` is about.

@@ -236,6 +236,32 @@ async fn paths_without_a_version_are_llama_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn verbose_answers_tell_the_prompt_and_the_settings() {
+    let node = Node::start().await;
+    let verbose = json!({"verbose": true, "seed": 7});
+    let rendered = node.json("/apply-template", &chat(QUESTION)).await["prompt"].clone();
+    let check = |beside: &Value, prompt: &Value, content: &str| {
+        assert_eq!((&beside["prompt"], &beside["content"]), (prompt, &json!(content)), "{beside}");
+        assert_eq!((&beside["generation_settings"]["seed"], &beside["stop_type"]), (&json!(7), &json!("eos")));
+        assert!(beside["tokens_predicted"].as_u64().unwrap() > 5, "{beside}");
+    };
+    let asked = with(chat(QUESTION), verbose.clone());
+    let answer = node.json(CHAT, &asked).await;
+    check(&answer["__verbose"], &rendered, ANSWER);
+    let chunks = node.events(CHAT, &with(asked, json!({"stream": true}))).await;
+    let (told, untold): (Vec<_>, Vec<_>) = chunks.iter().partition(|chunk| chunk.get("__verbose").is_some());
+    assert_eq!((told.len(), untold.is_empty()), (1, false), "{chunks:?}");
+    check(&told[0]["__verbose"], &rendered, "");
+    assert_eq!(told[0]["choices"][0]["finish_reason"], "stop");
+
+    let asked = json!({"prompt": prompt(), "max_tokens": 100});
+    let answer = node.json("/v1/completions", &with(asked.clone(), verbose)).await;
+    check(&answer["__verbose"], &json!(prompt()), ANSWER);
+    assert!(node.json("/v1/completions", &asked).await.get("__verbose").is_none());
+    assert!(node.json(CHAT, &chat(QUESTION)).await.get("__verbose").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn streams_tell_their_timings_where_they_are_asked_to() {
     let node = Node::start().await;
     let asks = json!({"stream": true, "timings_per_token": true, "cache_prompt": false});

@@ -153,6 +153,14 @@ async fn every_api_takes_images() {
     let (path, body) = ("/v1/messages/count_tokens", bodies()[2].1.clone());
     let (status, counted) = post(&router, path, &body).await;
     assert_eq!((status.as_u16(), &counted["input_tokens"]), (200, &said.0), "{counted}");
+    // As llama-server writes it, and takes it back in a prompt_string.
+    let (_, rendered) = post(&router, "/apply-template", &bodies()[0].1).await;
+    let rendered = rendered["prompt"].as_str().unwrap().to_owned();
+    assert_eq!(rendered.matches("<__media__>").count(), 1, "{rendered}");
+    let data = url(1).split_once(',').unwrap().1.to_owned();
+    let marked = json!({"prompt": {"prompt_string": rendered, "multimodal_data": [data]}, "n_predict": 1});
+    let (status, answer) = post(&router, "/completion", &marked).await;
+    assert_eq!((status.as_u16(), &answer["tokens_evaluated"]), (200, &said.0), "{answer}");
     let props = get(&router, "/props").await;
     assert_eq!(props["modalities"], json!({"vision": true, "audio": false}));
     let models = get(&router, "/v1/models").await;

@@ -228,6 +228,13 @@ fn find(
     Ok((text, media))
 }
 
+/// A prompt as a client may see and send it: with [`MARKER`] in the places of attachments.
+pub(super) fn shown(prompt: &str) -> String {
+    let mut pieces = prompt.split(PLACE.as_str());
+    let first = pieces.next().unwrap_or_default().to_owned();
+    pieces.fold(first, |text, piece| text + MARKER + piece.split_once(END).map_or(piece, |(_, rest)| rest))
+}
+
 /// A text whose middle was cut out, where the cut goes through what stands for an attachment: then without all of that.
 pub(super) fn mend(text: &str, cut: String) -> String {
     let text = text.trim();

@@ -58,6 +58,8 @@ fn images_find_their_places() {
     assert_eq!(sizes("none"), ("none".to_owned(), vec![]));
     assert!(found(&first.replace("0__>", "7__>"), &images).is_err());
     assert!(found(PLACE.as_str(), &images).is_err());
+    assert_eq!(shown(&format!("a {first} b {second}{second}")), format!("a {MARKER} b {MARKER}{MARKER}"));
+    assert_eq!(shown("none"), "none");
 }
 
 #[test]

@@ -5,19 +5,20 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::completion::Options;
-use crate::api::dialect::{Dialect, Finish, Piece, Tally};
+use crate::api::dialect::{ChoiceJob, Dialect, Finish, Piece, Tally};
 use crate::api::error::ApiError;
 use crate::api::form::Form;
 use crate::api::frames::Frames;
 use crate::api::live::Live;
 use crate::api::output::{Delta, Output};
 use crate::api::overflow::Truncation;
+use crate::api::params::Params;
 use crate::api::state::ApiState;
 use crate::api::wire;
 use crate::engine::{GenerateRequest, PromptProgress, Token, TokenLogprob};
 
 /// Answers one request in llama-server's own terms.
-pub(super) struct Native {
+pub(in crate::api) struct Native {
     model: String,
     settings: Map<String, Value>,
     /// Prompts as text, by prompt.
@@ -42,24 +43,43 @@ struct Said {
 
 impl Native {
     pub(super) fn new(state: &ApiState, options: &Options, requests: &[GenerateRequest], per_prompt: usize) -> Self {
+        let prompts = requests.iter().map(|request| request.prompt.as_slice());
+        Self::of(state, options, prompts, per_prompt)
+    }
+
+    /// What a request in OpenAI's terms would be told here, for its `__verbose`.
+    pub(in crate::api) fn beside(state: &ApiState, params: Params, choices: &[ChoiceJob], per_prompt: usize) -> Self {
+        let logprobs = choices.first().and_then(|choice| choice.request.logprobs);
+        let prompts = choices.iter().map(|choice| choice.request.prompt.as_slice());
+        Self::of(state, &Options::beside(params, logprobs), prompts, per_prompt)
+    }
+
+    /// `prompts`: of each choice.
+    fn of<'a>(
+        state: &ApiState,
+        options: &Options,
+        prompts: impl ExactSizeIterator<Item = &'a [Token]>,
+        per_prompt: usize,
+    ) -> Self {
         let text = |tokens: &[Token]| {
             let bytes: Vec<u8> =
                 tokens.iter().flat_map(|&token| state.engine().piece(token).unwrap_or_default()).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         };
+        let said = vec![Said::default(); prompts.len()];
         let mut settings = options.settings();
         settings.insert("n_ctx".to_owned(), state.engine().report().max_tokens.into());
         Self {
             model: state.served_name().to_owned(),
             settings,
-            prompts: requests.iter().step_by(per_prompt.max(1)).map(|request| text(&request.prompt)).collect(),
+            prompts: prompts.step_by(per_prompt.max(1)).map(text).collect(),
             per_prompt: per_prompt.max(1),
             return_tokens: options.return_tokens,
             n_probs: options.logprobs,
             response_fields: options.response_fields.clone(),
             live: Live::new(&options.params, Instant::now()),
             truncation: None,
-            said: vec![Said::default(); requests.len()],
+            said,
         }
     }
 
@@ -68,7 +88,7 @@ impl Native {
     }
 
     /// The last object of a choice, which in a stream has no content.
-    fn end(&self, choice: usize, content: &str, tally: &Tally) -> Value {
+    pub(in crate::api) fn end(&self, choice: usize, content: &str, tally: &Tally) -> Value {
         let said = self.said.get(choice).cloned().unwrap_or_default();
         let (usage, timings) = tally.of(choice).map_or_else(Default::default, |end| (end.usage, end.timings));
         let (_, timings) = wire::totals(&[(usage, timings)], 1);

@@ -88,6 +88,11 @@ impl Options {
         Ok(Self { params, logprobs, return_tokens, lines, response_fields })
     }
 
+    /// What an OpenAI request's parameters are here.
+    pub(super) fn beside(params: Params, logprobs: Option<u32>) -> Self {
+        Self { params, logprobs, return_tokens: false, lines: LineLimits::default(), response_fields: Vec::new() }
+    }
+
     /// As llama-server reports them.
     pub(super) fn settings(&self) -> Map<String, Value> {
         let mut settings = settings(&self.params);

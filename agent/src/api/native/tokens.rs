@@ -9,6 +9,7 @@ use crate::api::chat::ChatRequest;
 use crate::api::error::ApiError;
 use crate::api::fields::{Fields, wrong_type};
 use crate::api::intake::Intake;
+use crate::api::media;
 use crate::api::state::ApiState;
 use crate::engine::Token;
 
@@ -61,12 +62,12 @@ pub(in crate::api) async fn detokenize(intake: Intake) -> Result<Response, ApiEr
     Ok(Json(json!({"content": String::from_utf8_lossy(&bytes)})).into_response())
 }
 
-/// `/apply-template`: takes what `/v1/chat/completions` takes.
+/// `/apply-template`: takes what `/v1/chat/completions` takes. Images and sounds are `<__media__>`, as with llama-server.
 pub(in crate::api) async fn apply_template(intake: Intake) -> Result<Response, ApiError> {
     let Intake { state, visit: _visit, fields } = intake;
     let request = ChatRequest::read(fields, state.defaults())?;
     let prompt = state.prepare(move |state| request.text(state)).await?;
-    Ok(Json(json!({"prompt": prompt})).into_response())
+    Ok(Json(json!({"prompt": media::shown(&prompt)})).into_response())
 }
 
 /// Text to tokens.

@@ -16,7 +16,7 @@ pub struct ModelSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretReference>,
 
-    /// Multimodal projector (mmproj), for models that read images. Loaded with the model, on the first of its devices.
+    /// Multimodal projector (mmproj), for models that read images or sound. Loaded with the model, on the first of its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projector: Option<ModelSource>,
 
