@@ -18,16 +18,18 @@ VALUES = {
     "--threads": "threads", "--chat-template-file": "template_file", "--chat-template": "template", "-fa": "flash",
     "-ctk": "keys", "-ctv": "values", "--hf-repo": "repository", "--hf-file": "file", "--n-gpu-layers": None,
     "--n-predict": None, "--cache-ram": None, "--pooling": "pooling", "--api-key": "key",
-    "--reasoning-format": "reasoning_format",
+    "--reasoning-format": "reasoning_format", "--model-draft": "draft", "--spec-type": "guesser",
+    "--spec-draft-n-min": "guess_least", "--spec-draft-n-max": "guess_most",
 }
 FLAGS = {
     "--offline", "--cont-batching", "--metrics", "--no-jinja", "--slots", "--no-slots", "--no-ui",
-    "--no-mmproj", "--verbose", "--swa-full", "--no-cache-idle-slots", "--embedding", "--reranking",
+    "--verbose", "--swa-full", "--no-cache-idle-slots", "--embedding", "--reranking",
 }
 
 # What stands for a model that is to be downloaded: the end of its name, and the variable that names ours.
 MODELS = {
-    "test-model-stories260K": "MODEL", "test-model-stories260K-infill": "INFILL", "stories15M_MOE": "MODEL",
+    "test-model-stories260K": "MODEL", "test-model-stories260K-infill": "INFILL",
+    "stories15M_MOE/stories15M_MOE-F16.gguf": "MODEL", "tinygemma3-GGUF:Q8_0": "SEES",
     "models/bert-bge-small/ggml-model-f16.gguf": "EMBEDDER",
     "models/jina-reranker-v1-tiny-en/ggml-model-f16.gguf": "RERANKER",
 }
@@ -49,6 +51,8 @@ def read(arguments):
             asked[VALUES[word]] = next(words)
         elif word in ("--kv-unified", "--jinja"):
             asked[word.split("-")[-1]] = True
+        elif word == "--no-mmproj":
+            asked["blind"] = True
         elif word == "--lora":
             not_applicable("--lora: an adapter is asked for by its name here, see agent/tests/adapters.rs")
         elif word not in FLAGS:
@@ -60,7 +64,7 @@ def model(asked):
     """Path of the model that stands for the one that is asked for."""
     if "repository" not in asked:
         not_applicable("the router: no model")
-    name = asked["repository"] + (f"/{asked['file']}" if "models" in asked["repository"] else "")
+    name = asked["repository"] + (f"/{asked['file']}" if "file" in asked else "")
     for end, variable in MODELS.items():
         if name.endswith(end):
             return os.environ[f"ALTIPLANO_SUITE_{variable}"]
@@ -72,7 +76,7 @@ def model(asked):
 def template(asked):
     if "template_file" in asked:
         if not os.path.exists(asked["template_file"]):
-            not_applicable("a template of llama.cpp's repository, which the package of its source leaves out")
+            not_applicable("a template that is not there")
         with open(asked["template_file"], encoding="utf-8") as file:
             return file.read()
     named = asked.get("template")
@@ -116,8 +120,19 @@ def deployment(asked):
         engine["sampling"]["temperature"] = asked["temperature"]
     if int(asked.get("seed", -1)) >= 0:
         engine["sampling"]["seed"] = int(asked["seed"])
+    files = {"source": {"uri": f"file://{path}"}}
+    if path == os.environ["ALTIPLANO_SUITE_SEES"] and "blind" not in asked:
+        files["projector"] = {"uri": f"file://{os.environ['ALTIPLANO_SUITE_PROJECTOR']}"}
+    if "draft" in asked:
+        if asked.get("guesser") != "draft-simple":
+            not_applicable(f"--spec-type {asked.get('guesser')}")
+        files["draft"] = {"uri": f"file://{os.environ['ALTIPLANO_SUITE_DRAFT']}"}
+        engine["speculative"] = {"type": "Draft"}
+        for name, field in (("guess_least", "minTokens"), ("guess_most", "maxTokens")):
+            if name in asked:
+                engine["speculative"][field] = int(asked[name])
     spec = {
-        "model": {"source": {"uri": f"file://{path}"}}, "servedName": asked["alias"], "context": context,
+        "model": files, "servedName": asked["alias"], "context": context,
         "engine": engine, "unload": {"policy": "Never"},
     }
     text = template(asked)
@@ -130,9 +145,11 @@ def deployment(asked):
 
 def main():
     asked = read(sys.argv[1:])
+    if "AIP_MODE" in os.environ:
+        not_applicable("Google Cloud's own paths")
     if "," in asked.get("host", ""):
         not_applicable("several addresses")
-    folder = tempfile.mkdtemp(prefix="altiplano-suite-")
+    folder = tempfile.mkdtemp(prefix="agent-")
     file = os.path.join(folder, "model.yaml")
     with open(file, "w", encoding="utf-8") as out:
         json.dump(deployment(asked), out)

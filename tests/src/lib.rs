@@ -22,6 +22,7 @@ mod programs;
 pub mod report;
 pub mod sandbox;
 pub mod scenario;
+pub mod server_suite;
 mod wait;
 
 pub use audit::Write;

@@ -17,8 +17,10 @@ pub const PYTHON_REQUIREMENTS: &str = include_str!("../../tests/clients/requirem
 pub const NODE_LOCK: &str = include_str!("../../tests/clients/js/package-lock.json");
 /// The Python package whose source distribution brings llama.cpp with its server, by name, version and hash.
 pub const LLAMA_SERVER_REQUIREMENTS: &str = include_str!("../../tests/peers/requirements.txt");
-/// What set-up leaves in [`llama_server_dir`]: the programs, their version, and llama.cpp's tests of the server.
-pub const LLAMA_SERVER_FILES: [&str; 4] = ["llama-server", "llama-bench", "VERSION", "tests"];
+/// What set-up leaves in [`llama_server_dir`]: the programs and their version.
+pub const LLAMA_SERVER_FILES: [&str; 3] = ["llama-server", "llama-bench", "VERSION"];
+/// What set-up leaves in [`llama_server_tests_dir`]: llama.cpp's tests of its server, and the chat templates that they name.
+pub const LLAMA_SERVER_TESTS: [&str; 2] = ["tools/server/tests", "models/templates"];
 /// What a control plane for tests is made of.
 pub const CONTROL_PLANE_TOOLS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl"];
 
@@ -156,6 +158,18 @@ pub fn llama_cpp_version(source: &Path) -> Option<String> {
 #[must_use]
 pub fn llama_server_dir() -> PathBuf {
     cache().join("llama-server").join(llama_server_package().replace(' ', "-"))
+}
+
+/// The folder of llama.cpp's own tests of its server, which lie in it as in llama.cpp's repository.
+#[must_use]
+pub fn llama_server_tests_dir() -> PathBuf {
+    cache().join("llama-server-tests").join(llama_server_package().replace(' ', "-"))
+}
+
+/// [`llama_server_tests_dir`], once set-up has filled it.
+#[must_use]
+pub fn llama_server_tests() -> Option<PathBuf> {
+    Some(llama_server_tests_dir()).filter(|dir| LLAMA_SERVER_TESTS.iter().all(|part| dir.join(part).is_dir()))
 }
 
 /// The folder of the Python environment for llama.cpp's own tests of its server.

@@ -1,4 +1,5 @@
-//! llama.cpp's own server and benchmark, which `cargo xtask bench engine` measures beside ours. Nothing else needs them.
+//! llama.cpp's own server and benchmark, which `cargo xtask bench engine` measures beside ours and which nothing else needs,
+//! and its tests of that server, which are run against ours.
 
 use std::{fs, num::NonZeroUsize, path::Path, thread};
 
@@ -23,13 +24,33 @@ pub(crate) fn build() -> Result<()> {
             for program in ["llama-server", "llama-bench"] {
                 fs::copy(work.join("build/bin").join(program), fresh.join(program))?;
             }
-            // Their tests of the server, which `cargo xtask bench server-suite` runs against ours.
-            fs::rename(source.join("tools/server/tests"), fresh.join("tests"))?;
             let version = xtask::llama_cpp_version(&source).context("llama.cpp does not say its version")?;
             fs::write(fresh.join("VERSION"), format!("{version}, of {}", xtask::llama_server_package()))?;
             super::remove(&work)
         })
     })
+}
+
+/// Fetches llama.cpp's tests of its server from the same source, without building anything, and what they need of Python.
+pub(crate) fn tests() -> Result<()> {
+    folder_once(
+        &xtask::llama_server_tests_dir(),
+        || xtask::llama_server_tests().is_some(),
+        |fresh| {
+            step("llama.cpp's tests of its server", || {
+                let work = fresh.join("work");
+                fs::create_dir_all(&work)?;
+                let source = fetch(&work)?;
+                for part in xtask::LLAMA_SERVER_TESTS {
+                    let to = fresh.join(part);
+                    fs::create_dir_all(to.parent().context("a part without a folder")?)?;
+                    fs::rename(source.join(part), to).with_context(|| format!("the package lacks {part}"))?;
+                }
+                super::remove(&work)
+            })
+        },
+    )?;
+    super::python::of_llama_servers_tests()
 }
 
 /// The source tree of llama.cpp, unpacked under `work`.

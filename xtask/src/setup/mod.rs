@@ -20,14 +20,14 @@ use anyhow::{Context, Result, bail};
 use crate::command::{find, output};
 
 pub(crate) use deny::{cargo_deny, ensure as ensure_cargo_deny};
-pub(crate) use llama_server::build as llama_server;
-pub(crate) use python::of_llama_servers_tests as llama_server_tests;
+pub(crate) use llama_server::{build as llama_server, tests as llama_server_tests};
 
 /// What the tests need: all of it.
 pub(crate) fn all() -> Result<()> {
     cluster()?;
     python::clients()?;
-    node::clients()
+    node::clients()?;
+    llama_server_tests()
 }
 
 /// What the demo and the measurements need: no foreign clients.

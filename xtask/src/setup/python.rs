@@ -22,13 +22,13 @@ pub(super) fn clients() -> Result<()> {
 }
 
 /// What llama.cpp's own tests of its server need, by their own list.
-pub(crate) fn of_llama_servers_tests() -> Result<()> {
+pub(super) fn of_llama_servers_tests() -> Result<()> {
     folder_once(
         &xtask::llama_server_python_dir(),
         || xtask::llama_server_python().is_some(),
         |fresh| {
             step("the Python packages of llama-server's tests", || {
-                environment(fresh, &xtask::llama_server_dir().join("tests/requirements.txt"))
+                environment(fresh, &xtask::llama_server_tests_dir().join("tools/server/tests/requirements.txt"))
             })
         },
     )
