@@ -67,6 +67,50 @@ async fn a_worker_that_is_stopped_is_found_out_and_replaced() {
     agent.check("toy").await;
 }
 
+/// What llama.cpp does when an assertion of its own fails: the worker ends by SIGABRT in the middle of a stream. That stream ends
+/// with an error event, one of another model goes on as if nothing had been, and the model is back, with the reason told.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_abort_in_the_middle_of_a_stream_ends_that_stream_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("toy.gguf");
+    std::fs::copy(toy::path(), &file).expect("a copy");
+    // llama.cpp warns that this is more than the model was trained with: the last that it says.
+    let large = ", unload: {policy: Never}, \
+                 context: {minTokens: 8192, maxTokens: 8192, parallel: 1, rope: {scaling: Linear, factor: 4}}";
+    let models = [("toy", file.as_path(), large), ("other", &toy::path(), ", unload: {policy: Never}")];
+    let agent = Agent::start(&[], &["serve"], &models, &[], &[]).await;
+    agent.ready("toy", 1).await;
+    agent.ready("other", 1).await;
+    let aborts = worker(&agent, &file);
+    let mut other = agent.post(&endless("other")).await.expect("an answer").bytes_stream();
+    other.next().await.expect("a first part").expect("bytes");
+    let mut body = endless("toy");
+    body["ignore_eos"] = json!(true);
+    let mut stream = agent.post(&body).await.expect("an answer").bytes_stream();
+    stream.next().await.expect("a first part").expect("bytes");
+    kill(aborts, Signal::ABORT);
+    let mut text = String::new();
+    while let Some(part) = stream.next().await {
+        text.push_str(&String::from_utf8_lossy(&part.expect("the stream is not cut")));
+    }
+    let end = &text[text.len().saturating_sub(400)..];
+    assert!(end.contains("event: error") || end.contains("\"error\""), "no error event: …{end}");
+    assert!(end.contains("worker_exited"), "no reason: …{end}");
+    gone(aborts).await;
+    agent.says("(WorkerExited)").await;
+    let said = agent.said();
+    let line = said.lines().find(|line| line.contains("(WorkerExited)")).expect("it was there");
+    assert!(line.starts_with("default/toy: ") && line.contains("was killed by SIGABRT: "), "{line}");
+    assert!(line.contains("n_ctx_train"), "llama.cpp's last lines are told: {line}");
+    // The other's stream lives, in the same worker.
+    other.next().await.expect("another part").expect("bytes");
+    drop(other);
+    agent.check("other").await;
+    agent.ready("toy", 2).await;
+    assert_eq!(agent.ask("toy", "Hello!").await.0, 200);
+    assert_ne!(worker(&agent, &file), aborts);
+}
+
 /// Whoever asks for the same again does not take a third worker along, and everybody else's answers with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_ended_two_workers_is_refused() {
