@@ -1,35 +1,33 @@
 //! Does what the plan says. Chooses nothing: every step becomes a task whose result comes back as something that
 //! happened.
 
+mod dry_run;
+mod files;
+
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use altiplano_crds::conditions::reasons;
-use altiplano_crds::model_deployment::{AdapterSpec, EngineSpec, ModelSource};
+use altiplano_crds::model_deployment::EngineSpec;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::estimates::{self, Estimates};
+use self::dry_run::{Question, estimate, processes, save};
+use self::files::{Way, files, tell_progress, unstored};
+use super::estimates::Estimates;
 use super::observe::{Happened, Model, Observed, RouteTo, Sources, StoredFiles, Trouble};
 use super::plan::Step;
 use crate::devices::{Devices, Share, Target, Trial};
-use crate::engine::llama_cpp_version;
 use crate::front::{Front, PublishedModel, Route};
-use crate::ledger::Need;
 use crate::metrics::AgentMetrics;
 use crate::runner::adopt::{self, Record};
-use crate::runner::protocol::{
-    AdapterFile, EstimateReport, ProbeReport, ProbedDevice, RunnerCommand, RunnerConfig, RunnerFailure, RunnerReport,
-};
+use crate::runner::protocol::{RunnerCommand, RunnerConfig, RunnerFailure, RunnerReport};
 use crate::runner::spawn::{Runner, SpawnError};
 use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
-use crate::store::{Progress, Source, Store, StoreError, StoredModel};
-
-/// How long a dry run may take; it reads no weights.
-const ESTIMATE_TIMEOUT: Duration = Duration::from_mins(1);
+use crate::store::{Progress, Store, StoreError, StoredModel};
 
 /// How long looking at the devices may take: the first touch of a GPU driver is slow.
 const PROBE_TIMEOUT: Duration = Duration::from_mins(1);
@@ -428,181 +426,6 @@ fn threads(engine: &EngineSpec, default: u32) -> u32 {
     engine.threads.and_then(|threads| u32::try_from(threads).ok()).unwrap_or(default)
 }
 
-/// How much of files is wanted.
-#[derive(Clone, Copy)]
-enum Way<'a> {
-    /// All of them, and word of the progress of the model's own.
-    Whole(&'a watch::Sender<Progress>, &'a CancellationToken),
-    /// What they say of themselves.
-    Headers,
-}
-
-impl Way<'_> {
-    async fn file(self, store: &Store, source: &ModelSource, is_own: bool) -> Result<StoredModel, StoreError> {
-        let source = Source::from(source);
-        let quiet = watch::Sender::default();
-        match self {
-            Self::Whole(progress, cancel) => {
-                store.ensure(&source, if is_own { progress } else { &quiet }, cancel).await
-            }
-            Self::Headers => match store.peek(&source).await? {
-                Some(peeked) => Ok(peeked),
-                None => store.ensure(&source, &quiet, &CancellationToken::new()).await,
-            },
-        }
-    }
-}
-
-/// Sees to the model's own file and then to its projector, draft model and adapters, which are smaller.
-async fn files(store: &Store, sources: &Sources, way: Way<'_>) -> Result<StoredFiles, Trouble> {
-    let Sources { model, projector, draft, adapters: adapter_specs } = sources;
-    let model = way.file(store, model, true).await.map_err(|error| unstored(None, &error))?;
-    let projector = match projector {
-        None => None,
-        Some(source) => {
-            let stored = way.file(store, source, false).await;
-            Some(stored.map_err(|error| unstored(Some("projector"), &error))?.path)
-        }
-    };
-    let draft = match draft {
-        None => None,
-        Some(source) => {
-            let stored = way.file(store, source, false).await;
-            Some(stored.map_err(|error| unstored(Some("draft"), &error))?)
-        }
-    };
-    let mut adapters = Vec::with_capacity(adapter_specs.len());
-    for AdapterSpec { name, source, scale_percent } in adapter_specs {
-        let stored = way.file(store, source, false).await;
-        let stored = stored.map_err(|error| unstored(Some(&format!("adapter {name}")), &error))?;
-        let scale_percent = u32::try_from(*scale_percent).unwrap_or(0);
-        adapters.push(AdapterFile { name: name.clone(), path: stored.path, scale_percent });
-    }
-    Ok(StoredFiles { model, projector, draft, adapters })
-}
-
-/// Why a file is not there; `what` names one that is not the model's own.
-fn unstored(what: Option<&str>, error: &StoreError) -> Trouble {
-    let message = what.map_or_else(|| chain(error), |what| format!("{what}: {}", chain(error)));
-    Trouble { reason: error.reason().to_owned(), message }
-}
-
-/// Passes on whole steps of progress; never ends.
-async fn tell_progress(
-    mut seen: watch::Receiver<Progress>,
-    reports: &mpsc::Sender<Report>,
-    uid: &str,
-    source: &Sources,
-) {
-    let mut last = None;
-    while seen.changed().await.is_ok() {
-        let step = seen.borrow_and_update().percent().map(|percent| percent / 5 * 5);
-        if let Some(percent) = step
-            && step != last
-        {
-            last = step;
-            let what = Happened::FetchProgress(source.clone(), percent);
-            // A full channel drops it: the next one is better anyway.
-            let _ = reports.try_send(Report { uid: uid.to_owned(), what });
-        }
-    }
-    std::future::pending::<()>().await;
-}
-
-async fn estimate(runner: &Runner, known: &Arc<Estimates>, question: &Question) -> Result<EstimateReport, SpawnError> {
-    let key = question.key().await;
-    if let Some(report) = key.as_ref().and_then(|key| known.get(key)) {
-        return Ok(report);
-    }
-    let report = runner.estimate(&question.config, ESTIMATE_TIMEOUT).await?;
-    if let Some(key) = key {
-        known.predicted(&key, report.clone());
-        save(known).await;
-    }
-    Ok(report)
-}
-
-async fn save(known: &Arc<Estimates>) {
-    let known = Arc::clone(known);
-    if let Err(error) = tokio::task::spawn_blocking(move || known.save()).await {
-        tracing::error!(%error, "remembering what models take failed");
-    }
-}
-
-/// What a process takes of each GPU by opening it: measured once for each device and driver.
-async fn processes(runner: &Runner, known: &Arc<Estimates>, report: &ProbeReport) -> Need {
-    let gpus: Vec<&ProbedDevice> = report.devices.iter().filter(|device| device.kind == "GPU").collect();
-    let name = |gpu: &ProbedDevice| format!("{} {} {}", gpu.id, gpu.description, gpu.driver);
-    if gpus.iter().any(|gpu| known.process(&name(gpu)).is_none()) {
-        match runner.process_bytes(PROBE_TIMEOUT).await {
-            Ok(measured) => {
-                for gpu in &gpus {
-                    known.process_measured(name(gpu), measured.get(&gpu.id).copied().unwrap_or(0));
-                }
-                save(known).await;
-            }
-            Err(error) => tracing::warn!(%error, "cannot measure what a process takes of a device"),
-        }
-    }
-    gpus.iter().filter_map(|gpu| Some((gpu.id.clone(), known.process(&name(gpu))?))).collect()
-}
-
-/// What is asked of a dry run.
-struct Question {
-    config: RunnerConfig,
-    /// Digests of the files, by path, where they are known.
-    digests: Vec<(PathBuf, String)>,
-    /// Names and drivers of the devices.
-    drivers: Vec<String>,
-}
-
-impl Question {
-    fn new(config: RunnerConfig, model: &Model, observed: &Observed) -> Self {
-        let files = model.file.known().map_or([None, None], |stored| [Some(&stored.model), stored.draft.as_ref()]);
-        let digest = |file: &StoredModel| Some((file.path.clone(), file.sha256.clone()?));
-        let devices = observed.devices.iter().flat_map(|devices| &devices.list);
-        let devices = devices.filter(|device| config.devices.contains(&device.id));
-        Self {
-            digests: files.into_iter().flatten().filter_map(digest).collect(),
-            drivers: devices.map(|device| format!("{} {}", device.description, device.driver)).collect(),
-            config,
-        }
-    }
-
-    /// Everything that the answer depends on; `None` for a file that is gone.
-    async fn key(&self) -> Option<String> {
-        let RunnerConfig {
-            model_path,
-            projector,
-            draft_path,
-            adapters,
-            context,
-            engine,
-            devices,
-            gpu_layers,
-            expert_layers_on_cpu,
-            parts,
-            threads,
-            ..
-        } = &self.config;
-        let mut files = Vec::new();
-        let adapter_paths = adapters.iter().map(|adapter| &adapter.path);
-        for path in std::iter::once(model_path).chain(projector).chain(draft_path).chain(adapter_paths) {
-            let digest = self.digests.iter().find(|(of, _)| of == path).map(|(_, digest)| digest.clone());
-            files.push(if let Some(digest) = digest {
-                (digest, 0, String::new())
-            } else {
-                let metadata = tokio::fs::metadata(path).await.ok()?;
-                let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-                (path.display().to_string(), metadata.len(), modified.to_string())
-            });
-        }
-        let versions = (env!("CARGO_PKG_VERSION"), llama_cpp_version());
-        let part = (gpu_layers, expert_layers_on_cpu, parts);
-        estimates::key(&(versions, files, context, engine, (devices, &self.drivers), part, threads))
-    }
-}
-
 fn trouble_of(error: &SpawnError) -> Trouble {
     Trouble { reason: error.reason().to_owned(), message: chain(error) }
 }
@@ -616,83 +439,4 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-/// A directory for sockets of its own: below `state`, or below the system's where that path is too long for a socket.
-/// Agents below one `init` have the same one, so that each finds its predecessor's workers. What dead agents left
-/// elsewhere is removed.
-pub fn socket_directory(state: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
-    /// Longest directory whose sockets fit into `sun_path` (108 bytes with the end, 24 for the file's name).
-    const MAX_DIRECTORY_BYTES: usize = 80;
-    let init = adopt::init().and_then(|init| directory_of(init.as_raw_nonzero().get()));
-    let name = init.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string()[..8].to_owned());
-    let mut run = state.join("run");
-    if run.as_os_str().len() + 1 + name.len() > MAX_DIRECTORY_BYTES {
-        run = std::env::temp_dir().join("altiplano");
-    }
-    std::fs::create_dir_all(&run)?;
-    for entry in std::fs::read_dir(&run)?.flatten() {
-        // Only one that nobody holds the lock of, nor is about to.
-        if !may_be_adopted(&entry.file_name().to_string_lossy())
-            && let Ok(lock) = std::fs::File::open(entry.path().join("lock"))
-            && rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
-        {
-            std::fs::remove_dir_all(entry.path())?;
-        }
-    }
-    let directory = run.join(name);
-    {
-        use std::os::unix::fs::DirBuilderExt as _;
-        match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
-    }
-    let lock = std::fs::File::create(directory.join("lock"))?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
-    Ok((directory, lock))
-}
-
-/// Name of the directory of the agents below an `init`: its number and when it was started, by which no later process
-/// of that number can be taken for it.
-fn directory_of(init: i32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{init}/stat")).ok()?;
-    // The program's name may have anything in it, also a parenthesis.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let started: u64 = fields.split_whitespace().nth(19)?.parse().ok()?;
-    Some(format!("i{init}-{started:x}"))
-}
-
-/// Whether the directory's `init` still lives, so that another agent may come for what is in it.
-fn may_be_adopted(directory: &str) -> bool {
-    let init = directory.strip_prefix('i').and_then(|rest| rest.split_once('-')?.0.parse().ok());
-    init.and_then(directory_of).is_some_and(|name| name == directory)
-}
-
-#[cfg(test)]
-mod tests {
-    use rustix::fs::{FlockOperation, flock};
-
-    use super::*;
-
-    #[test]
-    fn what_others_left_or_hold_stops_no_start() {
-        let folder = tempfile::tempdir().unwrap();
-        let made = |name: &str| {
-            let directory = folder.path().join("run").join(name);
-            std::fs::create_dir_all(&directory).unwrap();
-            std::fs::write(directory.join("0.sock"), "").unwrap();
-            (std::fs::File::create(directory.join("lock")).unwrap(), directory)
-        };
-        let ((_, stale), (held, living), (_, orphaned)) = (made("stale"), made("living"), made("i999999999-1"));
-        flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
-        let (first, first_lock) = socket_directory(folder.path()).unwrap();
-        assert!(!stale.exists() && !orphaned.exists(), "what the dead left is gone");
-        assert!(living.join("0.sock").exists(), "what another agent uses stays");
-        let (second, _second_lock) = socket_directory(folder.path()).unwrap();
-        assert!(first != second && first.exists() && second.exists(), "{first:?} {second:?}");
-        drop(first_lock);
-        socket_directory(folder.path()).unwrap();
-        assert!(!first.exists() && second.exists());
-    }
 }

@@ -13,6 +13,7 @@ pub mod observe;
 pub mod plan;
 pub mod recall;
 pub mod role;
+pub mod sockets;
 pub mod status;
 
 use std::sync::Arc;

@@ -9,28 +9,23 @@ use altiplano_crds::conditions::{reasons, states};
 use altiplano_crds::model_deployment::{ModelSpec, UnloadPolicy};
 use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
 
+pub use self::step::Step;
 use super::observe::{Desired, Entry, FileState, Listener, Model, Observed, Phase, RouteTo, Worker};
-use crate::devices::{Target, Trial};
 use crate::front::KeepAlive;
 use crate::ledger::{Ledger, Need};
 use crate::runner::protocol::WARM_UP_PERCENT;
 use crate::runner::supervise::WorkerId;
 
+mod leave;
 mod pressure;
 #[cfg(test)]
 mod progress;
 mod room;
 mod shrink;
+mod step;
 #[cfg(test)]
 mod tests;
 mod victims;
-
-/// How long requests that were on their way to a worker get to reach it after it has lost its route, where the listener
-/// cannot say that there are none.
-const SETTLE: Duration = Duration::from_millis(200);
-
-/// How long a worker has to end after it was asked to, when it has no request any more.
-const STOP_GRACE: Duration = Duration::from_secs(5);
 
 /// Bounds that do not come from a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,146 +36,6 @@ pub struct Limits {
     pub lame_duck: Duration,
     /// Longest time that requests get to end when a model leaves.
     pub drain: Duration,
-}
-
-/// Something to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Step {
-    /// Open the model's port, or tell its listener what has changed.
-    Publish {
-        /// The model.
-        uid: String,
-    },
-    /// Fetch and check the model's file.
-    Fetch {
-        /// The model.
-        uid: String,
-    },
-    /// Fetch the header of the model's file.
-    Peek {
-        /// The model.
-        uid: String,
-    },
-    /// Make a dry run.
-    Estimate {
-        /// The model.
-        uid: String,
-        /// Its revision.
-        revision: String,
-        /// About what.
-        on: Trial,
-    },
-    /// Start a worker.
-    Load {
-        /// The model.
-        uid: String,
-        /// Its revision.
-        revision: String,
-        /// The worker's number.
-        worker: WorkerId,
-        /// Where.
-        target: Target,
-        /// Bytes to reserve.
-        need: Need,
-        /// What people should know about where it runs.
-        note: Option<String>,
-    },
-    /// Send the model's requests somewhere else.
-    Route {
-        /// The model.
-        uid: String,
-        /// Where.
-        to: RouteTo,
-    },
-    /// Take the model out of memory until a request asks for it.
-    Unload {
-        /// The model.
-        uid: String,
-        /// Why.
-        why: String,
-        /// Another model needs the room.
-        for_room: bool,
-    },
-    /// Give the model no new requests, so that it becomes idle: another waits for its memory. Those that run go on.
-    Yield {
-        /// The model.
-        uid: String,
-    },
-    /// Give the model its requests again.
-    Resume {
-        /// The model.
-        uid: String,
-    },
-    /// Hold the model in memory again.
-    Wake {
-        /// The model.
-        uid: String,
-    },
-    /// Ask a worker for what its context has grown by.
-    Shrink {
-        /// The model.
-        uid: String,
-        /// The worker.
-        worker: WorkerId,
-        /// Who needs the memory, for people.
-        why: String,
-    },
-    /// Let a worker's requests end; no new ones go to it.
-    Drain {
-        /// The model.
-        uid: String,
-        /// The worker.
-        worker: WorkerId,
-        /// When they must have ended.
-        deadline: Instant,
-    },
-    /// Ask a worker to end.
-    Stop {
-        /// The model.
-        uid: String,
-        /// The worker.
-        worker: WorkerId,
-        /// When it is killed.
-        kill_at: Instant,
-    },
-    /// Kill a worker, before the kernel kills one of its own choice or all of them.
-    End {
-        /// The model.
-        uid: String,
-        /// The worker.
-        worker: WorkerId,
-        /// With the numbers.
-        message: String,
-    },
-    /// Close the model's port and forget the model.
-    Remove {
-        /// The model.
-        uid: String,
-    },
-}
-
-impl Step {
-    /// The model that it is about.
-    #[must_use]
-    pub fn uid(&self) -> &str {
-        match self {
-            Self::Publish { uid }
-            | Self::Fetch { uid }
-            | Self::Peek { uid }
-            | Self::Estimate { uid, .. }
-            | Self::Load { uid, .. }
-            | Self::Route { uid, .. }
-            | Self::Unload { uid, .. }
-            | Self::Yield { uid }
-            | Self::Resume { uid }
-            | Self::Wake { uid }
-            | Self::Shrink { uid, .. }
-            | Self::Drain { uid, .. }
-            | Self::Stop { uid, .. }
-            | Self::End { uid, .. }
-            | Self::Remove { uid } => uid,
-        }
-    }
 }
 
 /// What the plan thinks of a model; becomes its status.
@@ -381,12 +236,6 @@ impl Planner<'_> {
         Verdict { message: (!said.is_empty()).then(|| said.join("; ")), ..Verdict::new(states::READY) }
     }
 
-    fn unload_ready(&mut self, wanted: &ModelAssignment, worker: WorkerId, why: String) -> Verdict {
-        self.plan.steps.push(Step::Unload { uid: wanted.uid.clone(), why, for_room: false });
-        self.drain(wanted, worker);
-        Verdict::because(states::UNLOADED, reasons::IDLE, "a request loads the model")
-    }
-
     /// Sees to the model's file; an error is what keeps it from being there.
     fn file(&mut self, wanted: &ModelAssignment, model: &Model) -> Result<(), Verdict> {
         self.file_or(wanted, model, |uid| Step::Fetch { uid }, |file| matches!(file, FileState::Present(_)))
@@ -442,37 +291,6 @@ impl Planner<'_> {
         }
     }
 
-    /// The model is not wanted any more.
-    fn remove(&mut self, uid: &str, model: &Model) -> Verdict {
-        let message = "the model leaves this node";
-        let verdict = Verdict::because(states::DRAINING, reasons::DRAINING, message);
-        if model.listener == Listener::Closing {
-            return verdict;
-        }
-        let drain = seconds(model.assignment.rollout.drain_seconds).min(self.limits.drain);
-        let mut last_route_ends = None;
-        for (id, worker) in &model.workers {
-            let is_ready = matches!(worker.phase, Phase::Ready { .. });
-            let since = worker.leaving.map_or(self.now, |leaving| leaving.since);
-            if worker.leaving.is_none() {
-                let deadline = if is_ready { self.now + drain } else { self.now };
-                self.plan.steps.push(Step::Drain { uid: uid.to_owned(), worker: *id, deadline });
-            }
-            if model.route == Some(RouteTo::Worker(*id)) {
-                let lame_duck = self.limits.lame_duck.min(drain);
-                last_route_ends = Some(since + lame_duck).filter(|_| is_ready);
-            }
-        }
-        match last_route_ends {
-            Some(ends) if self.now < ends => self.look_again(ends),
-            _ => self.route(uid, model, RouteTo::Draining),
-        }
-        if model.workers.is_empty() {
-            self.plan.steps.push(Step::Remove { uid: uid.to_owned() });
-        }
-        verdict
-    }
-
     /// Sends the requests where the verdict says.
     fn routed(&mut self, wanted: &ModelAssignment, model: &Model, verdict: Verdict) -> Verdict {
         let drained = |id: WorkerId| {
@@ -498,46 +316,6 @@ impl Planner<'_> {
         // Without a listener there is nothing to tell.
         if matches!(model.listener, Listener::Open(_)) && model.route.as_ref() != Some(&to) {
             self.plan.steps.push(Step::Route { uid: uid.to_owned(), to });
-        }
-    }
-
-    fn drain(&mut self, wanted: &ModelAssignment, worker: WorkerId) {
-        let time = seconds(wanted.rollout.drain_seconds).min(self.limits.drain);
-        self.plan.steps.push(Step::Drain { uid: wanted.uid.clone(), worker, deadline: self.now + time });
-        self.soon.release(worker);
-    }
-
-    /// Who must stop taking requests because another waits for the memory, and who may take them again.
-    fn settle_turns(&mut self) {
-        for (uid, model) in &self.observed.models {
-            match (self.yielding.contains(uid), model.yields) {
-                (true, false) => self.plan.steps.push(Step::Yield { uid: uid.clone() }),
-                (false, true) if !self.unloaded.contains(uid) => {
-                    self.plan.steps.push(Step::Resume { uid: uid.clone() });
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Asks the workers to end that are on their way out and have no request any more.
-    fn stop_drained(&mut self, wanted: &BTreeSet<&str>) {
-        for (uid, model) in &self.observed.models {
-            for (id, worker) in &model.workers {
-                let Some(leaving) = worker.leaving.filter(|leaving| !leaving.stopped) else { continue };
-                let is_routed = model.route == Some(RouteTo::Worker(*id));
-                let lame_duck = if wanted.contains(uid.as_str()) { Duration::ZERO } else { self.limits.lame_duck };
-                let settle = if leaving.settled { Duration::ZERO } else { SETTLE };
-                let quiet_from = (leaving.since + lame_duck + settle).min(leaving.deadline);
-                let is_quiet = worker.requests == 0 && !is_routed && self.now >= quiet_from;
-                if is_quiet || self.now >= leaving.deadline {
-                    let kill_at = leaving.deadline.max(self.now + STOP_GRACE);
-                    self.plan.steps.push(Step::Stop { uid: uid.clone(), worker: *id, kill_at });
-                } else {
-                    let next = if self.now < quiet_from { quiet_from } else { leaving.deadline };
-                    self.plan.wake_at = Some(self.plan.wake_at.map_or(next, |at| at.min(next)));
-                }
-            }
         }
     }
 
