@@ -3,7 +3,7 @@
 //! Nothing in it changes by itself (no ages, no free memory), so a settled model is never written.
 
 use altiplano_crds::conditions::{reasons, states, types};
-use altiplano_crds::model_deployment::{Address, GpuPolicy, Placement};
+use altiplano_crds::model_deployment::{Address, EngineSpec, GpuPolicy, Placement};
 use altiplano_crds::model_node::ModelState;
 use altiplano_crds::{ModelDeploymentStatus, names};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -408,17 +408,51 @@ fn progress_verdict(plan: &ModelPlan, held: &[Site<'_>], asked: &[Site<'_>]) -> 
     Verdict::no(reasons::SETTLED, "everything is as wanted")
 }
 
+/// Whether fewer layers are on a GPU than the spec asks for, which is all unless it names a number.
+fn lacks_layers(engine: &EngineSpec, state: &ModelState) -> bool {
+    let Some(offloaded) = state.layers_offloaded else { return false };
+    // An agent that does not say how many there are: any will do.
+    let total = state.layers_total.unwrap_or(1);
+    offloaded < engine.gpu_layers.unwrap_or(total).min(total)
+}
+
 fn degraded_verdict(model: &Model, plan: &ModelPlan, held: &[Site<'_>], ready: usize) -> Verdict {
     if ready > 0 && ready < plan.wanted {
         return Verdict::yes(reasons::REPLICAS_MISSING, format!("{ready} of {} replicas accept requests", plan.wanted));
     }
-    let on_cpu = held.iter().find(|site| {
-        let offloaded = site.state.and_then(|state| state.layers_offloaded);
-        site.is_ready() && site.has_gpu && offloaded == Some(0) && model.spec.engine.gpu_layers != Some(0)
-    });
-    if let Some(site) = on_cpu.filter(|_| model.spec.engine.gpu == GpuPolicy::Preferred) {
-        let told = site.state.and_then(|state| state.message.as_deref()).unwrap_or("no GPU had room for it");
-        return Verdict::yes(reasons::ON_CPU, format!("{}: runs on the CPU: {told}", site.node));
+    let engine = &model.spec.engine;
+    let lacks = |site: &&Site<'_>| {
+        site.is_ready() && site.has_gpu && site.state.is_some_and(|state| lacks_layers(engine, state))
+    };
+    if let Some(site) = held.iter().find(lacks).filter(|_| engine.gpu == GpuPolicy::Preferred) {
+        let told = site.state.and_then(|state| state.message.as_deref());
+        let told = told.unwrap_or("runs on the CPU: no GPU had room for it");
+        return Verdict::yes(reasons::ON_CPU, format!("{}: {told}", site.node));
     }
     Verdict::no(reasons::AS_WANTED, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_on_the_cpu_is_said_unless_the_spec_asks_for_it() {
+        for (asked, offloaded, total, expected) in [
+            (None, Some(0), Some(33), true),
+            (None, Some(17), Some(33), true),
+            (None, Some(33), Some(33), false),
+            (Some(17), Some(17), Some(33), false),
+            (Some(17), Some(0), Some(33), true),
+            (Some(99), Some(33), Some(33), false),
+            (Some(0), Some(0), Some(33), false),
+            (None, Some(0), None, true),
+            (None, Some(5), None, false),
+            (None, None, None, false),
+        ] {
+            let engine = EngineSpec { gpu_layers: asked, ..EngineSpec::default() };
+            let state = ModelState { layers_offloaded: offloaded, layers_total: total, ..ModelState::default() };
+            assert_eq!(lacks_layers(&engine, &state), expected, "{asked:?} {offloaded:?} of {total:?}");
+        }
+    }
 }
