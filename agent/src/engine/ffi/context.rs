@@ -100,6 +100,8 @@ pub(in crate::engine) struct Context {
     sequences: u32,
     outputs: u32,
     unified: bool,
+    /// Attention is computed as products of whole matrices.
+    plain_attention: bool,
     pub(super) part: Part,
     /// The weights; kept alive for as long as the context.
     pub(super) model: Model,
@@ -120,9 +122,18 @@ impl Context {
             unsafe { sys::llama_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
-        let ContextParams { sequences, outputs, unified, part, .. } = *params;
-        let context =
-            Self { raw, memory, output_rows: Vec::new(), sequences, outputs, unified, part, model: model.clone() };
+        let ContextParams { sequences, outputs, unified, part, flash_attention, .. } = *params;
+        let context = Self {
+            raw,
+            memory,
+            output_rows: Vec::new(),
+            sequences,
+            outputs,
+            unified,
+            plain_attention: flash_attention == FlashAttention::Off,
+            part,
+            model: model.clone(),
+        };
         context.give_hidden_states();
         Ok(context)
     }
@@ -422,6 +433,13 @@ impl Context {
         read != 0
     }
 
+    /// Without flash attention the CPU's backend makes a copy in half precision of all that is attended to, in a buffer of its
+    /// own that no breakdown knows: of each cell, for each token of a micro-batch, in each head.
+    fn scratch_bytes(&self) -> u64 {
+        let [cells, tokens, heads] = [self.sequence_cells(), self.micro_batch(), self.model.n_head()].map(u64::from);
+        if self.plain_attention { cells.saturating_mul(tokens).saturating_mul(heads).saturating_mul(2) } else { 0 }
+    }
+
     /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
     /// on the host, the logits, the cells' metadata and the process itself, stands in `other_bytes`.
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
@@ -429,6 +447,9 @@ impl Context {
         let mut uses = unsafe { breakdown(self.raw) };
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
         uses[0].other_bytes = logits + self.hidden_bytes() + u64::from(self.cells()) * CELL_METADATA_BYTES;
+        if uses[0].context_bytes > 0 {
+            uses[0].other_bytes += self.scratch_bytes();
+        }
         if self.part == Part::Head {
             // The weights are the model's.
             for device in &mut uses {

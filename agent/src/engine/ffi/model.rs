@@ -162,6 +162,11 @@ impl Model {
         count.and_then(|count| count.parse::<u32>().ok()).is_some_and(|count| count > 0)
     }
 
+    /// Attention heads.
+    pub(super) fn n_head(&self) -> u32 {
+        self.inner.n_head()
+    }
+
     /// Layers without the output layer.
     pub(in crate::engine) fn n_layer(&self) -> u32 {
         self.inner.n_layer()
