@@ -1,9 +1,11 @@
-//! From a worker's configuration to a loaded model and its context; the dry run and the device list are here too.
+//! From a worker's configuration to a loaded model and its context; the dry run is here too.
 
+mod checks;
+mod devices;
 mod draft;
 mod parts;
+mod projector;
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -14,8 +16,7 @@ use super::capability::{Capability, Cut, Traits};
 use super::embed;
 use super::error::EngineError;
 use super::ffi::{
-    self, Adapter, Batch, CELL_METADATA_BYTES, Context, ContextParams, DecodeError, Device, Encoder, Model,
-    ModelParams, Part, Projector, ProjectorNeeds, ProjectorParams,
+    self, Adapter, Batch, Context, ContextParams, DecodeError, Encoder, Model, ModelParams, Part, Projector,
 };
 use super::host;
 use super::sampling::SamplingParams;
@@ -24,12 +25,13 @@ use super::speculative::{Kind, Settings};
 use super::worker::probe::PROBE_AFTER;
 use super::{Ability, ModelFacts};
 use crate::cgroup;
-use crate::ledger;
-use crate::runner::protocol::{
-    AdapterFile, EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerReport, WARM_UP_PERCENT,
-};
+use crate::runner::protocol::{AdapterFile, EstimateReport, MemoryUse, RunnerConfig, RunnerReport, WARM_UP_PERCENT};
 
+use checks::{check_books, check_fixed, check_positions, check_reserved};
+use devices::granted;
+pub(super) use devices::probe;
 pub(super) use draft::LoadedDraft;
+use projector::{load_projector, projector_needs};
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
@@ -211,36 +213,6 @@ fn dry_run(config: &RunnerConfig) -> Result<(EstimateReport, Model), EngineError
     Ok((report, model))
 }
 
-/// The devices that llama.cpp sees in this process, the CPU last.
-pub(super) fn probe() -> Result<ProbeReport, EngineError> {
-    let found = ffi::devices().map_err(EngineError::Internal)?;
-    let vulkan = ffi::vulkan_drivers();
-    let mut devices: Vec<_> = found
-        .into_iter()
-        .map(|device| {
-            let Device { index: _, name, description, backend, kind, total, free } = device;
-            let driver = driver_of(&backend, &description, &vulkan);
-            ProbedDevice {
-                id: name,
-                description,
-                backend,
-                kind: kind.to_owned(),
-                memory_total_bytes: total,
-                memory_free_bytes: free,
-                driver,
-            }
-        })
-        .collect();
-    devices.sort_by_key(|device| device.kind == "CPU");
-    let mut backends: Vec<String> = Vec::new();
-    for device in &devices {
-        if !backends.contains(&device.backend) {
-            backends.push(device.backend.clone());
-        }
-    }
-    Ok(ProbeReport { backends, devices })
-}
-
 /// Weights that are on a device need no copy in the kernel's cache of files, which counts as the container's memory. What
 /// is still mapped stays.
 fn drop_cache(config: &RunnerConfig) {
@@ -251,36 +223,6 @@ fn drop_cache(config: &RunnerConfig) {
             tracing::debug!(%error, path = %path.display(), "the kernel keeps the file in its cache");
         }
     }
-}
-
-/// The driver of a device and its version; empty where nobody says.
-fn driver_of(backend: &str, description: &str, vulkan: &[(String, String)]) -> String {
-    let kernel = |module: &str| {
-        let version = std::fs::read_to_string(format!("/sys/module/{module}/version")).ok()?;
-        Some(version.trim().to_owned())
-    };
-    match backend {
-        "Vulkan" => vulkan.iter().find(|(device, _)| device == description).map(|(_, driver)| driver.clone()),
-        "CUDA" => kernel("nvidia").map(|version| format!("NVIDIA {version}")),
-        "ROCm" => kernel("amdgpu").map(|version| format!("amdgpu {version}")),
-        _ => None,
-    }
-    .unwrap_or_default()
-}
-
-/// llama.cpp's indices of the devices that the agent granted. No layer on them means no device: a context that is not
-/// used would still take memory there.
-fn granted(config: &RunnerConfig, found: &[Device]) -> Result<Vec<usize>, EngineError> {
-    if !config.uses_gpu() {
-        return Ok(Vec::new());
-    }
-    let wanted = config.devices.iter().filter(|name| *name != "CPU");
-    wanted
-        .map(|name| {
-            let device = found.iter().find(|device| device.name == *name && device.kind != "CPU");
-            device.map(|device| device.index).ok_or_else(|| EngineError::UnknownDevice(name.clone()))
-        })
-        .collect()
 }
 
 fn load_model(
@@ -455,40 +397,6 @@ fn try_rollback(model: &Model, context: &mut Context) -> Result<bool, EngineErro
     Ok(did)
 }
 
-/// How the projector is loaded: on the first of the devices that the model is on.
-fn projector_params(config: &RunnerConfig, gpu: bool) -> Option<ProjectorParams<'_>> {
-    let device = config.devices.iter().find(|name| *name != "CPU").filter(|_| gpu);
-    Some(ProjectorParams {
-        path: config.projector.as_deref()?,
-        device: device.map(String::as_str),
-        // As many as the model's context has: OpenMP makes its helpers anew whenever their number changes.
-        threads: config.threads,
-        flash_attention: config.engine.flash_attention,
-    })
-}
-
-fn projector_needs(config: &RunnerConfig, gpu: bool) -> Result<ProjectorNeeds, EngineError> {
-    let Some(params) = projector_params(config, gpu) else { return Ok(ProjectorNeeds::default()) };
-    params.needs().map_err(|message| projector_failed(&params, &message))
-}
-
-fn load_projector(
-    config: &RunnerConfig,
-    model: &Model,
-    gpu: bool,
-    together: u32,
-) -> Result<Option<(Projector, Encoder)>, EngineError> {
-    let Some(params) = projector_params(config, gpu) else { return Ok(None) };
-    // Clients see it in rendered prompts, but it is another one each time.
-    let marker = format!("<__media_{:016x}__>", RandomState::new().build_hasher().finish());
-    let loaded = Projector::load(model, &params, marker, together);
-    loaded.map(Some).map_err(|message| projector_failed(&params, &message))
-}
-
-fn projector_failed(params: &ProjectorParams<'_>, message: &str) -> EngineError {
-    classify(&params.path.display().to_string(), format!("the projector: {message}"))
-}
-
 fn load_adapters(config: &RunnerConfig, model: &Model) -> Result<Vec<(Adapter, f32)>, EngineError> {
     let load = |file: &AdapterFile| {
         let adapter = Adapter::load(model, &file.path)
@@ -521,66 +429,6 @@ pub(super) fn context_failed(message: String) -> EngineError {
         EngineError::InsufficientMemory(message)
     } else {
         EngineError::ContextFailed(message)
-    }
-}
-
-/// Positions that a model was not trained with give poor answers, or none, unless their rotation is stretched.
-fn check_positions(config: &RunnerConfig, model: &Model) -> Result<(), EngineError> {
-    let ContextSpec { max_tokens, ref rope, .. } = config.context;
-    let trained = model.trained_context();
-    let asked = max_tokens.and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
-    // A recurrent model has no positions, and some files do not say.
-    if asked <= trained || trained == 0 || rope.is_some() || model.is_only_recurrent() {
-        return Ok(());
-    }
-    Err(EngineError::UnsupportedContext(format!(
-        "context.maxTokens is {asked}, but the model was trained with {trained} tokens: more than these need context.rope \
-         (scaling, factor, originalTokens)"
-    )))
-}
-
-/// A context of fixed size is there in full or not at all. On a CPU an allocation that is too large does not fail, the
-/// kernel ends the process when the memory is touched: so a dry run says before what it takes.
-fn check_fixed(config: &RunnerConfig, plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
-    check_books(plan, params)?;
-    let devices = granted(config, &ffi::devices().map_err(EngineError::Internal)?)?;
-    let model = load_model(config, devices, true, &|_| {})?;
-    let mut memory = new_context(&model, params)?.memory();
-    add(&mut memory, draft::estimate(config, &model, plan, params)?);
-    for device in memory {
-        check_room(plan, &device.device, device.context_bytes + device.compute_bytes + device.other_bytes)?;
-    }
-    Ok(())
-}
-
-/// What the agent reserved may have been taken by another process meanwhile. Running out of it while computing would end
-/// this one.
-fn check_reserved(config: &RunnerConfig) -> Result<(), EngineError> {
-    for (device, &needed) in &config.reserved {
-        if let Some(free) = ffi::available_bytes(device).filter(|free| *free < needed) {
-            return Err(EngineError::InsufficientMemory(format!(
-                "the model needs {} on {device}, where {} are free",
-                ledger::bytes(needed),
-                ledger::bytes(free)
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.
-fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
-    let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.has_context()));
-    check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES * contexts))
-}
-
-fn check_room(plan: &Plan, device: &str, needed: u64) -> Result<(), EngineError> {
-    match ffi::available_bytes(device) {
-        Some(available) if needed > available / 10 * 9 => Err(EngineError::InsufficientMemory(format!(
-            "{} tokens for each of {} requests need {needed} bytes on {device}, where {available} are free",
-            plan.limits.max_tokens, plan.parallel
-        ))),
-        _ => Ok(()),
     }
 }
 
@@ -722,29 +570,5 @@ mod tests {
         for (message, reason) in cases {
             assert_eq!(classify("x.gguf", message.to_owned()).reason(), reason, "{message}");
         }
-    }
-
-    #[test]
-    fn devices_are_granted_by_name() {
-        let device = |index, name: &str, kind| Device {
-            index,
-            name: name.to_owned(),
-            description: String::new(),
-            backend: String::new(),
-            kind,
-            total: 1,
-            free: 1,
-        };
-        let found = [device(0, "CPU", "CPU"), device(1, "Vulkan0", "GPU"), device(2, "Vulkan1", "GPU")];
-        let config = |devices: &[&str], gpu_layers| RunnerConfig {
-            devices: devices.iter().map(|&name| name.to_owned()).collect(),
-            gpu_layers,
-            ..super::super::tests::config("/nowhere".into())
-        };
-        assert_eq!(granted(&config(&[], None), &found), Ok(vec![]));
-        assert_eq!(granted(&config(&["CPU"], None), &found), Ok(vec![]));
-        assert_eq!(granted(&config(&["Vulkan1", "Vulkan0"], None), &found), Ok(vec![2, 1]));
-        assert_eq!(granted(&config(&["Vulkan1"], Some(0)), &found), Ok(vec![]));
-        assert_eq!(granted(&config(&["CUDA0"], None), &found), Err(EngineError::UnknownDevice("CUDA0".to_owned())));
     }
 }

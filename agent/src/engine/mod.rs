@@ -12,6 +12,7 @@ mod check;
 mod chooser;
 mod embed;
 mod error;
+mod facts;
 #[expect(unsafe_code, reason = "llama.cpp is C++; this module alone talks to it")]
 mod ffi;
 mod gbnf;
@@ -35,6 +36,7 @@ mod simulation;
 mod sizing;
 mod snapshots;
 mod speculative;
+mod stats;
 mod step;
 mod stop;
 mod trigger;
@@ -43,13 +45,14 @@ mod worker;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
 pub use budget::{MAX_BUDGET_TEXT_BYTES, ReasoningBudget};
 pub use embed::{EmbedRequest, EmbedTask, Embedded, Embedding, MAX_TEXTS};
 pub use error::EngineError;
+pub use facts::{Ability, FimTokens, ModelFacts};
 pub use lines::LineLimits;
 pub use media::{MAX_MEDIA_ALIVE, Media, MediaError, MediaPrompt, Medium, Picture, Sound};
 pub use request::{
@@ -60,6 +63,7 @@ pub use sampling::{
     DryParams, Grammar, MAX_BIAS_TEXT_BYTES, MAX_LOGIT_BIAS, MAX_SAMPLERS, MAX_SEQUENCE_BREAKER_BYTES,
     MAX_SEQUENCE_BREAKERS, Mirostat, SamplerKind, SamplingParams, Triggers, WHOLE_CONTEXT,
 };
+pub use stats::{Activity, EngineStats};
 
 use crate::runner::grants::Grants;
 use crate::runner::protocol::{EstimateReport, ProbeReport, ResizeReport, RunnerConfig, RunnerReport};
@@ -78,191 +82,6 @@ use worker::Worker;
 #[must_use]
 pub fn llama_cpp_version() -> String {
     ffi::version()
-}
-
-/// What a model can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ability {
-    /// Text that goes on from a prompt.
-    Completion,
-    /// Vectors of texts.
-    Embedding,
-    /// Scores of documents for a query.
-    Rerank,
-    /// Images in a prompt.
-    Vision,
-    /// Sound in a prompt.
-    Audio,
-}
-
-impl Ability {
-    /// The word that clients know: Ollama's, where it has one.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Completion => "completion",
-            Self::Embedding => "embedding",
-            Self::Rerank => "rerank",
-            Self::Vision => "vision",
-            Self::Audio => "audio",
-        }
-    }
-}
-
-/// What is known about the model once it is loaded.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ModelFacts {
-    /// `general.name` of the file.
-    pub name: Option<String>,
-    /// `general.architecture`, such as "llama".
-    pub architecture: String,
-    /// llama.cpp's short description: architecture, size class, quantisation.
-    pub description: String,
-    /// Tokens in the vocabulary.
-    pub n_vocab: u32,
-    /// Tokens that the model was trained with.
-    pub trained_context: u32,
-    /// Tokens that one request may use, prompt and answer.
-    pub max_tokens: u32,
-    /// Numbers in an embedding.
-    pub embedding_width: u32,
-    /// What the model can be asked for.
-    pub abilities: Vec<Ability>,
-    /// Whether tokens are guessed ahead.
-    pub speculative: bool,
-    /// Whether prompts go on from copies of its state, so that it matters where messages end.
-    pub copied: bool,
-    /// Names of its LoRA adapters.
-    pub adapters: Vec<String>,
-    /// Token that begins a text.
-    pub bos: Option<Token>,
-    /// `bos` as text, for chat templates; empty when there is none.
-    pub bos_text: String,
-    /// Token that ends a text.
-    pub eos: Option<Token>,
-    /// `eos` as text, for chat templates; empty when there is none.
-    pub eos_text: String,
-    /// Whether a prompt begins with `bos`.
-    pub adds_bos: bool,
-    /// Tokens for infilling; `None`: the model was not trained for it.
-    pub fim: Option<FimTokens>,
-    /// llama.cpp's number of the vocabulary's kind, such as 2 for BPE.
-    pub vocab_type: u32,
-    /// Jinja source in the file, unless the configuration replaces it.
-    pub chat_template: Option<String>,
-    /// Sampling parameters for requests that name none: the file's over llama.cpp's.
-    pub sampling: SamplingParams,
-    /// Parameters.
-    pub parameter_count: u64,
-    /// Bytes of all tensors.
-    pub size_bytes: u64,
-}
-
-impl ModelFacts {
-    /// Whether the model can be asked for it.
-    #[must_use]
-    pub fn can(&self, ability: Ability) -> bool {
-        self.abilities.contains(&ability)
-    }
-}
-
-/// Tokens that say where a gap in a text is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FimTokens {
-    /// Before the text that stands before the gap.
-    pub prefix: Token,
-    /// Before the text that stands after it.
-    pub suffix: Token,
-    /// Before what fills it.
-    pub middle: Token,
-    /// Before the name of a repository.
-    pub repository: Option<Token>,
-    /// Before the name of a file.
-    pub separator: Option<Token>,
-}
-
-/// What the engine is doing and has done.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct EngineStats {
-    /// Requests that are generated.
-    pub running: u32,
-    /// Requests in the queue.
-    pub waiting: u32,
-    /// Cells of the KV cache that hold a token.
-    pub cells_used: u32,
-    /// Of these, the ones of finished sequences, kept for prompts that begin the same; they go when room is needed.
-    pub cells_kept: u32,
-    /// Cells of the KV cache.
-    pub cells_total: u32,
-    /// Most cells that have held a token at once.
-    pub cells_peak: u32,
-    /// Prompt tokens of all requests that got a slot.
-    pub prompt_tokens: u64,
-    /// Of these, the ones that were in the KV cache already.
-    pub cached_prompt_tokens: u64,
-    /// Tokens generated.
-    pub generated_tokens: u64,
-    /// Guesses of one or more tokens.
-    pub drafts: u64,
-    /// Tokens that were guessed and checked.
-    pub drafted_tokens: u64,
-    /// Of these, the ones that were right.
-    pub accepted_tokens: u64,
-    /// Texts of which a vector or a score was made.
-    pub embedded_texts: u64,
-    /// Requests that ended with `stop`, or with their embeddings.
-    pub finished_stop: u64,
-    /// Requests that ended with `length`.
-    pub finished_length: u64,
-    /// Requests whose client went away.
-    pub cancelled: u64,
-    /// Requests that failed.
-    pub failed: u64,
-    /// Times a request lost its cells to older ones and had to be read again.
-    pub preempted: u64,
-    /// Times the context grew.
-    pub resizes: u64,
-    /// Times it shrank.
-    pub shrinks: u64,
-    /// Times that it grew in a context that was made beside the running one before anybody needed it.
-    pub growths_anticipated: u64,
-    /// Times that it could not grow because others held the memory.
-    pub growths_refused: u64,
-    /// Requests that had a slot and no room in the context, and waited for others to end or for memory.
-    pub context_waits: u64,
-    /// How long streams stood still for that, in all.
-    pub resize_time: Duration,
-    /// Images that were computed for a prompt; those that were there already do not count.
-    pub pictures: u64,
-    /// How long that took, the steps of others meanwhile counted.
-    pub picture_time: Duration,
-    /// Sounds, or parts of them, that were computed for a prompt.
-    pub sounds: u64,
-    /// Time spent on that, steps of others included.
-    pub sound_time: Duration,
-    /// Requests that waited for an equal prompt to be read, and went on from its cells.
-    pub followed: u64,
-    /// Bytes of sequences' states in host memory: prefixes for prompts to come, and requests that gave way.
-    pub host_cache_bytes: u64,
-    /// Prefixes among them.
-    pub host_cache_states: u32,
-    /// Steps done.
-    pub steps: u64,
-    /// Tokens that were computed while nobody asked, to see that the GPU answers.
-    pub probes: u64,
-    /// Sequences that took part in them, summed over the steps.
-    pub step_sequences: u64,
-    /// How long the present step runs; zero while the engine is idle.
-    pub step_age: Duration,
-}
-
-/// Requests in the engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Activity {
-    /// Requests that are generated.
-    pub running: u32,
-    /// Requests in the queue.
-    pub waiting: u32,
 }
 
 /// Handle to the engine of this process; clones are cheap. The engine ends when it is shut down, or when the last

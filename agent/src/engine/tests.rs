@@ -6,6 +6,7 @@ mod media;
 mod mtp;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention};
 use altiplano_test_models::toy;

@@ -4,7 +4,8 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2::{self as sys, llama_context};
 
-use super::context::{self, ContextParams};
+use super::context;
+use super::params::{ContextParams, check_sizes, raw_params};
 use super::{Batch, DecodeError, Model};
 use crate::engine::request::Token;
 use crate::runner::protocol::MemoryUse;
@@ -81,8 +82,8 @@ impl EmbeddingContext {
     }
 
     fn create(model: &Model, params: &ContextParams, pooling: Pooling, last_only: bool) -> Result<Self, String> {
-        context::check_sizes(params)?;
-        let mut raw_params = context::raw_params(params);
+        check_sizes(params)?;
+        let mut raw_params = raw_params(params);
         raw_params.embeddings = true;
         raw_params.pooling_type = pooling.raw();
         // Nothing stays from call to call, so a window as large as the batch costs little and never lacks a cell.

@@ -4,7 +4,8 @@ use std::ffi::CString;
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::{Context, DecodeError, Part, decoded};
+use super::context::{Context, DecodeError, decoded};
+use super::params::Part;
 use super::{Batch, Model, log, shim};
 
 /// Architectures whose head llama.cpp computes from a hidden state, a token and plain attention. Others need more, or abort.

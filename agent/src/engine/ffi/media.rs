@@ -11,7 +11,7 @@ use std::sync::Arc;
 use altiplano_crds::model_deployment::FlashAttention;
 use llama_cpp_sys_2 as sys;
 
-use super::context::flash_attention_type;
+use super::params::flash_attention_type;
 use super::{Model, backend, log, shim};
 use crate::engine::media::{Medium, SECONDS_AT_ONCE};
 use crate::engine::request::Token;
