@@ -508,6 +508,7 @@ scenarios!(
     shrinking_spares_some,
     by_score,
     exclusive_in_turn,
+    exclusive_without_residency,
     a_turn_for_who_waits,
     nobody_waits_any_more,
     nothing_helps,

@@ -12,10 +12,10 @@ use altiplano_crds::model_deployment::UnloadPolicy;
 use altiplano_crds::model_node::{AssignmentMode, ModelAssignment};
 
 use super::super::observe::{Model, Phase, Worker};
-use super::{Planner, is_quiet, last_use, seconds};
+use super::{Planner, is_idle, is_quiet, last_use, seconds};
 use crate::ledger::{Ledger, Need, Shortage};
 
-/// A model that was just loaded gets at least so long: those who waited for it must reach it.
+/// A model that was just loaded gets at least so long, unless it has served: those who waited for it must reach it.
 const SHORTEST_TURN: Duration = Duration::from_secs(1);
 
 /// Whether others can make room.
@@ -131,7 +131,7 @@ impl Planner<'_> {
             return Hold::Higher;
         }
         let Phase::Ready { since } = worker.phase else { return Hold::Loading };
-        let until = since + residency(assignment, other, worker);
+        let until = since + residency(assignment, other, worker, since);
         if self.now < until {
             Hold::Young(until)
         } else if is_quiet(other) {
@@ -153,9 +153,11 @@ impl Planner<'_> {
     }
 }
 
-/// Least time that a model keeps its memory.
-fn residency(assignment: &ModelAssignment, model: &Model, worker: &Worker) -> Duration {
+/// Least time that a model keeps its memory, which it has been able to use `since`.
+fn residency(assignment: &ModelAssignment, model: &Model, worker: &Worker, since: Instant) -> Duration {
     match seconds(assignment.unload.min_resident_seconds) {
+        // Those who waited for it have their answers.
+        Duration::ZERO if is_idle(model) && last_use(model, since) > since => Duration::ZERO,
         Duration::ZERO => SHORTEST_TURN,
         least => least.max(worker.load_time().unwrap_or_else(|| model.load_time())),
     }
