@@ -278,7 +278,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
         rope_scaling: key("rope.scaling.type"),
         original_context: key("rope.scaling.original_context_length").and_then(|value| value.parse().ok()),
         trained_context: model.trained_context(),
-        two_rotations: ffi::file_has_tensor(&config.model_path, c"rope_factors_long.weight"),
+        two_rotations: model.has_tensor("rope_factors_long.weight"),
     });
     let context = &config.context;
     let ContextSpec { parallel, key_cache_type, value_cache_type, ref rope, .. } = *context;

@@ -1,7 +1,5 @@
 //! A model's own head that guesses tokens (MTP): the hidden states that the model gives, and what the head makes of them.
 
-use std::ffi::CString;
-
 use llama_cpp_sys_2 as sys;
 
 use super::context::{Context, DecodeError, decoded};
@@ -33,10 +31,7 @@ impl Model {
         // SAFETY: the model is alive. The head's layer is the first one behind these.
         let layers = unsafe { sys::llama_model_n_layer(self.raw()) };
         let name = format!("blk.{layers}.nextn.eh_proj.weight");
-        let c_name = CString::new(name.as_str()).ok()?;
-        // SAFETY: the model is alive, and the name is a C string that lives through the call.
-        let there = unsafe { shim::altiplano_has_tensor(self.raw(), c_name.as_ptr()) };
-        (!there).then(|| format!("the model's file lacks the tensor {name}"))
+        (!self.has_tensor(&name)).then(|| format!("the model's file lacks the tensor {name}"))
     }
 }
 

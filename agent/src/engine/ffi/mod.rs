@@ -13,7 +13,6 @@ mod chat;
 mod context;
 mod driver;
 mod embedding;
-mod file;
 mod head;
 mod log;
 mod media;
@@ -30,7 +29,6 @@ pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, DecodeError, LogprobRow, MediaBatch};
 pub(super) use driver::vulkan_drivers;
 pub(super) use embedding::{EmbeddingContext, Pooling};
-pub(super) use file::file_has_tensor;
 #[cfg(test)]
 pub(super) use media::read_by_helper;
 pub(super) use media::{Encoder, Piece, Pieces, Projector, ProjectorNeeds, ProjectorParams};

@@ -187,6 +187,13 @@ impl Model {
         self.inner.meta_val_str(key).ok()
     }
 
+    /// Whether the file has a tensor of this name, in whichever of its parts.
+    pub(in crate::engine) fn has_tensor(&self, name: &str) -> bool {
+        let Ok(name) = CString::new(name) else { return false };
+        // SAFETY: the model is alive, and the name is a C string that lives through the call.
+        unsafe { shim::altiplano_has_tensor(self.raw(), name.as_ptr()) }
+    }
+
     /// The Jinja source in the file.
     pub(in crate::engine) fn chat_template(&self) -> Option<String> {
         self.inner.chat_template(None).ok()?.to_string().ok()

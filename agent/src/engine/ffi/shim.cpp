@@ -50,6 +50,17 @@ std::map<ggml_backend_buffer_type_t, size_t> host_weights(const llama_model * mo
 
 extern "C" {
 
+bool altiplano_has_tensor(const llama_model * model, const char * name) {
+    return guarded(nullptr, false, [&] {
+        for (const auto & tensor : llama_internal_get_tensor_map(model)) {
+            if (tensor.first == name) {
+                return true;
+            }
+        }
+        return false;
+    });
+}
+
 llama_context * altiplano_context_new(llama_model * model, const llama_context_params * params, altiplano_error * error) {
     return guarded(error, static_cast<llama_context *>(nullptr), [&] { return llama_init_from_model(model, *params); });
 }

@@ -2,30 +2,13 @@
 
 #include <memory>
 #include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
 
 #include "guard.h"
 #include "llama-ext.h"
 
 using namespace altiplano;
 
-// llama.cpp's own, which no header of its interface has.
-const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
-
 extern "C" {
-
-bool altiplano_has_tensor(const llama_model * model, const char * name) {
-    return guarded(nullptr, false, [&] {
-        for (const auto & tensor : llama_internal_get_tensor_map(model)) {
-            if (tensor.first == name) {
-                return true;
-            }
-        }
-        return false;
-    });
-}
 
 void altiplano_hidden(llama_context * context, bool outputs_only) {
     guarded(nullptr, 0, [&] {

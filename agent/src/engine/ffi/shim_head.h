@@ -11,9 +11,6 @@
 extern "C" {
 #endif
 
-// Whether the model's file has this tensor, in whichever of its parts.
-bool altiplano_has_tensor(const struct llama_model * model, const char * name);
-
 // Has a context give hidden states: of all tokens of a batch, or of those with an output.
 void altiplano_hidden(struct llama_context * context, bool outputs_only);
 
