@@ -133,8 +133,9 @@ async fn settled(server: &Server) -> Result<()> {
         if idle { Ok(()) } else { Err(format!("{busy:?}")) }
     })
     .await?;
-    // Connections of clients that hung up are closed a moment later.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Connections of clients that hung up are closed a moment later, and threads for blocking work end when they have had
+    // none for ten seconds.
+    tokio::time::sleep(Duration::from_secs(12)).await;
     Ok(())
 }
 
