@@ -333,7 +333,7 @@ impl Observed {
                     if let Some(worker) = self.models.get_mut(uid).and_then(|model| model.workers.get_mut(&worker)) {
                         worker.measured = measured.clone();
                         if matches!(event, RunnerEvent::Ready(_)) {
-                            worker.loaded = measured.clone();
+                            worker.loaded = worker.when_loaded(&measured);
                         }
                         worker.mapped_bytes = report.memory.iter().map(|part| part.mapped_bytes).sum();
                     }
@@ -373,6 +373,7 @@ impl Observed {
             started: now,
             phase: Phase::Loading { percent: 0 },
             requests: 0,
+            adopted: true,
             shrink_asked: None,
             leaving: None,
         };

@@ -481,6 +481,14 @@ fn experts_pattern(layers: u32) -> Option<CString> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn experts_are_found_by_layer() {
+        let shown = |layers| experts_pattern(layers).map(|pattern| pattern.into_string().expect("text"));
+        assert_eq!(shown(0), None);
+        assert_eq!(shown(2).as_deref(), Some(r"blk\.(0|1)\.ffn_(up|down|gate|gate_up)_(ch|)exps"));
+        assert_eq!(shown(u32::MAX).as_deref(), Some(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"));
+    }
+
     /// The one crossing: what the raw pointer shows is what the safe crate shows.
     #[test]
     fn raw_pointer_is_the_model() {

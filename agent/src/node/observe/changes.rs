@@ -45,6 +45,7 @@ impl Model {
                     started: now,
                     phase: Phase::Loading { percent: 0 },
                     requests: 0,
+                    adopted: false,
                     shrink_asked: None,
                     leaving: None,
                 };

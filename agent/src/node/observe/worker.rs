@@ -33,6 +33,8 @@ pub struct Worker {
     pub phase: Phase,
     /// Requests in it, running and waiting.
     pub requests: u32,
+    /// Another agent has started it, so how it was when it was loaded is not known.
+    pub adopted: bool,
     /// When it was asked to give back what its context has grown by; forgotten with its next request.
     pub shrink_asked: Option<Instant>,
     /// It is on its way out.
@@ -68,6 +70,16 @@ pub struct Leaving {
 }
 
 impl Worker {
+    /// What it took when it was loaded, as it says that it is ready now: of one that was taken over no more than what was
+    /// predicted, because it may have grown since.
+    pub(super) fn when_loaded(&self, measured: &Need) -> Need {
+        let predicted = |device: &String| self.predicted.get(device).copied().filter(|_| self.adopted);
+        measured
+            .iter()
+            .map(|(device, now)| (device.clone(), predicted(device).map_or(*now, |then| then.min(*now))))
+            .collect()
+    }
+
     /// Bytes that it has taken since it was loaded, as its context grew: what it can give back.
     #[must_use]
     pub fn grown(&self) -> Need {

@@ -106,3 +106,35 @@ impl Planner<'_> {
         self.plan.steps.iter().any(|step| matches!(step, Step::Shrink { worker, .. } if *worker == id))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use altiplano_crds::model_node::RawAssignment;
+    use serde_json::json;
+
+    use super::super::super::observe::Happened;
+    use super::super::tests::assignment;
+    use super::*;
+    use crate::devices::{CPU, Devices};
+    use crate::runner::adopt::Record;
+    use crate::runner::protocol::{MemoryUse, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport};
+
+    /// What was taken over has grown by what it holds beyond what was predicted for it.
+    #[test]
+    fn a_worker_of_another_agent_can_give_back_too() {
+        for (predicted, holds, expected) in [(60, 100, Some(40)), (100, 100, None), (120, 100, None)] {
+            let now = Instant::now();
+            let mut observed = Observed::default();
+            observed.note("", Happened::Probed(Ok(Devices::new(ProbeReport::default(), 1000))), now);
+            let assignment = RawAssignment(assignment(&json!({"name": "m"}))).parse().unwrap();
+            let predicted = Need::from([(CPU.to_owned(), predicted)]);
+            let config = RunnerConfig { revision: assignment.revision.clone(), ..RunnerConfig::default() };
+            observed.found(Record { worker: 1, config, assignment, predicted, note: None }, now);
+            let part = MemoryUse { device: CPU.to_owned(), context_bytes: holds, ..MemoryUse::default() };
+            let report = RunnerReport { memory: vec![part], ..RunnerReport::default() };
+            observed.note("m", Happened::WorkerSaid(1, RunnerEvent::Ready(report)), now);
+            let grown = observed.models["m"].workers[&1].grown();
+            assert_eq!(grown.get(CPU).copied(), expected);
+        }
+    }
+}
