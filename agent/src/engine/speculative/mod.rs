@@ -99,6 +99,13 @@ impl Settings {
         matches!(self.kind, Kind::Draft | Kind::Mtp)
     }
 
+    /// Whether drafts are shortened after wrong ones. What the past says is right for long or wrong at once. A model's guesses
+    /// are as good each time: then steps of one size are the faster ones, because llama.cpp uses a graph again for them, and
+    /// its kernels compute four rows for the price of two.
+    pub(super) fn adapts(&self) -> bool {
+        matches!(self.kind, Kind::NGram { .. })
+    }
+
     /// Tokens that each of `decoding` sequences may guess in one step. Many streams fill a step by themselves: then a
     /// guess is paid for by the others.
     pub(super) fn share(&self, decoding: usize) -> usize {
@@ -193,9 +200,13 @@ const FIRST_PAUSE: u32 = 16;
 const LONGEST_PAUSE: u32 = 512;
 
 impl Record {
-    /// Tokens to guess now, where `most` may be; 0: none. A draft grows while all of it is right.
-    pub(super) fn length(&self, most: usize) -> usize {
-        if self.pause > 0 { 0 } else { self.length.min(most) }
+    /// Tokens to guess now, where `most` may be; 0: none. A draft that adapts grows while all of it is right.
+    pub(super) fn length(&self, most: usize, adapts: bool) -> usize {
+        match (self.pause, adapts) {
+            (0, true) => self.length.min(most),
+            (0, false) => most,
+            _ => 0,
+        }
     }
 
     /// A step has passed without a draft.
@@ -309,14 +320,15 @@ mod tests {
     #[test]
     fn drafts_grow_while_they_are_right_and_stop_when_they_do_not_pay() {
         let mut record = Record::default();
-        assert_eq!((record.length(64), record.length(3)), (8, 3));
+        assert_eq!((record.length(64, true), record.length(3, true)), (8, 3));
         record.settle(8, 8, 0.3);
-        assert_eq!(record.length(64), 16);
+        assert_eq!(record.length(64, true), 16);
         record.settle(16, 4, 0.3);
-        assert_eq!(record.length(64), 5, "as long as was right, and one");
+        assert_eq!(record.length(64, true), 5, "as long as was right, and one");
+        assert_eq!(record.length(64, false), 64, "or of one length, whatever was right");
         for _ in 0..20 {
             record.settle(3, 0, 0.3);
-            if record.length(64) == 0 {
+            if record.length(64, true) == 0 {
                 break;
             }
         }
@@ -324,14 +336,14 @@ mod tests {
         for _ in 0..15 {
             record.pass();
         }
-        assert_eq!(record.length(64), 0);
+        assert_eq!((record.length(64, true), record.length(64, false)), (0, 0));
         record.pass();
-        assert_eq!(record.length(64), 1, "one more try");
+        assert_eq!(record.length(64, true), 1, "one more try");
         record.settle(1, 0, 0.3);
         assert_eq!((record.pause, record.next_pause), (32, 64), "which was wrong");
         (0..32).for_each(|_| record.pass());
         record.settle(1, 1, 0.3);
-        assert_eq!((record.length(64), record.next_pause), (2, FIRST_PAUSE), "and one that was right");
+        assert_eq!((record.length(64, true), record.next_pause), (2, FIRST_PAUSE), "and one that was right");
         assert_eq!(record.accepted, 8 + 4 + 1);
     }
 
@@ -342,12 +354,12 @@ mod tests {
             let mut record = Record::default();
             for (right, price) in rounds {
                 let mut waited = 0;
-                while record.length(most) == 0 {
+                while record.length(most, true) == 0 {
                     record.pass();
                     waited += 1;
                     prop_assert!(waited <= LONGEST_PAUSE);
                 }
-                let length = record.length(most);
+                let length = record.length(most, true);
                 prop_assert!(length >= 1 && length <= most);
                 record.settle(length, right.min(length), price);
                 prop_assert!(record.accepted <= record.drafted && (0.0..=2.0).contains(&record.rate));

@@ -28,7 +28,7 @@ impl Worker {
         for lane in decoding {
             let sequence = &self.running[lane];
             let most = share.min(sequence.guessable());
-            match sequence.speculation.record.length(most) {
+            match sequence.speculation.record.length(most, settings.adapts()) {
                 // It pauses, or ends soon.
                 0 => {}
                 length => wishes.push((lane, length.max(settings.min).min(most))),
