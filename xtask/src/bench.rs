@@ -20,13 +20,12 @@ pub(crate) struct Options {
 }
 
 /// Measurements of the request path, beside llama-server or alone: with an optimised agent.
-const OF_THE_ENGINE: [&str; 5] = ["context", "engine", "leaks", "logits", "node"];
+const OF_THE_ENGINE: [&str; 6] = ["context", "engine", "leaks", "logits", "node", "speculative"];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::cluster()?;
     let (debug, bench) = (xtask::target_dir().join("debug"), xtask::repository().join("target/bench"));
     if options.name == "suite" {
-        setup::llama_server()?;
         setup::llama_server_tests()?;
     }
     let programs = if OF_THE_ENGINE.contains(&options.name.as_str()) {

@@ -6,6 +6,7 @@ mod engine;
 mod leaks;
 mod logits;
 mod node;
+mod speculative;
 mod suite;
 
 use std::process::ExitCode;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 7] = [
+const BENCHES: [(&str, &str); 8] = [
     ("apply", "from apply to Ready and to the first token; memory at rest"),
     (
         "context",
@@ -23,6 +24,11 @@ const BENCHES: [(&str, &str); 7] = [
     ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
     ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
     ("node", "wake, switch, crash and adoption of workers beside llama.cpp's programs; scenarios may be named"),
+    (
+        "speculative",
+        "guesses by n-grams, a draft model and the model's own head, and turns of LoRA adapters, beside llama-server; \
+         scenarios may be named",
+    ),
     ("suite", "llama.cpp's own tests of its server, against ours; more arguments are pytest's"),
 ];
 
@@ -45,6 +51,7 @@ async fn run(arguments: &[String]) -> Result<()> {
         Some("engine") => engine::run(&arguments[1..]).await?,
         Some("leaks") => leaks::run().await?,
         Some("node") => node::run(&arguments[1..]).await?,
+        Some("speculative") => speculative::run(&arguments[1..]).await?,
         Some("suite") => {
             println!("written to {}", suite::run(&arguments[1..]).await?.display());
             return Ok(());

@@ -27,6 +27,8 @@ pub(crate) struct Answer {
     /// One for each token.
     pub(crate) tokens: Vec<Instant>,
     pub(crate) done: Instant,
+    /// Tokens that the server says were guessed, and those of them that were right.
+    pub(crate) guesses: (u64, u64),
 }
 
 impl Answer {
@@ -103,6 +105,7 @@ pub(crate) async fn ask_with(
     let mut tokens = Vec::with_capacity(question.generate as usize);
     let mut buffer = Vec::with_capacity(64 * 1024);
     let mut looked_at = 0;
+    let mut guesses = (0, 0);
     loop {
         // What was looked at is not kept: streams may run for minutes.
         buffer.drain(..looked_at);
@@ -121,19 +124,28 @@ pub(crate) async fn ask_with(
                     tokens.len(),
                     question.generate
                 );
-                return Ok(Answer { sent, tokens, done: now });
+                return Ok(Answer { sent, tokens, done: now, guesses });
             }
             if line.starts_with(b"data: {") && says_something(line) {
                 tokens.push(now);
                 if token(tokens.len()).is_break() {
-                    return Ok(Answer { sent, tokens, done: now });
+                    return Ok(Answer { sent, tokens, done: now, guesses });
                 }
+            } else if let Some(timings) = line.strip_prefix(b"data: ").and_then(timings) {
+                let count = |name: &str| timings[name].as_u64().unwrap_or_default();
+                guesses = (count("draft_n"), count("draft_n_accepted"));
             }
         }
         if bytes == 0 {
             bail!("{}: the stream ended early: {}", server.name, String::from_utf8_lossy(&buffer));
         }
     }
+}
+
+/// The `timings` of an event without text.
+fn timings(event: &[u8]) -> Option<Value> {
+    let event: Value = serde_json::from_slice(event).ok()?;
+    event.get("timings").cloned()
 }
 
 /// Whether a completion event has text.

@@ -17,13 +17,17 @@ pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) vocabulary: u32,
+    /// YAML of our deployment: what follows the source in `spec.model`, and what follows the first field of `spec.engine`.
+    pub(crate) files: String,
+    pub(crate) engine: String,
 }
 
 impl Model {
     pub(crate) fn write(dir: &Path, name: &str, spec: &Spec) -> Result<Self> {
         let path = dir.join(format!("{name}.gguf"));
         spec.write(&path).with_context(|| format!("could not write {}", path.display()))?;
-        Ok(Self { name: name.to_owned(), path, vocabulary: spec.vocab })
+        let (files, engine) = (String::new(), String::new());
+        Ok(Self { name: name.to_owned(), path, vocabulary: spec.vocab, files, engine })
     }
 }
 
@@ -99,10 +103,10 @@ pub(crate) async fn serve(role: &[&str], models: &[(&Model, &str)], arguments: &
     let file = dir.join("models.yaml");
     let deployments: Vec<String> = models
         .iter()
-        .map(|(Model { name, path, .. }, spec)| {
+        .map(|(Model { name, path, files, engine, .. }, spec)| {
             format!(
                 "apiVersion: altiplano.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: {name}}}\n\
-                 spec:\n  model: {{source: {{uri: 'file://{}'}}}}\n  {spec}\n  engine: {{gpu: Never}}\n\
+                 spec:\n  model: {{source: {{uri: 'file://{}'}}{files}}}\n  {spec}\n  engine: {{gpu: Never{engine}}}\n\
                  \x20 traffic: {{requestTimeoutSeconds: 3600}}\n",
                 path.display()
             )

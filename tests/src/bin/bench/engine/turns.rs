@@ -9,20 +9,20 @@ use super::servers::Server;
 
 /// Which figures are the better ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Better {
+pub(crate) enum Better {
     More,
     Less,
 }
 
 /// One figure of every server, by rounds.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Series {
-    pub(super) ours: Vec<f64>,
-    pub(super) peers: Vec<(String, Vec<f64>)>,
+pub(crate) struct Series {
+    pub(crate) ours: Vec<f64>,
+    pub(crate) peers: Vec<(String, Vec<f64>)>,
 }
 
 /// Measures `N` figures of each server, ours first, then each of theirs, and this `rounds` times.
-pub(super) async fn in_turn<const N: usize>(
+pub(crate) async fn in_turn<const N: usize>(
     servers: &[Server],
     rounds: u64,
     mut measure: impl AsyncFnMut(&Server, u64) -> Result<[f64; N]>,
@@ -50,7 +50,7 @@ pub(super) async fn in_turn<const N: usize>(
 
 impl Series {
     /// Ours beside the best of theirs.
-    pub(super) fn row(&self, metric: impl Into<String>, unit: &str, better: Better) -> Row {
+    pub(crate) fn row(&self, metric: impl Into<String>, unit: &str, better: Better) -> Row {
         let best = self.peers.iter().map(|(name, figures)| (name, median(figures))).reduce(|best, other| {
             let improves = if better == Better::More { other.1 > best.1 } else { other.1 < best.1 };
             if improves { other } else { best }
@@ -60,7 +60,7 @@ impl Series {
     }
 
     /// Ours beside the peer of this name.
-    pub(super) fn row_beside(&self, metric: impl Into<String>, unit: &str, peer: &str) -> Row {
+    pub(crate) fn row_beside(&self, metric: impl Into<String>, unit: &str, peer: &str) -> Row {
         let row = self.alone(metric, unit);
         match self.peers.iter().find(|(name, _)| name == peer) {
             Some((name, figures)) => row.beside(name, median(figures)),
