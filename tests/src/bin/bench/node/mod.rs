@@ -1,7 +1,8 @@
 //! What the node does with its workers: how long a model that is not loaded takes to its first token, how long two models
-//! that exclude each other take to change places, and how soon what is killed is back.
+//! that exclude each other take to change places, how soon what is killed is back, and how much memory is predicted wrongly.
 
 mod crash;
+mod estimates;
 mod wake;
 
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::engine::servers::{self, Model};
 use crate::engine::{load_average, shape};
 
 /// The scenarios by name, in their order.
-const SCENARIOS: [&str; 4] = ["wake", "switch", "crash", "adopt"];
+const SCENARIOS: [&str; 5] = ["wake", "switch", "crash", "adopt", "estimates"];
 
 /// Longest wait for anything; what is usual here is a hundredth of it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,6 +41,7 @@ pub(crate) async fn run(only: &[String]) -> Result<Report> {
             "wake" => wake::wakes(&model).await?,
             "switch" => wake::switches(&model).await?,
             "crash" => crash::kills(&tiny).await?,
+            "estimates" => estimates::errors(&dir).await?,
             _ => crash::adoptions(&tiny).await?,
         });
         eprintln!("{scenario}: {:.0} s", begun.elapsed().as_secs_f64());
