@@ -118,7 +118,7 @@ pub async fn run(args: ServeArgs, shutdown: CancellationToken) -> Result<(), Ser
     let names = assignments.iter().map(|a| (a.uid.clone(), Arc::clone(a))).collect();
     let entries = assignments.into_iter().map(Entry::Model).collect();
     // Kept until the end: a closed channel would mean that nothing is wanted any more.
-    let (_wanted_out, wanted) = watch::channel(Some(Desired { generation: None, entries }));
+    let (_wanted_out, wanted) = watch::channel(Some(Desired { entries, ..Desired::default() }));
     let (status_out, status) = watch::channel(ModelNodeStatus::default());
     say(&format!("listening on {}/v1", url(shared.ip(), shared.port()))).map_err(ServeError::Output)?;
 

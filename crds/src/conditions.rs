@@ -16,6 +16,8 @@ pub mod types {
     pub const AGENT_HEALTHY: &str = "AgentHealthy";
     /// Of a ModelNode: a worker that takes too much memory ends alone. Where it is False, the kernel ends all of them.
     pub const WORKERS_ISOLATED: &str = "WorkersIsolated";
+    /// Of the agents' DaemonSet: every agent is of its newest revision.
+    pub const AGENTS_UP_TO_DATE: &str = "AgentsUpToDate";
 }
 
 /// Reasons, as they stand in conditions, Events and metric labels.
@@ -76,6 +78,14 @@ pub mod reasons {
     pub const GPU_REQUIRED: &str = "GPURequired";
     /// It runs on the CPU although it prefers a GPU.
     pub const ON_CPU: &str = "OnCPU";
+    /// The agent on the node is being replaced by one of a newer revision.
+    pub const AGENT_UPGRADE: &str = "AgentUpgrade";
+    /// All agents are of the newest revision.
+    pub const UP_TO_DATE: &str = "UpToDate";
+    /// The upgrade of the agents is held (`agent.upgrade.paused` of the chart).
+    pub const UPGRADE_PAUSED: &str = "UpgradePaused";
+    /// A new agent does not serve, so no other is replaced.
+    pub const UPGRADE_BLOCKED: &str = "UpgradeBlocked";
     /// Deletion went on after the time for draining was over.
     pub const DRAIN_TIMED_OUT: &str = "DrainTimedOut";
 }
@@ -99,6 +109,9 @@ pub mod states {
     pub const FAILED: &str = "Failed";
     /// Only an estimate was asked for and `requiredBytes` holds it.
     pub const ESTIMATED: &str = "Estimated";
+
+    /// Of an agent (`ModelNode.status.agent.drain`): it serves nothing any more, and its Pod may go.
+    pub const DRAINED: &str = "Drained";
 
     /// Whether a model in this state accepts requests: loaded, or loaded by the request itself.
     #[must_use]

@@ -83,6 +83,24 @@ pub struct ModelNodeSpec {
     #[serde(default)]
     #[schemars(schema_with = "assignments")]
     pub models: Vec<RawAssignment>,
+
+    /// The agent's Pod is to be replaced by one of a newer revision. Absent again when the new agent serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<AgentUpgrade>,
+}
+
+/// The replacement of an agent's Pod. It names the Pod, so that it means nothing to the agent in the next one.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentUpgrade {
+    /// Uid of the Pod that goes.
+    #[schemars(length(max = 64))]
+    pub pod_uid: String,
+
+    /// Its agent is to let running requests end, take no new ones, and say in `status.agent.drain` when that is done. False
+    /// while models still move to other nodes; what was drained is served again when this is taken back.
+    #[serde(default)]
+    pub drain: bool,
 }
 
 fn assignments(generator: &mut SchemaGenerator) -> Schema {
@@ -290,6 +308,11 @@ pub struct AgentInfo {
     /// llama.cpp backends that it has, such as "CPU" and "Vulkan".
     #[schemars(schema_with = "schema::short_names", length(max = 16))]
     pub backends: Vec<String>,
+
+    /// Of an agent that `spec.upgrade` asks to drain: "Draining", then "Drained".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub drain: Option<String>,
 }
 
 /// An address of the agent.

@@ -46,6 +46,16 @@ pub const AGENT_CONTRACT_LABEL: &str = "altiplano.dev/contract";
 /// Label on an agent's Lease: uid of the Pod that the agent runs in.
 pub const AGENT_POD_UID_LABEL: &str = "altiplano.dev/pod-uid";
 
+/// Annotation on the agents' DaemonSet: agents that may be replaced at the same time; 1 without it.
+pub const UPGRADE_MAX_UNAVAILABLE: &str = "altiplano.dev/upgrade-max-unavailable";
+
+/// Annotation on the agents' DaemonSet: "true" holds the upgrade of the agents.
+pub const UPGRADE_PAUSED: &str = "altiplano.dev/upgrade-paused";
+
+/// Annotation on the agents' DaemonSet: seconds that models may take to move away, and after which a new agent that does
+/// not serve is called blocked; 600 without it.
+pub const UPGRADE_PROGRESS_DEADLINE: &str = "altiplano.dev/upgrade-progress-deadline-seconds";
+
 /// Name of the Lease with which operators elect a leader.
 pub const LEADER_LEASE: &str = "altiplano-operator";
 

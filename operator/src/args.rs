@@ -46,6 +46,10 @@ pub struct Args {
     #[arg(long, env = "ALTIPLANO_NODE_LOSS_GRACE_SECONDS", default_value_t = 60)]
     pub node_loss_grace_seconds: u16,
 
+    /// Name of the agents' DaemonSet: where its update strategy is `OnDelete`, its Pods are replaced one by one, drained.
+    #[arg(long, env = "ALTIPLANO_AGENT_DAEMON_SET", default_value = "altiplano-agent")]
+    pub agent_daemon_set: String,
+
     /// Domain of the cluster's DNS, for URLs in status. Empty: URLs end in `.svc`.
     #[arg(long, env = "ALTIPLANO_CLUSTER_DOMAIN", default_value = "")]
     pub cluster_domain: String,

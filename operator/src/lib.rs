@@ -16,4 +16,5 @@ pub mod http;
 pub mod leader;
 pub mod metrics;
 pub mod run;
+pub mod upgrade;
 pub mod watch;

@@ -17,6 +17,9 @@ pub struct Metrics {
     epoch: IntGauge,
     watch_age: GaugeVec,
     memory: Gauge,
+    agents: IntGauge,
+    agents_outdated: IntGauge,
+    upgrade_blocked: IntGauge,
 }
 
 impl Metrics {
@@ -44,9 +47,21 @@ impl Metrics {
                 &["kind"],
             )?,
             memory: Gauge::new("resident_memory_bytes", "Resident memory of this process.")?,
+            agents: IntGauge::new("agents", "Agents that there should be, as the leader sees it.")?,
+            agents_outdated: IntGauge::new(
+                "agents_outdated",
+                "Agents that are not of their DaemonSet's newest revision.",
+            )?,
+            upgrade_blocked: IntGauge::new(
+                "agent_upgrade_blocked",
+                "1 while no agent is replaced because a new one does not serve.",
+            )?,
             registry,
         };
-        let Self { registry, rounds, planning, writes, errors, leader, epoch, watch_age, memory } = &metrics;
+        let Self { registry, rounds, planning, writes, errors, leader, epoch, watch_age, memory, .. } = &metrics;
+        for gauge in [&metrics.agents, &metrics.agents_outdated, &metrics.upgrade_blocked] {
+            registry.register(Box::new(gauge.clone()))?;
+        }
         registry.register(Box::new(rounds.clone()))?;
         registry.register(Box::new(planning.clone()))?;
         registry.register(Box::new(writes.clone()))?;
@@ -78,6 +93,14 @@ impl Metrics {
     pub fn leads(&self, epoch: i64) {
         self.leader.set(1);
         self.epoch.set(epoch);
+    }
+
+    /// How far the upgrade of the agents is.
+    pub fn agents(&self, updated: usize, all: usize, blocked: bool) {
+        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        self.agents.set(count(all));
+        self.agents_outdated.set(count(all.saturating_sub(updated)));
+        self.upgrade_blocked.set(i64::from(blocked));
     }
 
     /// Seconds since a watch has last said anything.

@@ -46,7 +46,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let mut tasks = JoinSet::new();
     let state = HttpState { mirrors: Arc::clone(&mirrors), metrics: Arc::clone(&metrics), clock };
     tasks.spawn(serve(listener, state, shutdown.clone()));
-    follow_all(&mut tasks, &client, &args.namespace, &mirrors, clock, &wake, &metrics);
+    follow_all(&mut tasks, &client, &args, &mirrors, clock, &wake, &metrics);
 
     let tools = Tools { client, mirrors, clock, wake, metrics };
     let lead = lead(&args, times, tools, &shutdown);
@@ -78,12 +78,13 @@ async fn serve(listener: TcpListener, state: HttpState, shutdown: CancellationTo
 fn follow_all(
     tasks: &mut JoinSet<anyhow::Result<()>>,
     client: &Client,
-    namespace: &str,
+    args: &Args,
     mirrors: &Mirrors,
     clock: Clock,
     wake: &Arc<Notify>,
     metrics: &Arc<Metrics>,
 ) {
+    let Args { namespace, agent_daemon_set, .. } = args;
     let all = watcher::Config::default();
     let (key, value) = names::AGENT_LEASE_LABEL;
     let agents = all.clone().labels(&format!("{key}={value}"));
@@ -100,6 +101,10 @@ fn follow_all(
     follow!(&mirrors.models, Api::all(client.clone()), all.clone());
     follow!(&mirrors.model_nodes, Api::all(client.clone()), all.clone());
     follow!(&mirrors.nodes, Api::all(client.clone()), all.clone());
+    let ours = all.clone().fields(&format!("metadata.name={agent_daemon_set}"));
+    follow!(&mirrors.upgrade.daemon_sets, Api::namespaced(client.clone(), namespace), ours);
+    follow!(&mirrors.upgrade.revisions, Api::namespaced(client.clone(), namespace), agents.clone());
+    follow!(&mirrors.upgrade.pods, Api::namespaced(client.clone(), namespace), agents.clone());
     follow!(&mirrors.agents, Api::namespaced(client.clone(), namespace), agents);
     follow!(&mirrors.services, Api::all(client.clone()), all);
     follow!(&mirrors.slices, Api::all(client.clone()), slices);

@@ -52,27 +52,31 @@ impl ControlPlane {
             }),
             status: None,
         };
-        let pods = Api::<Pod>::namespaced(client.clone(), namespace);
+        let pods = Api::<Pod>::namespaced(client, namespace);
         let created = pods.create(&PostParams::default(), &pod).await.context("could not create the agent's Pod")?;
         let uid = created.metadata.uid.context("a Pod without UID")?;
+        self.identity_of(namespace, account, &name, &uid).await
+    }
 
+    /// A token of a Pod that is there, as its kubelet would ask for it.
+    pub async fn identity_of(&self, namespace: &str, account: &str, name: &str, uid: &str) -> Result<PodIdentity> {
         let request = TokenRequest {
             spec: TokenRequestSpec {
                 audiences: Vec::new(),
                 bound_object_ref: Some(BoundObjectReference {
                     api_version: Some("v1".into()),
                     kind: Some("Pod".into()),
-                    name: Some(name.clone()),
-                    uid: Some(uid.clone()),
+                    name: Some(name.to_owned()),
+                    uid: Some(uid.to_owned()),
                 }),
                 expiration_seconds: Some(24 * 60 * 60),
             },
             ..TokenRequest::default()
         };
-        let accounts = Api::<ServiceAccount>::namespaced(client, namespace);
+        let accounts = Api::<ServiceAccount>::namespaced(self.client().await?, namespace);
         let answer = accounts.create_token_request(account, &PostParams::default(), &request).await?;
         let token = answer.status.context("a TokenRequest without answer")?.token;
-        Ok(PodIdentity { namespace: namespace.to_owned(), pod: name, uid, token })
+        Ok(PodIdentity { namespace: namespace.to_owned(), pod: name.to_owned(), uid: uid.to_owned(), token })
     }
 
     /// Deletes the Pod at once, as nobody is there to end it gracefully.

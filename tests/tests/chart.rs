@@ -5,7 +5,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 /// Values that reach every branch of the templates.
-const EVERYTHING: [&str; 24] = [
+const EVERYTHING: [&str; 27] = [
     "imagePullSecrets={pull}",
     "listenAddress=[::]",
     "operator.replicas=3",
@@ -20,6 +20,9 @@ const EVERYTHING: [&str; 24] = [
     "agent.denyNetworks={10.0.0.0/8,fd00::/8}",
     "agent.storageCapacityBytes=1000000000000",
     "agent.allowHttp=true",
+    "agent.upgrade.maxUnavailable=2",
+    "agent.upgrade.paused=true",
+    "agent.updateStrategy.type=OnDelete",
     "agent.allowPrivateNetworks=true",
     "agent.nodeSelector.gpu=present",
     "agent.affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey=zone",
@@ -47,6 +50,8 @@ fn wrong_values_are_refused_by_name() {
         ("agent.fileRoots={models}", "fileRoots"),
         ("agent.gpus=1", "gpus"),
         ("operator.replicas=0", "replicas"),
+        ("agent.updateStrategy.type=Recreate", "updateStrategy"),
+        ("agent.upgrade.maxUnavailable=0", "maxUnavailable"),
         ("agent.modelPorts.first=9999,agent.modelPorts.last=9000", "modelPorts"),
     ] {
         let error = render_chart(&[value]).expect_err(value).to_string();
@@ -160,6 +165,13 @@ async fn rights_are_what_the_roles_say_and_no_more() -> Result<()> {
         (operator, elsewhere, "update", leases, "", false),
         (operator, here, "get", "secrets", "", false),
         (operator, here, "create", "pods", "", false),
+        (operator, here, "delete", "pods", "", true),
+        (operator, elsewhere, "delete", "pods", "", false),
+        (operator, here, "watch", "daemonsets.apps", "", true),
+        (operator, here, "watch", "controllerrevisions.apps", "", true),
+        (operator, here, "patch", "daemonsets.apps", "status", true),
+        (operator, here, "patch", "daemonsets.apps", "", false),
+        (operator, elsewhere, "watch", "daemonsets.apps", "", false),
         (agent, elsewhere, "watch", nodes, "", true),
         (agent, elsewhere, "patch", nodes, "", false),
         (agent, elsewhere, "create", nodes, "", false),

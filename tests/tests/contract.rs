@@ -47,7 +47,7 @@ async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
     }
     // … and nothing else: the policy says whose they are, or the role says no.
     let epoch = Patch::Merge(json!({"spec": {"epoch": 999}}));
-    let made = ModelNode::new("made-by-an-agent", altiplano_crds::ModelNodeSpec { epoch: 1, models: vec![] });
+    let made = ModelNode::new("made-by-an-agent", altiplano_crds::ModelNodeSpec { epoch: 1, ..Default::default() });
     let secrets = Api::<k8s_openapi::api::core::v1::Secret>::namespaced(mine.clone(), NAMESPACE);
     let leader = names::LEADER_LEASE;
     for (what, answer, says) in [

@@ -109,7 +109,7 @@ pub async fn watch_own(
         let version = (uid, generation);
         if last.as_ref() != Some(&version) {
             last = Some(version);
-            wanted.send_replace(Some(Desired::new(generation, &object.spec.models)));
+            wanted.send_replace(Some(Desired::of(generation, &object.spec)));
             recall.save(&object.spec.models).await;
         }
     }
@@ -250,7 +250,8 @@ enum Urgency {
     OnTheWay,
 }
 
-/// A model that has come to where it stays for a time or left it, one that is gone, another agent or other devices are awaited.
+/// A model that has come to where it stays for a time or left it, one that is gone, another agent, a drained one or other
+/// devices are awaited.
 fn urgency(now: &ModelNodeStatus, written: &ModelNodeStatus) -> Urgency {
     let settled = |status: &ModelNodeStatus| -> BTreeSet<(String, String, String)> {
         let passing = [states::PENDING, states::FETCHING, states::LOADING];
@@ -261,8 +262,9 @@ fn urgency(now: &ModelNodeStatus, written: &ModelNodeStatus) -> Urgency {
         status.models.iter().map(|model| (model.uid.clone(), model.revision.clone())).collect()
     };
     let devices = |status: &ModelNodeStatus| status.devices.iter().map(|device| device.id.clone()).collect::<Vec<_>>();
-    let pod = |status: &ModelNodeStatus| status.agent.as_ref().map(|agent| agent.pod_uid.clone());
-    let is_awaited = pod(now) != pod(written)
+    let agent =
+        |status: &ModelNodeStatus| status.agent.as_ref().map(|agent| (agent.pod_uid.clone(), agent.drain.clone()));
+    let is_awaited = agent(now) != agent(written)
         || devices(now) != devices(written)
         || settled(now) != settled(written)
         || !known(written).is_subset(&known(now));

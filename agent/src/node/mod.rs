@@ -117,9 +117,13 @@ impl Node {
                 desired = wanted;
                 heard = true;
             }
+            let drains = leaving || desired.drains(&self.identity.pod_uid);
+            if drains {
+                desired.entries.clear();
+            }
             let plan = self.turn(&desired);
             published |= heard && self.observed.models.values().all(Model::is_published);
-            self.tell_readiness(leaving, heard, published);
+            self.tell_readiness(drains, heard, published);
             if leaving && self.observed.models.is_empty() {
                 break;
             }
@@ -150,9 +154,6 @@ impl Node {
             // What else has come meanwhile goes into the same plan.
             while let Ok(message) = self.messages.try_recv() {
                 self.worker(message);
-            }
-            if leaving {
-                desired.entries.clear();
             }
             if probe.due(self.observed.look_at).is_some_and(|at| Instant::now() >= at) {
                 self.probe(&mut probe);
@@ -281,8 +282,8 @@ impl Node {
     }
 
     /// Ready is more than alive: it knows its devices and what should be here, and has once answered for all of it.
-    fn tell_readiness(&self, leaving: bool, heard: bool, published: bool) {
-        let readiness = if leaving {
+    fn tell_readiness(&self, drains: bool, heard: bool, published: bool) {
+        let readiness = if drains {
             Err("the agent is draining".to_owned())
         } else if !heard {
             Err("the agent has not heard yet what should be on this node".to_owned())

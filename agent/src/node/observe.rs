@@ -412,7 +412,7 @@ impl Observed {
     #[must_use]
     pub fn as_wanted(&self) -> Desired {
         let entries = self.models.values().map(|model| Entry::Model(Arc::clone(&model.assignment))).collect();
-        Desired { generation: None, entries }
+        Desired { entries, ..Desired::default() }
     }
 
     /// A worker asks for more memory, or gives back (`id` 0) what it was granted. An error says why there is none; then

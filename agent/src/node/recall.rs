@@ -103,7 +103,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let recall = Recall::new(folder.path(), "n1");
         recall.save(&[RawAssignment(serde_json::json!({"uid": "a", "revision": "r"}))]).await;
-        let told = Desired { generation: Some(7), entries: Vec::new() };
+        let told = Desired { generation: Some(7), ..Desired::default() };
         let (heard, _keep) = watch::channel(Some(told.clone()));
         recall.clone().stand_in(heard.clone()).await;
         assert_eq!(*heard.borrow(), Some(told));

@@ -65,6 +65,7 @@ pub fn status(identity: &Identity, desired: &Desired, observed: &Observed, plan:
             pod_uid: clip(&identity.pod_uid, 64),
             started_at: identity.started_at.to_string(),
             backends,
+            drain: drain(identity, desired, observed).map(str::to_owned),
         }),
         addresses: addresses(&identity.addresses),
         port: Some(i32::from(identity.port)),
@@ -78,6 +79,12 @@ pub fn status(identity: &Identity, desired: &Desired, observed: &Observed, plan:
         }),
         models,
     }
+}
+
+/// How far an agent is that is to be replaced.
+fn drain(identity: &Identity, desired: &Desired, observed: &Observed) -> Option<&'static str> {
+    let state = if observed.models.is_empty() { states::DRAINED } else { states::DRAINING };
+    desired.drains(&identity.pod_uid).then_some(state)
 }
 
 fn models(desired: &Desired, observed: &Observed, plan: &Plan) -> Vec<ModelState> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use altiplano_crds::{ModelDeployment, names};
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
@@ -38,6 +39,20 @@ impl Announcement {
         let regarding = ObjectReference {
             api_version: Some(ModelDeployment::api_version(&()).into_owned()),
             kind: Some(ModelDeployment::kind(&()).into_owned()),
+            namespace: Some(target.namespace.clone()),
+            name: Some(target.name.clone()),
+            uid: Some(target.uid.clone()),
+            ..ObjectReference::default()
+        };
+        Self { regarding, note }
+    }
+
+    /// About the agents' DaemonSet.
+    #[must_use]
+    pub fn about_agents(target: &Target, note: Note) -> Self {
+        let regarding = ObjectReference {
+            api_version: Some(DaemonSet::api_version(&()).into_owned()),
+            kind: Some(DaemonSet::kind(&()).into_owned()),
             namespace: Some(target.namespace.clone()),
             name: Some(target.name.clone()),
             uid: Some(target.uid.clone()),

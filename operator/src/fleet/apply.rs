@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use altiplano_crds::{ModelDeployment, ModelNode, names};
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::DeserializeGuard;
@@ -143,6 +144,7 @@ impl Writer {
             Write::Finalizers { target, .. } | Write::Status { target, .. } => {
                 mirrors.models.forget(&target.namespace, &target.name, &target.uid)
             }
+            Write::DeletePod(target) => mirrors.upgrade.pods.forget(&target.namespace, &target.name, &target.uid),
             Write::RestoreService(target, _) => mirrors.services.forget(&target.namespace, &target.name, &target.uid),
             Write::ApplySlice(target, _) => mirrors.slices.forget(&target.namespace, &target.name, &target.uid),
             _ => false,
@@ -169,11 +171,14 @@ impl Writer {
                 let answer = api.patch_status(&target.name, &force(), &Patch::Apply(&patch)).await?;
                 mirrors.models.insert(answer, now());
             }
-            Write::ModelNode { name, models } => {
-                let patch = json!({
+            Write::ModelNode { name, models, upgrade } => {
+                let mut patch = json!({
                     "apiVersion": ModelNode::api_version(&()), "kind": ModelNode::kind(&()),
                     "metadata": {"name": name}, "spec": {"epoch": self.leadership.epoch(), "models": models},
                 });
+                if let Some(upgrade) = upgrade {
+                    patch["spec"]["upgrade"] = json_of(upgrade);
+                }
                 let api: Api<DeserializeGuard<ModelNode>> = Api::all(self.client.clone());
                 let answer = api.patch(name, &force(), &Patch::Apply(&patch)).await?;
                 mirrors.model_nodes.insert(answer, now());
@@ -212,6 +217,19 @@ impl Writer {
                 let api: Api<EndpointSlice> = self.namespaced(slice);
                 let answer = api.patch(&target.name, &force(), &Patch::Apply(&patch)).await?;
                 mirrors.slices.insert(answer, now());
+            }
+            Write::DeletePod(target) => {
+                // It is gone when the watch says so: until then its agent ends.
+                delete(&Api::<Pod>::namespaced(self.client.clone(), &target.namespace), target).await?;
+            }
+            Write::AgentsStatus { target, condition } => {
+                let patch = json!({
+                    "apiVersion": DaemonSet::api_version(&()), "kind": DaemonSet::kind(&()),
+                    "metadata": {"name": target.name, "uid": target.uid}, "status": {"conditions": [condition]},
+                });
+                let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), &target.namespace);
+                let answer = api.patch_status(&target.name, &force(), &Patch::Apply(&patch)).await?;
+                mirrors.upgrade.daemon_sets.insert(answer, now());
             }
             Write::DeleteSlice(target) => {
                 delete(&Api::<EndpointSlice>::namespaced(self.client.clone(), &target.namespace), target).await?;

@@ -1,7 +1,8 @@
 //! The writes that bring what is to what should be. Pure: a settled fleet has none.
 
-use altiplano_crds::model_node::RawAssignment;
+use altiplano_crds::model_node::{AgentUpgrade, RawAssignment};
 use altiplano_crds::{ModelDeploymentStatus, names};
+use k8s_openapi::api::apps::v1::DaemonSetCondition;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
@@ -39,6 +40,8 @@ pub enum Write {
         name: String,
         /// spec.models.
         models: Vec<RawAssignment>,
+        /// spec.upgrade.
+        upgrade: Option<AgentUpgrade>,
     },
     /// A ModelNode goes.
     DeleteModelNode(Target),
@@ -61,6 +64,15 @@ pub enum Write {
         /// The status.
         status: Box<ModelDeploymentStatus>,
     },
+    /// An agent's Pod goes.
+    DeletePod(Target),
+    /// The condition of the agents' DaemonSet.
+    AgentsStatus {
+        /// The DaemonSet.
+        target: Target,
+        /// Its condition.
+        condition: Box<DaemonSetCondition>,
+    },
 }
 
 impl Write {
@@ -78,6 +90,8 @@ impl Write {
             Self::ApplySlice(..) => ("EndpointSlice", "apply"),
             Self::DeleteSlice(_) => ("EndpointSlice", "delete"),
             Self::Status { .. } => ("ModelDeploymentStatus", "apply"),
+            Self::DeletePod(_) => ("Pod", "delete"),
+            Self::AgentsStatus { .. } => ("DaemonSetStatus", "apply"),
         }
     }
 
@@ -98,6 +112,8 @@ impl Write {
             | Self::DeleteService(target)
             | Self::ApplySlice(target, _)
             | Self::DeleteSlice(target)
+            | Self::DeletePod(target)
+            | Self::AgentsStatus { target, .. }
             | Self::Status { target, .. } => named(target),
         }
     }
@@ -118,8 +134,11 @@ pub fn nodes(fleet: &Fleet, plan: &Plan, epoch: i64) -> Vec<Write> {
                 Some(Write::DeleteModelNode(target))
             }
             NodePlan::Hold(entries) => {
+                let upgrade = plan.upgrades.get(name);
                 let there = node.node_models().is_some_and(|models| models.epoch == epoch) && same(node, entries);
-                (!there).then(|| Write::ModelNode { name: name.clone(), models: raw(entries) })
+                let there = there && node.upgrade() == upgrade;
+                let write = || Write::ModelNode { name: name.clone(), models: raw(entries), upgrade: upgrade.cloned() };
+                (!there).then(write)
             }
         }
     });

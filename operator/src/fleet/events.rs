@@ -20,7 +20,7 @@ pub struct Note {
 }
 
 /// Reasons with which a condition is False without anything being wrong.
-const IN_ORDER: [&str; 13] = [
+const IN_ORDER: [&str; 14] = [
     reasons::SCALED_TO_ZERO,
     reasons::ESTIMATING,
     reasons::FETCHING,
@@ -34,6 +34,7 @@ const IN_ORDER: [&str; 13] = [
     reasons::IDLE,
     reasons::ALL_PLACED,
     reasons::REPLICAS_MISSING,
+    reasons::AGENT_UPGRADE,
 ];
 
 /// What has happened between two states of a ModelDeployment. A cause that shows in several conditions is one Event.

@@ -36,6 +36,8 @@ pub enum Why {
     Taint(String),
     /// Cordoned.
     Cordoned,
+    /// Its agent is being replaced.
+    Upgrade,
     /// It was asked how much memory the model needs and could not tell.
     EstimateFailed(String),
     /// The agent has stopped renewing its Lease.
@@ -83,7 +85,9 @@ impl Why {
                 reasons::NO_DEVICE
             }
             Self::ListFull => reasons::NODE_FULL,
-            Self::Stale | Self::NotReported | Self::NoAgent | Self::Contract(_) => reasons::AGENT_UNAVAILABLE,
+            Self::Stale | Self::Upgrade | Self::NotReported | Self::NoAgent | Self::Contract(_) => {
+                reasons::AGENT_UNAVAILABLE
+            }
             Self::Refused { .. }
             | Self::Spread(_)
             | Self::Taint(_)
@@ -115,6 +119,7 @@ impl fmt::Display for Why {
             Self::Spread(text) | Self::EstimateFailed(text) => f.write_str(text),
             Self::Taint(taint) => write!(f, "has the taint {taint}, which is not tolerated"),
             Self::Cordoned => f.write_str("is cordoned"),
+            Self::Upgrade => f.write_str("its agent is being replaced"),
             Self::Stale => f.write_str("its agent has stopped renewing its Lease"),
             Self::NotReported => f.write_str("its agent has not reported yet"),
             Self::Contract(version) => write!(f, "its agent speaks contract {version}, which this operator does not"),
@@ -143,6 +148,9 @@ pub fn unsuitable(model: &Model, node: &FleetNode, stale: bool, now: Timestamp) 
     if object.cordoned {
         return Some(Why::Cordoned);
     }
+    if node.upgrade().is_some() {
+        return Some(Why::Upgrade);
+    }
     if let Some(taint) = repelled {
         return Some(Why::Taint(taint_text(taint)));
     }
@@ -169,6 +177,8 @@ pub enum Leave {
     Selector(String),
     /// It only takes turns with others there, and another node has room for all; it serves on as above.
     Turns,
+    /// Its agent is about to be replaced, and another node has room; it serves on as above.
+    Upgrade,
     /// A `NoExecute` taint: it leaves even if no other node can take it.
     Evicted(String),
 }
@@ -178,6 +188,7 @@ impl fmt::Display for Leave {
         match self {
             Self::Selector(label) => write!(f, "lacks the label {label}"),
             Self::Turns => f.write_str("has room only in turn with other models"),
+            Self::Upgrade => f.write_str("is about to get a new agent"),
             Self::Evicted(taint) => write!(f, "has the taint {taint}, which is not tolerated"),
         }
     }

@@ -30,7 +30,7 @@ use tracing::warn;
 
 use announce::{Announcement, Announcer};
 use apply::{Pauses, Throttle, WriteError, Writer};
-use diff::Write;
+use diff::{Target, Write};
 use events::Note;
 use memory::Memory;
 use observe::Fleet;
@@ -38,6 +38,9 @@ use plan::{FinalizerStep, ModelPlan, Plan, Settings};
 use seen::{Model, ModelSeen};
 
 use crate::clock::Now;
+use crate::upgrade;
+use crate::upgrade::observe::Agents;
+use crate::upgrade::plan::Upgrades;
 
 /// The planner with what it needs to act.
 pub struct Planner {
@@ -46,6 +49,7 @@ pub struct Planner {
     settings: Settings,
     url_suffix: String,
     memory: Memory,
+    upgrade: upgrade::plan::Memory,
     pauses: Pauses,
     throttle: Throttle,
     unreadable: BTreeSet<(String, String)>,
@@ -71,6 +75,7 @@ impl Planner {
             settings,
             url_suffix,
             memory: Memory::default(),
+            upgrade: upgrade::plan::Memory::default(),
             pauses: Pauses::default(),
             throttle: Throttle::default(),
             unreadable: BTreeSet::new(),
@@ -104,10 +109,19 @@ impl Planner {
         let metrics = Arc::clone(&self.writer.metrics);
         let timer = metrics.round();
         let now = self.writer.clock.now();
-        let fleet = Fleet::observe(&self.writer.mirrors);
-        let (plan, memory) = plan::plan(&fleet, &self.settings, std::mem::take(&mut self.memory), now);
+        let agents = Agents::observe(&self.writer.mirrors.upgrade);
+        let mut fleet = Fleet::observe(&self.writer.mirrors);
+        fleet.outdated = agents.as_ref().map(Agents::outdated).unwrap_or_default();
+        let (mut plan, memory) = plan::plan(&fleet, &self.settings, std::mem::take(&mut self.memory), now);
         self.memory = memory;
-        let round = self.decide(&fleet, &plan, now);
+        let (stale_after, memory) = (self.settings.stale_after, std::mem::take(&mut self.upgrade));
+        let (upgrades, memory) = upgrade::plan::plan(agents.as_ref(), &fleet, &plan, stale_after, memory, now);
+        self.upgrade = memory;
+        plan.upgrades.clone_from(&upgrades.marks);
+        let mut round = self.decide(&fleet, &plan, now);
+        if let Some(agents) = &agents {
+            self.decide_agents(agents, upgrades, &mut round, now);
+        }
         timer.observe_duration();
         self.announce_unreadable();
         self.act(round).await
@@ -125,6 +139,31 @@ impl Planner {
             }
         }
         round
+    }
+
+    fn decide_agents(&self, agents: &Agents, upgrades: Upgrades, round: &mut Round, now: Now) {
+        let Upgrades { marks: _, delete, progress, next } = upgrades;
+        if let Some(at) = next {
+            round.look_again(at);
+        }
+        for pod in delete {
+            round.add(&self.pauses, Write::DeletePod(pod), now.mono);
+        }
+        let Some(progress) = progress else { return };
+        self.writer.metrics.agents(progress.updated, progress.agents, !progress.blocked.is_empty());
+        let daemon_set = &agents.daemon_set;
+        let condition = upgrade::status::condition(daemon_set, &progress, now);
+        if daemon_set.condition.as_ref() == Some(&condition) {
+            return;
+        }
+        let event = upgrade::status::event(daemon_set.condition.as_ref(), &condition);
+        let (namespace, name, uid) = (daemon_set.namespace.clone(), daemon_set.name.clone(), daemon_set.uid.clone());
+        let target = Target { namespace, name, uid: uid.clone() };
+        if let Err(at) = self.throttle.due(&uid, event.is_some(), now.mono) {
+            round.look_again(at);
+        } else if round.add(&self.pauses, Write::AgentsStatus { target, condition: Box::new(condition) }, now.mono) {
+            round.notes.entry(uid).or_default().extend(event);
+        }
     }
 
     fn decide_model(&self, fleet: &Fleet, model: &Model, plan: &ModelPlan, round: &mut Round, now: Now) {
@@ -172,12 +211,17 @@ impl Planner {
                 Ok(()) => {
                     // Its answer is in the mirror: what follows from it is planned at once.
                     next = Some(earlier(next, now));
-                    if let Write::Status { target, .. } = &write {
+                    if let Write::Status { target, .. } | Write::AgentsStatus { target, .. } = &write {
                         self.throttle.wrote(&target.uid, now);
                     }
                     if let Write::Status { target, .. } | Write::Finalizers { target, .. } = &write {
                         for note in notes.remove(&target.uid).into_iter().flatten() {
                             self.announcer.announce(Announcement::about(target, note));
+                        }
+                    }
+                    if let Write::AgentsStatus { target, .. } = &write {
+                        for note in notes.remove(&target.uid).into_iter().flatten() {
+                            self.announcer.announce(Announcement::about_agents(target, note));
                         }
                     }
                 }

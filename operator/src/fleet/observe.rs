@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use altiplano_crds::model_node::ModelState;
+use altiplano_crds::model_node::{AgentUpgrade, ModelState};
 use altiplano_crds::names;
 
 use super::seen::{
     AgentSeen, Entry, Model, ModelNodeSeen, ModelSeen, NodeModels, NodeSeen, ServiceSeen, SliceSeen, Unreadable,
 };
+use crate::upgrade;
+use crate::upgrade::observe::{DaemonSetSeen, PodSeen, RevisionSeen};
 use crate::watch::{Key, Mirror};
 
 /// Mirrors of everything that the operator watches.
@@ -27,6 +29,8 @@ pub struct Mirrors {
     pub services: Arc<Mirror<ServiceSeen>>,
     /// `EndpointSlice`s that carry our managed-by label.
     pub slices: Arc<Mirror<SliceSeen>>,
+    /// What is watched for the upgrade of the agents.
+    pub upgrade: upgrade::observe::Mirrors,
 }
 
 impl Mirrors {
@@ -36,11 +40,11 @@ impl Mirrors {
         Self { agents: Arc::new(Mirror::with_patience(stale_after)), ..Self::default() }
     }
 
-    /// Kinds whose first list has not come yet.
+    /// Kinds whose first list has not come yet. Without those of the upgrade models are placed all the same.
     #[must_use]
     pub fn missing(&self) -> Vec<&'static str> {
         use crate::watch::Seen;
-        let Self { models, model_nodes, nodes, agents, services, slices } = self;
+        let Self { models, model_nodes, nodes, agents, services, slices, upgrade: _ } = self;
         [
             (ModelSeen::KIND, models.listed()),
             (ModelNodeSeen::KIND, model_nodes.listed()),
@@ -56,9 +60,10 @@ impl Mirrors {
 
     /// When each watch has last said anything.
     #[must_use]
-    pub fn last_events(&self) -> [(&'static str, Option<Duration>); 6] {
+    pub fn last_events(&self) -> [(&'static str, Option<Duration>); 9] {
         use crate::watch::Seen;
-        let Self { models, model_nodes, nodes, agents, services, slices } = self;
+        let Self { models, model_nodes, nodes, agents, services, slices, upgrade } = self;
+        let upgrade::observe::Mirrors { daemon_sets, revisions, pods } = upgrade;
         [
             (ModelSeen::KIND, models.last_event()),
             (ModelNodeSeen::KIND, model_nodes.last_event()),
@@ -66,6 +71,9 @@ impl Mirrors {
             (AgentSeen::KIND, agents.last_event()),
             (ServiceSeen::KIND, services.last_event()),
             (SliceSeen::KIND, slices.last_event()),
+            (DaemonSetSeen::KIND, daemon_sets.last_event()),
+            (RevisionSeen::KIND, revisions.last_event()),
+            (PodSeen::KIND, pods.last_event()),
         ]
     }
 
@@ -89,6 +97,8 @@ pub struct Fleet {
     pub unreadable: BTreeSet<String>,
     /// Every Node, agent and ModelNode, by the node's name.
     pub nodes: BTreeMap<String, FleetNode>,
+    /// Nodes whose agent is of an older revision than the agents' DaemonSet.
+    pub outdated: BTreeSet<String>,
     /// Since when the agents' Leases cannot be watched, if they cannot: nobody becomes stale meanwhile.
     pub blind_since: Option<Duration>,
     /// Services by namespace and name.
@@ -178,6 +188,19 @@ impl FleetNode {
     #[must_use]
     pub fn entries(&self) -> &[Entry] {
         self.node_models().map_or(&[], |models| &models.entries)
+    }
+
+    /// The replacement of its agent, if one goes on.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<&AgentUpgrade> {
+        self.node_models()?.upgrade.as_ref()
+    }
+
+    /// Whether the agent that is there now is the one to be replaced.
+    #[must_use]
+    pub fn is_to_be_replaced(&self) -> bool {
+        let alive = self.agent.as_ref().and_then(|agent| agent.pod_uid.as_deref());
+        self.upgrade().is_some_and(|upgrade| alive.is_none_or(|alive| alive == upgrade.pod_uid))
     }
 
     /// What the agent says about the model, of any revision.

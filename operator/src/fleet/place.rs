@@ -97,7 +97,8 @@ impl<'a> Round<'a> {
         let claims = self.claims(draft, &model.uid);
         // Small models fill no memory and still share what computes.
         let mut rank = CROWD.saturating_mul(i64::try_from(claims.len()).unwrap_or(i64::MAX));
-        if rather_not(model, node, self.now.wall) {
+        // What goes to an agent that is yet to be replaced moves twice.
+        if rather_not(model, node, self.now.wall) || self.fleet.outdated.contains(&node.name) {
             rank += RATHER_NOT;
         }
         if file_present(model, draft) {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use altiplano_crds::conditions::{reasons, states};
-use altiplano_crds::model_node::{AssignmentMode, ModelState, RawAssignment};
+use altiplano_crds::model_node::{AgentUpgrade, AssignmentMode, ModelState, RawAssignment};
 use altiplano_crds::{ModelAssignment, ModelNodeStatus};
 
 use super::capacity::{Claim, Need, Pools, Shape};
@@ -33,6 +33,8 @@ pub struct Plan {
     pub nodes: BTreeMap<String, NodePlan>,
     /// Models, by uid.
     pub models: BTreeMap<String, ModelPlan>,
+    /// `ModelNode.spec.upgrade`, by node: as it is, until the plan of the upgrade says otherwise.
+    pub upgrades: BTreeMap<String, AgentUpgrade>,
     /// When to plan again if nothing happens before.
     pub next: Option<Duration>,
 }
@@ -97,6 +99,7 @@ pub enum FinalizerStep {
 
 /// A node that holds a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Holder {
     /// Its name.
     pub node: String,
@@ -108,6 +111,8 @@ pub struct Holder {
     pub stale: bool,
     /// Whether a request would be accepted there, in whatever revision.
     pub accepts: bool,
+    /// Whether its agent is being replaced.
+    pub upgrading: bool,
 }
 
 /// The draft of a node.
@@ -285,7 +290,8 @@ pub fn plan(fleet: &Fleet, settings: &Settings, memory: Memory, now: Now) -> (Pl
     });
     let models = models.into_iter().map(|model| (model.uid.clone(), round.plan_model(model))).collect();
     let nodes = round.nodes.values().filter_map(|draft| Some((draft.node.name.clone(), node_plan(draft)?))).collect();
-    (Plan { nodes, models, next: round.next }, round.memory)
+    let upgrades = fleet.nodes.values().filter_map(|node| Some((node.name.clone(), node.upgrade()?.clone()))).collect();
+    (Plan { nodes, models, upgrades, next: round.next }, round.memory)
 }
 
 fn node_plan(draft: &Draft<'_>) -> Option<NodePlan> {

@@ -29,6 +29,9 @@ struct Held<'a> {
     in_turn: bool,
     stale: bool,
     returned: bool,
+    failed: bool,
+    /// Its agent is about to be replaced.
+    upgrading: bool,
 }
 
 impl<'a> Round<'a> {
@@ -44,6 +47,7 @@ impl<'a> Round<'a> {
 
         let (mut counted, lost, mut leaving) = self.holders(model);
         self.leave_turns(model, &mut counted, &mut leaving);
+        self.leave_upgrades(model, &mut counted, &mut leaving);
         self.leave_refusals(model, &mut counted);
         let rolling = counted.iter().any(|held| !held.updated);
         self.drop_surplus(model, &mut counted, rolling);
@@ -132,6 +136,8 @@ impl<'a> Round<'a> {
                 in_turn: state.is_some_and(super::plan::takes_turns),
                 stale: draft.stale,
                 returned: self.memory.lost.get(name).is_some_and(|at| *at + FRESHLY_RETURNED > self.now.mono),
+                failed: state.is_some_and(|state| state.state == states::FAILED),
+                upgrading: draft.node.is_to_be_replaced(),
             });
         }
         for at in deadlines {
@@ -152,6 +158,29 @@ impl<'a> Round<'a> {
         }
         leaving.push((counted[index].name, Leave::Turns));
         counted.remove(index);
+    }
+
+    /// A node whose agent is to be replaced is left when another has room for the model, and when that one serves. One where
+    /// it fails is no such node, and is not tried again at once.
+    fn leave_upgrades(&mut self, model: &Model, counted: &mut Vec<Held<'a>>, leaving: &mut Vec<(&'a str, Leave)>) {
+        let upgrading: Vec<&str> = counted.iter().filter(|held| held.upgrading).map(|held| held.name).collect();
+        for name in upgrading.into_iter().filter(|_| model.finalized()) {
+            let others: Vec<&Held<'_>> = counted.iter().filter(|held| held.name != name).collect();
+            if others.len() >= model.wanted() {
+                if let Some(failed) = others.iter().find(|held| held.failed) {
+                    let why = ("UpgradeMoveFailed", "the model failed there when it was to move");
+                    self.memory.refused(&model.uid, failed.name, &model.revision, why, self.now.mono);
+                    continue;
+                }
+            } else {
+                let others: Vec<&str> = others.iter().map(|held| held.name).collect();
+                if self.survey(model, &others).roomy.is_none() {
+                    continue;
+                }
+            }
+            leaving.push((name, Leave::Upgrade));
+            counted.retain(|held| held.name != name);
+        }
     }
 
     /// A node that refuses the model is left when another has room.
@@ -178,6 +207,8 @@ impl<'a> Round<'a> {
                 in_turn: false,
                 stale: false,
                 returned: false,
+                failed: false,
+                upgrading: false,
             };
         }
     }
@@ -280,6 +311,7 @@ impl<'a> Round<'a> {
                 leaving: leave.map(|(_, leave)| leave.to_string()),
                 stale: draft.stale,
                 accepts: !draft.stale && self.accepts(draft, &model.uid, None),
+                upgrading: draft.node.upgrade().is_some(),
             })
         });
         holders.collect()

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use altiplano_crds::model_node::{RawAssignment, UnsupportedAssignment};
+use altiplano_crds::model_node::{AgentUpgrade, RawAssignment, UnsupportedAssignment};
 use altiplano_crds::{ModelAssignment, ModelDeployment, ModelDeploymentSpec, ModelDeploymentStatus};
 use altiplano_crds::{ModelNode, ModelNodeStatus, names, revision};
 use jiff::Timestamp;
@@ -257,6 +257,8 @@ pub struct NodeModels {
     pub epoch: i64,
     /// spec.models.
     pub entries: Vec<Entry>,
+    /// spec.upgrade: the agent's Pod is being replaced.
+    pub upgrade: Option<AgentUpgrade>,
     /// What the agent says; `None` before it has said anything.
     pub status: Option<ModelNodeStatus>,
 }
@@ -298,6 +300,7 @@ impl Seen for ModelNodeSeen {
                 generation: metadata.generation.unwrap_or_default(),
                 epoch: spec.epoch,
                 entries: spec.models.into_iter().map(Entry::new).collect(),
+                upgrade: spec.upgrade,
                 status,
             })),
             Err(invalid) => Self::Unreadable(invalid.error),

@@ -42,6 +42,11 @@ impl Site<'_> {
         }
     }
 
+    /// It serves nothing at the moment, because its agent is being replaced.
+    fn is_upgrading(&self) -> bool {
+        self.holder.is_some_and(|holder| holder.upgrading && !holder.accepts)
+    }
+
     fn failed(&self) -> Option<&ModelState> {
         self.state.filter(|state| state.state == states::FAILED && !self.is_stale())
     }
@@ -198,6 +203,7 @@ fn placement(site: &Site<'_>) -> Placement {
     let state = site.state.unwrap_or(&empty);
     let total = |bytes: Vec<i64>| (!bytes.is_empty()).then(|| bytes.into_iter().fold(0_i64, i64::saturating_add));
     let message = match site.holder {
+        Some(Holder { upgrading: true, accepts: false, .. }) => Some(Why::Upgrade.to_string()),
         Some(Holder { stale: true, .. }) => Some(Why::Stale.to_string()),
         Some(Holder { leaving: Some(why), .. }) => Some(format!("is to leave: the node {why}")),
         _ => state.message.clone().or_else(|| state.reason.clone()),
@@ -288,6 +294,9 @@ fn stale_verdict(held: &[Site<'_>]) -> Option<Verdict> {
 
 /// What is going on, if anything.
 fn in_flight(held: &[Site<'_>], asked: &[Site<'_>]) -> Option<(&'static str, String)> {
+    if let Some(site) = held.iter().find(|site| site.is_upgrading()) {
+        return Some((reasons::AGENT_UPGRADE, format!("the agent on {} is being replaced", site.node)));
+    }
     let at = |wanted: &[&str]| {
         let there = held.iter().filter(|site| site.holder.is_some() && !site.is_stale()).chain(asked);
         let nodes: Vec<&str> = there.filter(|site| wanted.contains(&site.shown())).map(|site| site.node).collect();
@@ -392,7 +401,8 @@ fn progress_verdict(plan: &ModelPlan, held: &[Site<'_>], asked: &[Site<'_>]) -> 
     if let Some(leaving) = plan.holders.iter().find(|holder| holder.leaving.is_some()) {
         return Verdict::yes(reasons::ROLLING_OUT, format!("moving off {}", leaving.node));
     }
-    let unready = held.iter().any(|site| site.holder.is_some() && !site.is_ready() && !site.is_stale());
+    let unready =
+        held.iter().any(|site| site.holder.is_some() && !site.is_ready() && (!site.is_stale() || site.is_upgrading()));
     if (unready || !asked.is_empty())
         && let Some((reason, text)) = in_flight(held, asked)
     {

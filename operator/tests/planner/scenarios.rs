@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use crate::world::{World, merge};
 use altiplano_operator::fleet::memory::Memory;
+use altiplano_operator::upgrade::plan as upgrade;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -54,6 +55,7 @@ fn play(scenario: Scenario) -> String {
     let mut text = format!("{}\n", scenario.about);
     let mut world: World = serde_json::from_value(scenario.world).unwrap();
     let mut memory = Memory::default();
+    let mut agents = upgrade::Memory::default();
     for step in scenario.steps {
         if !step.change.is_null() {
             let mut value = serde_json::to_value(&world).unwrap();
@@ -63,7 +65,7 @@ fn play(scenario: Scenario) -> String {
         let what = if step.what.is_empty() { String::new() } else { format!(" {}", step.what) };
         let _ = writeln!(text, "\n{}s{what}", step.at);
         for _ in 0..step.rounds {
-            text.push_str(&world.step(&mut memory, step.at));
+            text.push_str(&world.step(&mut memory, &mut agents, step.at));
         }
     }
     text

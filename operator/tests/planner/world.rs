@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use altiplano_crds::model_node::{
-    AgentInfo, AssignmentMode, Device, ModelState, NodeAddress, RawAssignment, RequiredMemory,
+    AgentInfo, AgentUpgrade, AssignmentMode, Device, ModelState, NodeAddress, RawAssignment, RequiredMemory,
 };
 use altiplano_crds::{ModelDeployment, ModelNodeStatus, names};
 use altiplano_operator::clock::Now;
@@ -22,7 +22,11 @@ use altiplano_operator::fleet::seen::{
     AgentSeen, Entry, Model, ModelNodeSeen, ModelSeen, NodeModels, NodeSeen, ServiceSeen,
 };
 use altiplano_operator::fleet::status::status;
+use altiplano_operator::upgrade::observe::{Agents, DaemonSetSeen, PodSeen};
+use altiplano_operator::upgrade::plan as upgrade;
+use altiplano_operator::upgrade::status as upgrade_status;
 use altiplano_operator::watch::Seen as _;
+use k8s_openapi::api::apps::v1::DaemonSetCondition;
 use k8s_openapi::api::core::v1::{Service, Taint};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -41,10 +45,43 @@ pub(crate) struct World {
     pub(crate) services: Vec<String>,
     /// Services that the operator has made, by name.
     pub(crate) own_services: BTreeMap<String, Service>,
+    /// The agents' DaemonSet; none: nothing is known of it.
+    pub(crate) agents: Option<WorldAgents>,
+    /// What the operator last said of the agents.
+    pub(crate) condition: Option<DaemonSetCondition>,
+}
+
+/// The agents' DaemonSet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub(crate) struct WorldAgents {
+    /// Its newest revision.
+    pub(crate) current: String,
+    /// Nodes that should have a Pod; 0: as many as there are nodes.
+    pub(crate) desired: usize,
+    pub(crate) rolling_update: bool,
+    /// Its controller has not seen the newest template yet.
+    pub(crate) behind: bool,
+    pub(crate) max_unavailable: usize,
+    pub(crate) paused: bool,
+}
+
+impl Default for WorldAgents {
+    fn default() -> Self {
+        Self {
+            current: "r1".to_owned(),
+            desired: 0,
+            rolling_update: false,
+            behind: false,
+            max_unavailable: 1,
+            paused: false,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "what may be said of a node in YAML")]
 pub(crate) struct WorldNode {
     /// Second in which the agent's Lease was last seen to change; negative: no Lease.
     pub(crate) seen: i64,
@@ -66,6 +103,22 @@ pub(crate) struct WorldNode {
     pub(crate) holds: Vec<Held>,
     /// status.models, by model.
     pub(crate) reports: BTreeMap<String, Report>,
+    /// Revision of the agent's Pod; empty: no Pod of the DaemonSet.
+    pub(crate) pod: String,
+    /// Which Pod of this node it is: another number is another uid.
+    pub(crate) pod_number: u32,
+    pub(crate) pod_unready: bool,
+    /// Why it is not Ready.
+    pub(crate) pod_trouble: Option<String>,
+    pub(crate) pod_deleting: bool,
+    /// The agent that reports is that of an earlier Pod.
+    pub(crate) reports_of_before: bool,
+    /// status.agent.drain.
+    pub(crate) drain: Option<String>,
+    /// spec.upgrade.
+    pub(crate) upgrade: Option<AgentUpgrade>,
+    /// The agent knows no spec.upgrade, and reports the newest generation without a word of it.
+    pub(crate) old_agent: bool,
 }
 
 impl Default for WorldNode {
@@ -83,6 +136,15 @@ impl Default for WorldNode {
             host: 64,
             holds: Vec::new(),
             reports: BTreeMap::new(),
+            pod: String::new(),
+            pod_number: 1,
+            pod_unready: false,
+            pod_trouble: None,
+            pod_deleting: false,
+            reports_of_before: false,
+            drain: None,
+            upgrade: None,
+            old_agent: false,
         }
     }
 }
@@ -237,7 +299,12 @@ impl World {
             ..ModelState::default()
         };
         ModelNodeStatus {
-            agent: Some(AgentInfo { pod_uid: format!("pod-{name}"), ..AgentInfo::default() }),
+            observed_generation: node.old_agent.then_some(1),
+            agent: Some(AgentInfo {
+                pod_uid: pod_uid(name, node.pod_number - u32::from(node.reports_of_before)),
+                drain: node.drain.clone(),
+                ..AgentInfo::default()
+            }),
             addresses: vec![NodeAddress { family: "IPv4".to_owned(), address: "10.0.0.1".to_owned() }],
             devices,
             models: node.reports.iter().map(state).collect(),
@@ -246,7 +313,8 @@ impl World {
     }
 
     pub(crate) fn fleet(&self) -> Fleet {
-        let mut fleet = Fleet::default();
+        let outdated = self.agents().map(|agents| agents.outdated()).unwrap_or_default();
+        let mut fleet = Fleet { outdated, ..Fleet::default() };
         for name in self.models.keys() {
             let seen = ModelSeen::Readable(Box::new(self.model(name)));
             fleet.models.insert(format!("uid-{name}"), Arc::new(seen));
@@ -257,7 +325,11 @@ impl World {
                 there.object = Some(Arc::new(self.node_object(name)));
             }
             if let Ok(seen) = u64::try_from(node.seen) {
-                there.agent = Some(Arc::new(AgentSeen::at(Duration::from_secs(seen), node.contract)));
+                let mut agent = AgentSeen::at(Duration::from_secs(seen), node.contract);
+                if !node.pod.is_empty() {
+                    agent.pod_uid = Some(pod_uid(name, node.pod_number - u32::from(node.reports_of_before)));
+                }
+                there.agent = Some(Arc::new(agent));
             }
             if !node.no_model_node {
                 there.models = Some(Arc::new(ModelNodeSeen::Readable(Box::new(NodeModels {
@@ -265,6 +337,7 @@ impl World {
                     generation: 1,
                     epoch: EPOCH,
                     entries: node.holds.iter().map(|held| Entry::new(self.entry(held))).collect(),
+                    upgrade: node.upgrade.clone(),
                     status: Some(self.status(name)),
                 }))));
             }
@@ -282,10 +355,77 @@ impl World {
         fleet
     }
 
-    /// Plans at that second, does the plan to the world, and tells.
-    pub(crate) fn step(&mut self, memory: &mut Memory, second: u64) -> String {
-        let (fleet, plan) = self.plan(memory, second);
+    /// The agents' Pods, as they would be seen.
+    fn agents(&self) -> Option<Agents> {
+        let there = self.agents.as_ref()?;
+        let pod = |(name, node): (&String, &WorldNode)| PodSeen {
+            namespace: "system".to_owned(),
+            name: format!("agent-{name}"),
+            uid: pod_uid(name, node.pod_number),
+            owner: Some("ds".to_owned()),
+            node: Some(name.clone()),
+            hash: node.pod.clone(),
+            ready: !node.pod_unready && node.drain.is_none(),
+            deleting: node.pod_deleting,
+            trouble: node.pod_trouble.clone(),
+        };
+        let daemon_set = DaemonSetSeen {
+            namespace: "system".to_owned(),
+            name: "altiplano-agent".to_owned(),
+            uid: "ds".to_owned(),
+            settled: !there.behind,
+            desired: if there.desired == 0 { self.nodes.len() } else { there.desired },
+            on_delete: !there.rolling_update,
+            max_unavailable: there.max_unavailable,
+            paused: there.paused,
+            progress_deadline: Duration::from_mins(10),
+            condition: self.condition.clone(),
+        };
+        let pods = self.nodes.iter().filter(|(_, node)| !node.pod.is_empty()).map(pod).collect();
+        Some(Agents { daemon_set, current: there.current.clone(), pods })
+    }
+
+    /// Plans the upgrade of the agents, does it to the world but for the Pods, and tells.
+    fn step_agents(&mut self, plan: &mut Plan, fleet: &Fleet, memory: &mut upgrade::Memory, second: u64) -> String {
         let mut text = String::new();
+        let Some(agents) = self.agents() else { return text };
+        let stale = SETTINGS.stale_after;
+        let (upgrades, after) = upgrade::plan(Some(&agents), fleet, plan, stale, std::mem::take(memory), now(second));
+        *memory = after;
+        plan.upgrades.clone_from(&upgrades.marks);
+        for pod in &upgrades.delete {
+            let _ = writeln!(text, "  {} goes", pod.uid);
+        }
+        for (name, node) in &mut self.nodes {
+            let mark = upgrades.marks.get(name);
+            if node.upgrade.as_ref() != mark {
+                let told = mark.map_or("none".to_owned(), |mark| {
+                    format!("{}{}", mark.pod_uid, if mark.drain { ", drain" } else { "" })
+                });
+                let _ = writeln!(text, "  {name}: upgrade {told}");
+                node.upgrade = mark.cloned();
+            }
+        }
+        if let Some(progress) = &upgrades.progress {
+            let condition = upgrade_status::condition(&agents.daemon_set, progress, now(second));
+            if let Some(note) = upgrade_status::event(self.condition.as_ref(), &condition) {
+                let _ = writeln!(text, "  event {}{}", if note.warning { "Warning " } else { "" }, note.reason);
+            }
+            let told = |word: &Option<String>| word.clone().unwrap_or_default();
+            let (reason, message) = (told(&condition.reason), told(&condition.message));
+            let _ = writeln!(text, "  agents: {}/{reason} {message}", condition.status);
+            self.condition = Some(condition);
+        }
+        if let Some(next) = upgrades.next {
+            let _ = writeln!(text, "  next look at the agents at {}s", next.as_secs());
+        }
+        text
+    }
+
+    /// Plans at that second, does the plan to the world, and tells.
+    pub(crate) fn step(&mut self, memory: &mut Memory, agents: &mut upgrade::Memory, second: u64) -> String {
+        let (fleet, mut plan) = self.plan(memory, second);
+        let mut text = self.step_agents(&mut plan, &fleet, agents, second);
         for write in diff::nodes(&fleet, &plan, EPOCH) {
             let name = write.object().1;
             if let Write::DeleteModelNode(_) = write {
@@ -300,6 +440,9 @@ impl World {
             let new = after.iter().filter(|held| !before.contains(held)).map(|held| format!("+{held}"));
             let changes: Vec<String> = gone.chain(new).collect();
             let made = if self.nodes[&name].no_model_node { "new ModelNode " } else { "" };
+            if changes.is_empty() && self.agents.is_some() {
+                continue;
+            }
             let changes = if changes.is_empty() { "(contents)".to_owned() } else { changes.join(" ") };
             let _ = writeln!(text, "  {name}: {made}{changes}");
             self.nodes.get_mut(&name).unwrap().no_model_node = false;
@@ -398,6 +541,10 @@ impl World {
         let kind = if held.estimate { "?" } else { "" };
         format!("{}{kind}{}", held.model, if old { "(old)" } else { "" })
     }
+}
+
+fn pod_uid(node: &str, number: u32) -> String {
+    format!("pod-{node}-{number}")
 }
 
 pub(crate) fn now(second: u64) -> Now {

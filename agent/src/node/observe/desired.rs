@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use altiplano_crds::model_node::{ModelAssignment, RawAssignment, UnsupportedAssignment};
+use altiplano_crds::model_node::{AgentUpgrade, ModelAssignment, ModelNodeSpec, RawAssignment, UnsupportedAssignment};
 
 /// What should be on this node.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -12,6 +12,8 @@ pub struct Desired {
     pub generation: Option<i64>,
     /// The models, in its order.
     pub entries: Vec<Entry>,
+    /// The Pod whose agent is to be replaced.
+    pub upgrade: Option<AgentUpgrade>,
 }
 
 /// One model that should be on this node.
@@ -24,6 +26,18 @@ pub enum Entry {
 }
 
 impl Desired {
+    /// What a ModelNode says.
+    #[must_use]
+    pub fn of(generation: Option<i64>, spec: &ModelNodeSpec) -> Self {
+        Self { upgrade: spec.upgrade.clone(), ..Self::new(generation, &spec.models) }
+    }
+
+    /// Whether the agent in that Pod is to serve nothing any more, until this is taken back.
+    #[must_use]
+    pub fn drains(&self, pod_uid: &str) -> bool {
+        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.drain && upgrade.pod_uid == pod_uid)
+    }
+
     /// Reads the entries one by one. Of two with the same uid the first counts.
     #[must_use]
     pub fn new(generation: Option<i64>, raw: &[RawAssignment]) -> Self {
@@ -33,7 +47,7 @@ impl Desired {
             Err(unsupported) => Entry::Unsupported(unsupported),
         };
         let entries = raw.iter().map(parse).filter(|entry| seen.insert(entry.uid().to_owned())).collect();
-        Self { generation, entries }
+        Self { generation, entries, upgrade: None }
     }
 }
 
