@@ -67,6 +67,9 @@ struct RunnerArgs {
     /// Print what changes of the context's size cost, for benchmarks
     #[arg(long, conflicts_with_all = ["estimate", "probe"])]
     measure_resizes: bool,
+    /// Print how fast llama.cpp's bare calls are, for benchmarks
+    #[arg(long, conflicts_with_all = ["estimate", "probe", "measure_resizes"])]
+    measure_batches: bool,
 }
 
 impl RunnerArgs {
@@ -75,6 +78,7 @@ impl RunnerArgs {
             Self { probe: true, stay, .. } => Mode::Probe { stay: *stay },
             Self { estimate: true, .. } => Mode::Estimate,
             Self { measure_resizes: true, .. } => Mode::MeasureResizes,
+            Self { measure_batches: true, .. } => Mode::MeasureBatches,
             Self { .. } => Mode::Serve,
         }
     }

@@ -66,7 +66,9 @@ pub use sampling::{
 pub use stats::{Activity, EngineStats};
 
 use crate::runner::grants::Grants;
-use crate::runner::protocol::{EstimateReport, ProbeReport, ResizeReport, RunnerConfig, RunnerReport};
+use crate::runner::protocol::{
+    BatchLoad, BatchReport, EstimateReport, ProbeReport, ResizeReport, RunnerConfig, RunnerReport,
+};
 use budget::Budget;
 use chat::{ChatError, ChatTemplates};
 use chooser::Chooser;
@@ -465,6 +467,11 @@ pub fn estimate(config: &RunnerConfig) -> Result<EstimateReport, EngineError> {
 /// the largest that it allows.
 pub fn measure_resizes(config: &RunnerConfig) -> Result<ResizeReport, EngineError> {
     measure::resizes(config)
+}
+
+/// How fast llama.cpp's bare calls are at what some clients ask for.
+pub fn measure_batches(asked: &BatchLoad) -> Result<BatchReport, EngineError> {
+    measure::batches(asked)
 }
 
 #[cfg(test)]

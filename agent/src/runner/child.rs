@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -35,6 +36,8 @@ pub enum Mode {
     Estimate,
     /// Print what changes of the context's size cost.
     MeasureResizes,
+    /// Print how fast llama.cpp's bare calls are.
+    MeasureBatches,
 }
 
 /// Why a worker ends with a non-zero code.
@@ -121,6 +124,9 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
         Mode::MeasureResizes => read_config()
             .and_then(|config| Ok(engine::measure_resizes(&config)?))
             .and_then(|report| events.write(&report)),
+        Mode::MeasureBatches => read_config()
+            .and_then(|asked| Ok(engine::measure_batches(&asked)?))
+            .and_then(|report| events.write(&report)),
         Mode::Serve => {
             volunteer();
             call_it(SPARE);
@@ -162,7 +168,7 @@ fn volunteer() {
     }
 }
 
-fn read_config() -> Result<RunnerConfig, ChildError> {
+fn read_config<T: DeserializeOwned>() -> Result<T, ChildError> {
     let mut line = String::new();
     io::stdin().lock().take(CONFIG_BYTES).read_line(&mut line).map_err(ChildError::Config)?;
     serde_json::from_str(&line).map_err(ChildError::Parse)

@@ -291,6 +291,32 @@ pub struct PartEstimate {
     pub memory: Vec<MemoryUse>,
 }
 
+/// What `altiplano-agent runner --measure-batches` is given on its standard input.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct BatchLoad {
+    /// The model, and how its context is laid out.
+    pub runner: RunnerConfig,
+    /// Tokens with which all prompts begin.
+    pub shared: u32,
+    /// Tokens of each prompt after those; at least one.
+    pub own: Vec<u32>,
+    /// Tokens generated for each.
+    pub generate: u32,
+}
+
+/// What it prints: microseconds, one figure for each round.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BatchReport {
+    /// Of reading the common beginning.
+    pub shared_micros: Vec<u64>,
+    /// Of reading the rest of all prompts.
+    pub own_micros: Vec<u64>,
+    /// Of the steps after that.
+    pub generate_micros: Vec<u64>,
+}
+
 /// What `altiplano-agent runner --measure-resizes` prints for the [`RunnerConfig`] on its standard input.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", default)]

@@ -7,6 +7,7 @@
 
 mod arrival;
 pub(crate) mod client;
+mod limit;
 mod overhead;
 mod reuse;
 pub(crate) mod servers;

@@ -6,8 +6,9 @@ use altiplano_tests::report::Row;
 use anyhow::Result;
 
 use super::client::{Question, ask, ask_all, count, random_tokens};
+use super::limit::{BARE, limit};
 use super::servers::{Model, ours, peers};
-use super::turns::{Better, in_turn, median, percentile};
+use super::turns::{Better, Series, in_turn, median, percentile};
 
 /// Eight at once with a long beginning in common, when nobody has seen it and when it was seen.
 pub(super) async fn shared_prefix(model: &Model) -> Result<Vec<Row>> {
@@ -39,13 +40,24 @@ pub(super) async fn shared_prefix(model: &Model) -> Result<Vec<Row>> {
         Ok([first[0], total[0], first[1], total[1]])
     })
     .await?;
+    drop(servers);
     let what = format!("{CLIENTS} clients, {SHARED} shared + {OWN} own tokens");
-    Ok(vec![
+    let bare = limit(model, SHARED, &[OWN; CLIENTS], GENERATE)?;
+    let beside_bare =
+        |series: &Series, metric: &str, unit, bare| series.alone(format!("{what}, {metric}"), unit).beside(BARE, bare);
+    let limits = [
+        beside_bare(&cold_first, "cold: first token p50", "s", bare.cold_first),
+        beside_bare(&warm_first, "warm: first token p50", "s", bare.warm_first),
+        beside_bare(&cold_total, "cold: total", "tok/s", bare.cold_total),
+        beside_bare(&warm_total, "warm: total", "tok/s", bare.warm_total),
+    ];
+    let targets = [
         cold_first.row(format!("{what}, cold: first token p50"), "s", Better::Less).ratio_at_most(0.25),
         warm_first.row(format!("{what}, warm: first token p50"), "s", Better::Less).ratio_at_most(0.3),
         cold_total.row(format!("{what}, cold: total"), "tok/s", Better::More).ratio_at_least(3.0),
         warm_total.row(format!("{what}, warm: total"), "tok/s", Better::More).ratio_at_least(1.5),
-    ])
+    ];
+    Ok(targets.into_iter().chain(limits).collect())
 }
 
 /// One stream, alone and after thirty prompts whose cells were kept.

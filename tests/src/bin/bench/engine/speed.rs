@@ -6,6 +6,7 @@ use altiplano_tests::report::Row;
 use anyhow::Result;
 
 use super::client::{Question, ask, ask_all, count, random_tokens};
+use super::limit::{BARE, limit};
 use super::servers::{Model, Server, llama_bench, ours, peers};
 use super::turns::{Better, in_turn, median};
 
@@ -31,7 +32,13 @@ pub(super) async fn one_client(model: &Model) -> Result<Vec<Row>> {
     let beside_bench = Row::new("generation, 1 client", "tok/s", median(&pace.ours))
         .beside("llama-bench", median(&bare))
         .ratio_at_least(0.98);
-    Ok(vec![beside_bench, pace.row("generation, 1 client", "tok/s", Better::More).ratio_at_least(1.0)])
+    drop(servers);
+    let limit = limit(model, 0, &[PROMPT], GENERATE)?;
+    Ok(vec![
+        beside_bench,
+        pace.row("generation, 1 client", "tok/s", Better::More).ratio_at_least(1.0),
+        pace.alone("generation, 1 client", "tok/s").beside(BARE, limit.pace),
+    ])
 }
 
 /// Four, eight and sixteen at once: short prompts of one length, and long ones that differ.
@@ -59,10 +66,16 @@ pub(super) async fn many_clients(model: &Model) -> Result<Vec<Row>> {
         if clients == 16 {
             rows.push(speed.row_beside(&metric, "tok/s", "llama-server default").ratio_at_least(1.5));
         }
-        let [speed] =
+        let [apart] =
             in_turn(&servers, 1, async |server, round| Ok([total(server, &long(100 + round)).await?])).await?;
-        let metric = format!("total, {clients} clients, prompts of {} to {LONGEST} tokens", LONGEST / 2);
-        rows.push(speed.row(metric, "tok/s", Better::More).ratio_at_least(0.9));
+        let metric_of_long = format!("total, {clients} clients, prompts of {} to {LONGEST} tokens", LONGEST / 2);
+        rows.push(apart.row(&metric_of_long, "tok/s", Better::More).ratio_at_least(0.9));
+        drop(servers);
+        for (series, metric, asked) in [(&speed, metric, short(0)), (&apart, metric_of_long, long(0))] {
+            let own: Vec<usize> = asked.iter().map(|question| question.prompt.len()).collect();
+            let bare = limit(model, 0, &own, GENERATE)?;
+            rows.push(series.alone(metric, "tok/s").beside(BARE, bare.cold_total));
+        }
     }
     Ok(rows)
 }

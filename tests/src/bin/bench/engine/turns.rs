@@ -68,7 +68,7 @@ impl Series {
         }
     }
 
-    fn alone(&self, metric: impl Into<String>, unit: &str) -> Row {
+    pub(super) fn alone(&self, metric: impl Into<String>, unit: &str) -> Row {
         Row::new(metric, unit, median(&self.ours)).spread(spread(&self.ours))
     }
 }
