@@ -102,6 +102,28 @@ fn positions_that_nobody_trained_need_a_rope() {
     }
 }
 
+/// Positions that were learnt cannot be stretched: llama.cpp would end the process in mid-stream.
+#[tokio::test]
+async fn positions_that_were_learnt_end_with_the_last_one() {
+    let spec = Spec { architecture: Architecture::Gpt2, context: 512, ..Spec::default() };
+    let (_folder, path) = generated(&spec);
+    let rope = Some(RopeSpec { scaling: RopeScaling::Yarn, factor: 2, original_tokens: None });
+    let beyond = config(path.clone(), ContextSpec { rope, ..dynamic(256, 1024, 1) });
+    for error in
+        [Engine::start(&beyond, &|_| {}).expect_err("refused"), engine::estimate(&beyond).expect_err("refused")]
+    {
+        assert_eq!(error.reason(), "UnsupportedSpec", "{error}");
+        let words = ["maxTokens is 1024", "trained with 512", "context.rope cannot stretch"];
+        assert!(words.iter().all(|words| error.to_string().contains(words)), "{error}");
+    }
+    let engine = start(&config(path, dynamic(256, 512, 2)));
+    let prompt = (0..400).map(|number| 300 + number % 100).collect();
+    let run = GenerateRequest { prompt, ignore_eos: true, sampling: greedy(), ..GenerateRequest::default() };
+    let answer = ask(&engine, run).await;
+    assert_eq!((answer.reason(), answer.usage().completion_tokens), (FinishReason::Length, 112));
+    stop(&engine);
+}
+
 #[test]
 fn bad_files_are_refused_with_llama_cpps_reason() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -9,7 +9,9 @@
 //! A leaf crate on purpose: any other crate may take it as a dev-dependency.
 
 mod bad;
+mod bert;
 mod gguf;
+mod gpt2;
 mod lora;
 mod mamba;
 mod projector;

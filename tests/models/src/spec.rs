@@ -7,10 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Error;
 use crate::gguf::Header;
-use crate::mamba;
-use crate::qwen35;
 use crate::vocab::Vocabulary;
 use crate::weights::{self, Filling};
+use crate::{bert, gpt2, mamba, qwen35};
 
 /// A `ChatML` template that llama.cpp's own detection knows too.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
@@ -30,6 +29,8 @@ pub enum Architecture {
     Gemma3,
     /// An encoder: every token sees every other, no KV cache, positions learnt; needs [`Tokenizer::Wpm`].
     Bert,
+    /// A decoder with learnt positions: one that it was not trained with does not exist.
+    Gpt2,
     /// No attention: one state for each sequence, which every token changes. `heads`, `kv_heads` and `ff` play no part.
     Mamba,
     /// Like llama, and named as a mixture of experts of whose layers none has experts; may name a head that guesses.
@@ -391,13 +392,17 @@ impl Spec {
             h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
             h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
             h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
-            if self.is_bert() {
-                h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
-                h.bool(&format!("{arch}.attention.causal"), false);
-            } else {
-                h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
-                h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
-                h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+            match self.architecture {
+                Architecture::Bert => {
+                    h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
+                    h.bool(&format!("{arch}.attention.causal"), false);
+                }
+                Architecture::Gpt2 => h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-5),
+                _ => {
+                    h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
+                    h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
+                    h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
+                }
             }
             if let Some(pooling) = self.pooling {
                 h.u32(&format!("{arch}.pooling_type"), pooling.number());
@@ -439,60 +444,11 @@ impl Spec {
 
     /// Every tensor, in the file's order.
     fn tensors(&self) -> Vec<Tensor> {
-        if self.is_bert() { self.bert_tensors() } else { self.decoder_tensors() }
-    }
-
-    /// Of an encoder with learnt positions, norms after each part, and biases everywhere.
-    fn bert_tensors(&self) -> Vec<Tensor> {
-        let Self { vocab, layers, embd, heads, kv_heads, ff, context, .. } = *self;
-        let (embd, ff) = (u64::from(embd), u64::from(ff));
-        let kv = embd / u64::from(heads) * u64::from(kv_heads);
-        let gain = |factor: f32| Filling::Random { gain: factor };
-        let mut all = Vec::new();
-        let mut matrix = |name: String, rows: u64, columns: u64, kind: Quantization, factor: f32| {
-            all.push(Tensor { name, shape: vec![columns, rows], kind, filling: gain(factor) });
-        };
-        let kind = self.quantization;
-        matrix("token_embd.weight".to_owned(), u64::from(vocab), embd, kind, 3.0);
-        matrix("position_embd.weight".to_owned(), u64::from(context), embd, Quantization::F32, 1.0);
-        matrix("token_types.weight".to_owned(), 2, embd, Quantization::F32, 0.1);
-        for i in 0..layers {
-            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, kind, 1.0);
-            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, kind, 1.0);
-            matrix(format!("blk.{i}.attn_v.weight"), kv, embd, kind, 1.0);
-            matrix(format!("blk.{i}.attn_output.weight"), embd, embd, kind, 1.0);
-            matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, kind, 1.0);
-            matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, kind, 1.0);
+        match self.architecture {
+            Architecture::Bert => bert::tensors(self),
+            Architecture::Gpt2 => gpt2::tensors(self),
+            _ => self.decoder_tensors(),
         }
-        let is_reranker = self.pooling == Some(Pooling::Rank);
-        if is_reranker {
-            matrix("cls.weight".to_owned(), embd, embd, Quantization::F32, 1.0);
-            matrix("cls.output.weight".to_owned(), 1, embd, Quantization::F32, 2.0);
-        }
-        let mut vector = |name: String, length: u64, filling: Filling| {
-            all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
-        };
-        let mut norm = |name: &str| {
-            vector(format!("{name}.weight"), embd, Filling::Ones);
-            vector(format!("{name}.bias"), embd, gain(0.1));
-        };
-        norm("token_embd_norm");
-        for i in 0..layers {
-            norm(&format!("blk.{i}.attn_output_norm"));
-            norm(&format!("blk.{i}.layer_output_norm"));
-        }
-        for i in 0..layers {
-            for (name, length) in [("attn_q", embd), ("attn_k", kv), ("attn_v", kv), ("attn_output", embd)] {
-                vector(format!("blk.{i}.{name}.bias"), length, gain(0.1));
-            }
-            vector(format!("blk.{i}.ffn_up.bias"), ff, gain(0.1));
-            vector(format!("blk.{i}.ffn_down.bias"), embd, gain(0.1));
-        }
-        if is_reranker {
-            vector("cls.bias".to_owned(), embd, gain(0.1));
-            vector("cls.output.bias".to_owned(), 1, gain(0.1));
-        }
-        all
     }
 
     fn decoder_tensors(&self) -> Vec<Tensor> {
@@ -550,6 +506,7 @@ impl Spec {
             match self.architecture {
                 Architecture::Llama
                 | Architecture::Bert
+                | Architecture::Gpt2
                 | Architecture::Mamba
                 | Architecture::Glm4moe
                 | Architecture::Qwen35 => {}
@@ -614,6 +571,7 @@ impl Architecture {
             Self::Qwen2vl => "qwen2vl",
             Self::Gemma3 => "gemma3",
             Self::Bert => "bert",
+            Self::Gpt2 => "gpt2",
             Self::Mamba => "mamba",
             Self::Glm4moe => "glm4moe",
             Self::Qwen35 => "qwen35",

@@ -187,6 +187,11 @@ impl Model {
         self.inner.meta_val_str(key).ok()
     }
 
+    /// Whether positions are told by rotating queries and keys.
+    pub(in crate::engine) fn rotates(&self) -> bool {
+        self.inner.rope_type().is_some()
+    }
+
     /// Whether the file has a tensor of this name, in whichever of its parts.
     pub(in crate::engine) fn has_tensor(&self, name: &str) -> bool {
         let Ok(name) = CString::new(name) else { return false };

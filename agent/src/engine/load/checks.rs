@@ -14,12 +14,17 @@ pub(super) fn check_positions(config: &RunnerConfig, model: &Model) -> Result<()
     let trained = model.trained_context();
     let asked = max_tokens.and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
     // A recurrent model has no positions, and some files do not say.
-    if asked <= trained || trained == 0 || rope.is_some() || model.is_only_recurrent() {
+    if asked <= trained || trained == 0 || model.is_only_recurrent() {
         return Ok(());
     }
+    let why = match rope {
+        Some(_) if model.rotates() => return Ok(()),
+        // llama.cpp ends the process when it looks for a position that was not learnt.
+        _ if !model.rotates() => "its positions are not rotated, so context.rope cannot stretch them",
+        _ => "more than these need context.rope (scaling, factor, originalTokens)",
+    };
     Err(EngineError::UnsupportedContext(format!(
-        "context.maxTokens is {asked}, but the model was trained with {trained} tokens: more than these need context.rope \
-         (scaling, factor, originalTokens)"
+        "context.maxTokens is {asked}, but the model was trained with {trained} tokens: {why}"
     )))
 }
 
