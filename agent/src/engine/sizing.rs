@@ -154,7 +154,8 @@ pub(super) fn admit(cells: u32, cap: u32, demand: Demand, calm: bool, may_resize
         Sizing::Grow { to } if may_resize && demand.hard <= cells => Admission::Wish { to },
         Sizing::Grow { to } if may_resize => Admission::Grow { to },
         Sizing::Grow { .. } if demand.hard <= cells => Admission::Begin,
-        Sizing::Grow { .. } | Sizing::Wait if alone => Admission::Fail,
+        // What is being made may do for it.
+        Sizing::Grow { .. } | Sizing::Wait if alone && may_resize => Admission::Fail,
         Sizing::Grow { .. } | Sizing::Wait => Admission::Wait,
     }
 }
@@ -314,7 +315,8 @@ mod tests {
             (4096, 8192, 300, 5000, false, true, false, Admission::Begin),
             (4096, 8192, 5000, 5000, false, true, true, Admission::Grow { to: 6144 }),
             (4096, 8192, 5000, 5000, false, false, false, Admission::Wait),
-            (4096, 8192, 5000, 5000, false, false, true, Admission::Fail),
+            (4096, 8192, 5000, 5000, false, false, true, Admission::Wait),
+            (8192, 8192, 9000, 9000, true, false, true, Admission::Wait),
             (8192, 8192, 9000, 9000, true, true, false, Admission::Wait),
             (8192, 8192, 9000, 9000, true, true, true, Admission::Fail),
         ];
