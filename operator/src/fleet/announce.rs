@@ -36,23 +36,19 @@ impl Announcement {
     /// About a ModelDeployment.
     #[must_use]
     pub fn about(target: &Target, note: Note) -> Self {
-        let regarding = ObjectReference {
-            api_version: Some(ModelDeployment::api_version(&()).into_owned()),
-            kind: Some(ModelDeployment::kind(&()).into_owned()),
-            namespace: Some(target.namespace.clone()),
-            name: Some(target.name.clone()),
-            uid: Some(target.uid.clone()),
-            ..ObjectReference::default()
-        };
-        Self { regarding, note }
+        Self::of::<ModelDeployment>(target, note)
     }
 
     /// About the agents' DaemonSet.
     #[must_use]
     pub fn about_agents(target: &Target, note: Note) -> Self {
+        Self::of::<DaemonSet>(target, note)
+    }
+
+    fn of<K: Resource<DynamicType = ()>>(target: &Target, note: Note) -> Self {
         let regarding = ObjectReference {
-            api_version: Some(DaemonSet::api_version(&()).into_owned()),
-            kind: Some(DaemonSet::kind(&()).into_owned()),
+            api_version: Some(K::api_version(&()).into_owned()),
+            kind: Some(K::kind(&()).into_owned()),
             namespace: Some(target.namespace.clone()),
             name: Some(target.name.clone()),
             uid: Some(target.uid.clone()),

@@ -4,13 +4,11 @@
 //! from a file. Ours makes another context on the same weights and moves the state. Both are asked for the conversation and
 //! sixteen tokens more.
 
-use std::io::Write as _;
 use std::ops::ControlFlow;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use altiplano_tests::report::{Report, Row};
-use altiplano_tests::{http, program, sandbox};
+use altiplano_tests::{http, sandbox};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
@@ -152,17 +150,7 @@ fn bare(model: &Model) -> Result<Vec<Row>> {
         "threads": servers::threads(),
         "context": {"minTokens": from, "maxTokens": 2 * from, "parallel": 1},
     });
-    let mut child = Command::new(program("altiplano-agent")?)
-        .args(["runner", "--measure-resizes"])
-        .env("ALTIPLANO_LOG", "warn")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    writeln!(child.stdin.take().context("no standard input")?, "{config}")?;
-    let output = child.wait_with_output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "the measurement failed: {said}");
-    let report: Value = serde_json::from_str(&said).with_context(|| format!("{said:?} is no report"))?;
+    let report = servers::runner("--measure-resizes", &config)?;
     let times = |name: &str| -> Result<Vec<f64>> {
         let all = report[name].as_array().with_context(|| format!("no {name}"))?;
         Ok(all

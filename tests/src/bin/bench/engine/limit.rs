@@ -1,14 +1,10 @@
 //! What the bare calls of our llama.cpp reach on this machine at the same work: no server on it is faster.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
-
-use altiplano_tests::program;
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::client::count;
-use super::servers::{Model, threads};
+use super::servers::{Model, runner, threads};
 use super::turns::median;
 
 /// Who it is, in a row.
@@ -62,17 +58,7 @@ pub(super) fn limit(model: &Model, shared: usize, own: &[usize], generate: u32) 
 
 fn bare_calls(model: &Model, sizing: &str, shared: usize, own: &[usize], generate: u32) -> Result<Value> {
     let context = json!({"sizing": sizing, "minTokens": 512, "maxTokens": 512, "parallel": own.len()});
-    let runner = json!({"modelPath": model.path, "threads": threads(), "context": context});
-    let asked = json!({"runner": runner, "shared": shared, "own": own, "generate": generate});
-    let mut child = Command::new(program("altiplano-agent")?)
-        .args(["runner", "--measure-batches"])
-        .env("ALTIPLANO_LOG", "warn")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    writeln!(child.stdin.take().context("no standard input")?, "{asked}")?;
-    let output = child.wait_with_output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "the measurement failed: {said}");
-    serde_json::from_str(&said).with_context(|| format!("{said:?} is no report"))
+    let config = json!({"modelPath": model.path, "threads": threads(), "context": context});
+    let asked = json!({"runner": config, "shared": shared, "own": own, "generate": generate});
+    runner("--measure-batches", &asked)
 }

@@ -1,13 +1,16 @@
 //! Ours and theirs, started alike.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use altiplano_test_models::Spec;
 use altiplano_tests::{Proc, free_port, http, is_worker, program, sandbox, wait_for};
 use anyhow::{Context as _, Result, bail, ensure};
+
+use serde_json::Value;
 
 const START: Duration = Duration::from_mins(1);
 
@@ -85,6 +88,21 @@ fn role(pid: u32) -> Option<String> {
 /// How many threads both compute with: the machine's cores, as the agent does by itself.
 pub(crate) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What `altiplano-agent runner FLAG` prints for this question.
+pub(crate) fn runner(flag: &str, question: &Value) -> Result<Value> {
+    let mut child = Command::new(program("altiplano-agent")?)
+        .args(["runner", flag])
+        .env("ALTIPLANO_LOG", "warn")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    writeln!(child.stdin.take().context("no standard input")?, "{question}")?;
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "runner {flag} failed: {said}");
+    serde_json::from_str(&said).with_context(|| format!("{said:?} is no report"))
 }
 
 /// Altiplano, its whole path, with the model loaded for good. `context` is the YAML of `spec.context`.

@@ -4,10 +4,10 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use altiplano_tests::report::Row;
-use altiplano_tests::{Proc, free_port, program, sandbox};
+use altiplano_tests::{Proc, free_port, sandbox};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::seconds_until;
 use crate::engine::client::{Question, ask, random_tokens};
@@ -102,7 +102,7 @@ pub(super) async fn switches(model: &Model) -> Result<Vec<Row>> {
         std::fs::hard_link(&model.path, &path).map(|()| Model { name: name.to_owned(), path, ..model.clone() })
     });
     let (a, b) = (a?, b?);
-    let limit = (need(&a).await? * 3 / 2).to_string();
+    let limit = (need(&a)? * 3 / 2).to_string();
     let spec = format!("{CONTEXT}\n  unload: {{minResidentSeconds: 0}}");
     let mut server = serve(&["serve"], &[(&a, &spec), (&b, &spec)], &["--memory-limit-bytes", &limit]).await?;
     server.logs(1, ": Ready as ").await?;
@@ -130,21 +130,13 @@ pub(super) async fn switches(model: &Model) -> Result<Vec<Row>> {
 }
 
 /// Bytes that the model takes, by the dry run.
-async fn need(model: &Model) -> Result<u64> {
+fn need(model: &Model) -> Result<u64> {
     let config = json!({
         "modelPath": model.path,
         "threads": servers::threads(),
         "context": {"minTokens": CELLS, "maxTokens": CELLS, "parallel": 1},
     });
-    let mut child = tokio::process::Command::new(program("altiplano-agent")?)
-        .args(["runner", "--estimate"])
-        .env("ALTIPLANO_LOG", "warn")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    child.stdin.take().context("no standard input")?.write_all(format!("{config}\n").as_bytes()).await?;
-    let output = child.wait_with_output().await?;
-    let report: Value = serde_json::from_slice(&output.stdout).context("the dry run's report")?;
+    let report = servers::runner("--estimate", &config)?;
     let bytes = ["weightsBytes", "contextBytes", "computeBytes", "otherBytes"];
     let of = |memory: &Value| bytes.iter().filter_map(|name| memory[*name].as_u64()).sum::<u64>();
     Ok(report["memory"].as_array().context("no memory")?.iter().map(of).sum())
