@@ -79,7 +79,8 @@ impl Agent {
             .args(options)
             .envs(env.iter().copied());
         let agent = Self::spawn(&mut command, shared, folder);
-        agent.answers().await;
+        // A Pod gets its first request when this says so; before it a model may not be known yet.
+        agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
         agent
     }
 
