@@ -6,18 +6,19 @@ use std::{env, fs};
 const FOLDER: &str = "src/engine/ffi";
 
 /// One for each topic.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "allowance.cpp",
     "shim.cpp",
     "shim_chat.cpp",
+    "shim_depth.cpp",
     "shim_driver.cpp",
     "shim_head.cpp",
     "shim_media.cpp",
     "shim_sampler.cpp",
 ];
 
-const HEADERS: [&str; 7] =
-    ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_driver.h", "shim_head.h", "shim_media.h"];
+const HEADERS: [&str; 8] =
+    ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_depth.h", "shim_driver.h", "shim_head.h", "shim_media.h"];
 
 fn main() -> Result<(), String> {
     for file in HEADERS.iter().chain(&SOURCES) {

@@ -167,6 +167,154 @@ async fn experts_make_room_before_layers() {
     assert!(need - held > 2 << 20 && need - held < 4 << 20, "{held} of {need}");
 }
 
+/// An embedder that prefers a GPU and does not fit is there in part, too, and says the same as on the CPU: an encoder, and a
+/// decoder of which the last token counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn embedders_are_there_in_part() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for spec in [Spec::embedder(), Spec::causal_embedder()] {
+        let file = folder.path().join("embedder.gguf");
+        let spec = Spec { embd: 256, ff: 768, heads: 8, kv_heads: 8, layers: 4, ..spec };
+        spec.write(&file).expect("a model file");
+        let (whole, part, never) = (engine("Required"), engine("Preferred"), "engine: {gpu: Never}");
+        let [whole, part, never] = [&whole, &part, never].map(|engine| format!(", {engine}"));
+        let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{DEVICE}\"");
+        let all = agent(&[("whole", &file, &whole), ("never", &file, &never)], &[]).await;
+        all.ready("whole", 1).await;
+        let expected = embed(&all, "never").await;
+        near(&expected, &embed(&all, "whole").await);
+        let need = bytes(all.metric(&labels, "\"whole\"").await);
+        drop(all);
+        let limit = need - need / 8;
+        let some = agent(&[("part", &file, &part)], &["--device-memory-limit-bytes", &limit.to_string()]).await;
+        let line = some.ready("part", 1).await;
+        assert!(line.contains("runs in part on the CPU (") && line.contains(&format!("on {DEVICE}")), "{line}");
+        near(&expected, &embed(&some, "part").await);
+        let held = bytes(some.metric(&labels, "\"part\"").await);
+        assert!(held <= limit, "{held} of {limit}");
+        let error = some.metric(&labels.replace("measured", "error"), "\"part\"").await;
+        assert!(error.abs() <= 4096.0, "{error}");
+    }
+}
+
+/// The vector of a text.
+async fn embed(agent: &Agent, model: &str) -> Vec<f64> {
+    let body = serde_json::json!({"model": model, "input": "the llama walks on the high plain"});
+    let answer = agent.client.post(format!("{}/v1/embeddings", agent.base())).json(&body).send().await;
+    let answer: serde_json::Value = answer.expect("an answer").json().await.expect("JSON");
+    let vector = answer["data"][0]["embedding"].as_array().unwrap_or_else(|| panic!("{answer}; {}", agent.story()));
+    vector.iter().map(|number| number.as_f64().expect("a number")).collect()
+}
+
+/// Vectors of length 1 that point in the same direction.
+fn near(one: &[f64], other: &[f64]) {
+    let product: f64 = one.iter().zip(other).map(|(a, b)| a * b).sum();
+    assert!(one.len() == other.len() && product > 0.999, "{product}");
+}
+
+/// The same device twice is two devices for llama.cpp: a model that fits on neither alone is on both, one that does not fit on
+/// both is there in part on both, and none has more than its own limit.
+#[cfg(not(feature = "cuda"))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_split_over_two_devices() {
+    const BOTH: [&str; 2] = ["Vulkan0", "Vulkan1"];
+    let path = toy::path();
+    // Buffers for computing, which each device has as large as one alone, are to be small beside what is split.
+    let spec = |gpu: &str| {
+        format!(
+            ", context: {{minTokens: 512, maxTokens: 512, parallel: 2}}, \
+             engine: {{gpu: {gpu}, batchTokens: 32, microBatchTokens: 32, flashAttention: 'Off'}}"
+        )
+    };
+    let (must, may) = (spec("Required"), spec("Preferred"));
+    let start = async |model: Model<'_>, limit: u64| {
+        let options = ["--device-memory-limit-bytes", &limit.to_string()];
+        Agent::start(&[], &["serve"], &[model], &options, &[("GGML_VK_VISIBLE_DEVICES", "0,0")]).await
+    };
+    let held = async |agent: &Agent, model: &str| {
+        let mut held = Vec::new();
+        for device in BOTH {
+            let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{device}\"");
+            held.push(agent.metric(&labels, &format!("\"{model}\"")).await);
+        }
+        held
+    };
+    let one = start(("must", &path, &must), 1 << 30).await;
+    let line = one.ready("must", 1).await;
+    assert!(!line.contains('+'), "one device has room for all: {line}");
+    let need = bytes(held(&one, "must").await.iter().sum());
+    drop(one);
+
+    // Its half of the model and its buffer are a little less than all of it.
+    let limit = need * 24 / 25;
+    let whole = start(("must", &path, &must), limit).await;
+    let line = whole.ready("must", 1).await;
+    assert!(line.contains("on Vulkan0+Vulkan1") && !line.contains("in part"), "{line}");
+    whole.check("must").await;
+    let split: Vec<u64> = held(&whole, "must").await.into_iter().map(bytes).collect();
+    assert!(split.iter().all(|&bytes| bytes <= limit) && split.iter().sum::<u64>() >= need, "{split:?} of {need}");
+    for device in BOTH {
+        let labels = format!("altiplano_model_memory_error_bytes{{device=\"{device}\"");
+        let error = whole.metric(&labels, "\"must\"").await;
+        // Of what devices hand on to each other a dry run counts a little more.
+        assert!(error.abs() <= 131_072.0, "{device}: {error}");
+    }
+    drop(whole);
+
+    let limit = split.iter().max().expect("two") * 7 / 8;
+    let part = start(("may", &path, &may), limit).await;
+    let line = part.ready("may", 1).await;
+    assert!(line.contains("on Vulkan0+Vulkan1") && line.contains("runs in part on the CPU ("), "{line}");
+    part.check("may").await;
+    let held: Vec<u64> = held(&part, "may").await.into_iter().map(bytes).collect();
+    assert!(held.iter().all(|&bytes| bytes <= limit), "{held:?} of {limit}");
+    drop(part);
+    let none = start(("must", &path, &must), limit).await;
+    let line = none.line("default/must: Failed (InsufficientMemory)", 1).await;
+    assert!(line.contains("needs ") && line.contains(" free"), "{line}");
+}
+
+/// The warm-up takes what the deepest request needs: a prompt that fills the pool takes nothing more. Without flash
+/// attention the scores of a micro-batch at this depth are 16 MiB, which are touched by then, and the driver's temporaries are
+/// half as large; on a software driver all of it is the worker's memory.
+#[cfg(not(feature = "cuda"))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_pool_takes_no_more_than_the_warm_up() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("model.gguf");
+    let spec = Spec { layers: 1, heads: 8, kv_heads: 8, endless: true, ..Spec::default() };
+    spec.write(&file).expect("a model file");
+    let more = ", context: {minTokens: 2048, maxTokens: 2048, parallel: 1}, \
+                engine: {gpu: Required, batchTokens: 256, microBatchTokens: 256, flashAttention: 'Off'}";
+    let agent = agent(&[("deep", &file, more)], &[]).await;
+    agent.ready("deep", 1).await;
+    let pids = workers(agent.pid());
+    assert_eq!(pids.len(), 1, "{pids:?}");
+    let read = async |token: i32, length: u32| {
+        let body = serde_json::json!({"model": "deep", "prompt": vec![token; length as usize], "max_tokens": 8});
+        let url = format!("{}/v1/completions", agent.base());
+        let answer = agent.client.post(url).json(&body).send().await.expect("an answer");
+        let answer: serde_json::Value = answer.json().await.expect("JSON");
+        assert_eq!(answer["usage"]["total_tokens"], length + 8, "{answer}");
+        held(pids[0])
+    };
+    // Shaders for steps of all sizes are compiled by a short one.
+    let before = read(60, 256 + 44).await;
+    let after = read(61, 256 * 7 + 44).await;
+    println!("{before} bytes after a short prompt, {after} after one that fills the pool");
+    assert!(after < before + (8 << 20), "{before} {after}");
+}
+
+/// Bytes of memory that are a process's own, shared ones counted.
+fn held(pid: Pid) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).expect("its status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a field of its status");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    };
+    field("RssAnon:") + field("RssShmem:")
+}
+
 /// Device memory decides who is unloaded for whom, and what a worker held is waited for until the driver has it back.
 #[tokio::test(flavor = "multi_thread")]
 async fn models_take_turns_on_the_gpu() {
@@ -249,11 +397,6 @@ async fn the_agent_does_not_grow_with_the_models_it_serves() {
     let names: Vec<String> = (0..8).map(|number| format!("m{number}")).collect();
     let models: Vec<Model<'_>> = names.iter().map(|name| (name.as_str(), path.as_path(), more)).collect();
     let agent = Agent::start(&[], &["serve"], &models, &[], &[]).await;
-    let held = || {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid().as_raw_nonzero())).expect("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
-        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
-    };
     let mut after = Vec::new();
     for round in 0..4 {
         for name in &names {
@@ -261,7 +404,7 @@ async fn the_agent_does_not_grow_with_the_models_it_serves() {
         }
         agent.until("all are unloaded", || async { workers(agent.pid()).is_empty() }).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
-        after.push(held());
+        after.push(held(agent.pid()));
         println!("after round {round}: {} KiB", after[round] / 1024);
     }
     // The first round makes what is made once.

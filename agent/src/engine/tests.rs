@@ -3,6 +3,7 @@
 mod growth;
 mod hybrid;
 mod media;
+mod memory;
 mod mtp;
 
 use std::path::PathBuf;

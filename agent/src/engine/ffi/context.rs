@@ -3,7 +3,6 @@
 use std::ptr::{self, NonNull};
 use std::sync::{Mutex, PoisonError};
 
-use altiplano_crds::model_deployment::FlashAttention;
 use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
 
 use super::params::{check_sizes, raw_params};
@@ -52,9 +51,9 @@ pub(in crate::engine) struct Context {
     memory: NonNull<sys::llama_memory_i>,
     /// Which rows of the last batch have logits.
     pub(super) output_rows: Vec<i8>,
-    sequences: u32,
+    pub(super) sequences: u32,
     outputs: u32,
-    unified: bool,
+    pub(super) unified: bool,
     /// Attention is computed as products of whole matrices.
     plain_attention: bool,
     pub(super) part: Part,
@@ -77,7 +76,10 @@ impl Context {
             unsafe { sys::llama_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
-        let ContextParams { sequences, outputs, unified, part, flash_attention, .. } = *params;
+        let ContextParams { sequences, outputs, unified, part, .. } = *params;
+        // Not what was asked for: some models, and some devices, have none.
+        // SAFETY: the context is alive.
+        let plain_attention = unsafe { !shim::altiplano_flash_attention(raw.as_ptr()) };
         let context = Self {
             raw,
             memory,
@@ -85,7 +87,7 @@ impl Context {
             sequences,
             outputs,
             unified,
-            plain_attention: flash_attention == FlashAttention::Off,
+            plain_attention,
             part,
             model: model.clone(),
         };
@@ -319,11 +321,29 @@ impl Context {
         unsafe { sys::llama_memory_clear(self.memory.as_ptr(), false) };
     }
 
-    /// Without flash attention the CPU's backend makes a copy in half precision of all that is attended to, in a buffer of its
-    /// own that no breakdown knows: of each cell, for each token of a micro-batch, in each head.
-    fn scratch_bytes(&self) -> u64 {
+    /// Host bytes for cells that no breakdown knows: their metadata, and, where the CPU attends to them without flash attention,
+    /// its backend's copy in half precision of all that is attended to: of each cell, for each token of a micro-batch, in
+    /// each head.
+    fn cell_bytes(&self, host: &MemoryUse) -> u64 {
+        let metadata = u64::from(self.cells()) * CELL_METADATA_BYTES;
         let [cells, tokens, heads] = [self.sequence_cells(), self.micro_batch(), self.model.n_head()].map(u64::from);
-        if self.plain_attention { cells.saturating_mul(tokens).saturating_mul(heads).saturating_mul(2) } else { 0 }
+        if self.plain_attention && host.context_bytes > 0 {
+            metadata.saturating_add(cells.saturating_mul(tokens).saturating_mul(heads).saturating_mul(2))
+        } else {
+            metadata
+        }
+    }
+
+    /// Bytes per device that a context of another size takes more or less of; see [`Self::memory`].
+    pub(in crate::engine) fn memory_of_cells(&self) -> Vec<MemoryUse> {
+        // SAFETY: the context is alive.
+        let mut uses = unsafe { breakdown(self.raw) };
+        uses[0].other_bytes = self.cell_bytes(&uses[0]);
+        for device in &mut uses {
+            device.weights_bytes = 0;
+            device.mapped_bytes = 0;
+        }
+        uses
     }
 
     /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
@@ -332,10 +352,7 @@ impl Context {
         // SAFETY: the context is alive.
         let mut uses = unsafe { breakdown(self.raw) };
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
-        uses[0].other_bytes = logits + self.hidden_bytes() + u64::from(self.cells()) * CELL_METADATA_BYTES;
-        if uses[0].context_bytes > 0 {
-            uses[0].other_bytes += self.scratch_bytes();
-        }
+        uses[0].other_bytes = logits + self.hidden_bytes() + self.cell_bytes(&uses[0]);
         if self.part == Part::Head {
             // The weights are the model's.
             for device in &mut uses {

@@ -11,6 +11,7 @@ mod backend;
 mod batch;
 mod chat;
 mod context;
+mod depth;
 mod driver;
 mod embedding;
 mod head;

@@ -239,6 +239,10 @@ unsafe extern "C" {
         size: usize,
     ) -> bool;
     pub(super) fn altiplano_has_tensor(model: *const llama_model, name: *const c_char) -> bool;
+    pub(super) fn altiplano_fill(context: *mut llama_context, sequence: i32, count: u32) -> bool;
+    #[cfg(test)]
+    pub(super) fn altiplano_depth(context: *const llama_context, sequence: i32) -> u32;
+    pub(super) fn altiplano_flash_attention(context: *const llama_context) -> bool;
     pub(super) fn altiplano_hidden(context: *mut llama_context, outputs_only: bool);
     pub(super) fn altiplano_hidden_row(context: *mut llama_context, row: i32) -> *const f32;
     pub(super) fn altiplano_decode_head(

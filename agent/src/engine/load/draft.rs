@@ -28,7 +28,7 @@ pub(super) fn load(
         warm_up_head(&mut draft)?;
         return Ok(Some(draft));
     }
-    if super::warm_up(&draft.model, &mut draft.context, draft.params.offload)? {
+    if super::warm_up(&draft.model, &mut draft.context, draft.params.offload.then_some(u32::MAX))? {
         Ok(Some(draft))
     } else {
         Err(EngineError::DraftUnfit(STATE.to_owned()))
@@ -104,6 +104,10 @@ fn open_head(target: &Model, params: &ContextParams) -> Result<LoadedDraft, Engi
 fn warm_up_head(head: &mut LoadedDraft) -> Result<(), EngineError> {
     let LoadedDraft { model, context, params } = head;
     let count = if params.offload { context.micro_batch().min(context.cells() / 2) } else { 2 }.max(2);
+    if params.offload {
+        // Behind a full pool where there can be one, as the model.
+        context.fill(0, context.cells() - count);
+    }
     let token = model.bos().unwrap_or(0);
     let mut batch = Batch::new(count);
     for position in 1..=count {

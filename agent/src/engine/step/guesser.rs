@@ -36,6 +36,10 @@ impl Guesser {
         self.side().memory()
     }
 
+    pub(super) fn memory_of_cells(&self) -> Vec<MemoryUse> {
+        self.side().memory_of_cells()
+    }
+
     /// What a context of `cells` cells is made of; `None` after a failure.
     pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
         self.side().recipe(cells)

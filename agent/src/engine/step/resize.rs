@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
-use super::{Context, ContextParams, Executor, available_bytes};
+use super::{Context, ContextParams, Executor, Guesser, available_bytes, load};
 use crate::engine::sizing::{self, DeviceRoom, Way};
 use crate::runner::grants::{Grants, Refusal};
 use crate::runner::protocol::MemoryUse;
@@ -259,12 +259,14 @@ impl Executor {
         let staging = state.saturating_sub(self.staging.len() as u64);
         let room = |device: MemoryUse| DeviceRoom {
             available: available_bytes(&device.device),
-            context_bytes: device.context_bytes + device.compute_bytes,
+            context_bytes: device.total(),
             staging: if device.device == "CPU" { staging } else { 0 },
             device: device.device,
         };
         let from = context.cells();
-        let devices: Vec<_> = self.memory().into_iter().map(room).collect();
+        let mut memory = context.memory_of_cells();
+        load::add(&mut memory, self.guesser.as_ref().map(Guesser::memory_of_cells).unwrap_or_default());
+        let devices: Vec<_> = memory.into_iter().map(room).collect();
         sizing::way(&devices, from, cells).map(|way| (way, devices))
     }
 }
@@ -278,7 +280,6 @@ mod tests {
 
     use super::*;
     use crate::engine::ffi::LogprobRow;
-    use crate::engine::load;
     use crate::engine::prefix::Reuse;
     use crate::engine::request::Token;
     use crate::engine::tests::config;

@@ -26,6 +26,10 @@ impl Side {
         self.context.as_ref().map(Context::memory).unwrap_or_default()
     }
 
+    pub(super) fn memory_of_cells(&self) -> Vec<MemoryUse> {
+        self.context.as_ref().map(Context::memory_of_cells).unwrap_or_default()
+    }
+
     /// What a context of `cells` cells is made of; `None` after a failure.
     pub(super) fn recipe(&self, cells: u32) -> Option<(Model, ContextParams)> {
         let is_well = self.context.is_some();
