@@ -330,6 +330,47 @@ async fn a_new_agent_that_never_is_ready_stops_the_upgrade() -> Result<()> {
     world.end().await
 }
 
+/// `crds.install=false` and a CRD of before `spec.upgrade`: models are placed as ever, no Pod is deleted, the condition says
+/// why; with the new CRD it goes on by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_crd_holds_the_upgrade_and_nothing_else() -> Result<()> {
+    let world = World::start("oldcrd", 1).await?;
+    let scenario = &world.scenario;
+    let (prompt, expected) = toy_question(0)?;
+    world.wait_for_agents(reasons::UP_TO_DATE, "1 of 1").await?;
+    let crd = scenario.cluster.kubectl(&["get", "crd", "modelnodes.altiplano.dev", "-o", "json"])?;
+    let crd: Value = serde_json::from_str(&crd)?;
+    let pointer = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties";
+    let mut old = crd.clone();
+    let known = old.pointer_mut(pointer).and_then(Value::as_object_mut).context("properties of the spec")?;
+    ensure!(known.remove("upgrade").is_some(), "{known:?}");
+    let replace = |crd: &Value| {
+        let patch = json!([{"op": "replace", "path": "/spec/versions", "value": crd["spec"]["versions"]}]).to_string();
+        let arguments = ["patch", "crd", "modelnodes.altiplano.dev", "--type=json", "-p", &patch];
+        scenario.cluster.kubectl(&arguments).map(drop)
+    };
+    replace(&old)?;
+    let held = async {
+        world.helm(&["agent.podAnnotations.revision=second"])?;
+        world.wait_for_agents(reasons::UPGRADE_BLOCKED, "does not keep spec.upgrade").await?;
+        scenario.apply(&scenario.toy("toy", ""))?;
+        scenario.wait_for_ready("toy", "1/1").await?;
+        let endpoint = scenario.wait_for_endpoints("toy", 1).await?.remove(0);
+        assert_eq!(content(&ask(&endpoint.url, "toy", &prompt).await?)?, expected);
+        ensure!(world.marks().await?.is_empty() && world.kubelet.lives().len() == 1, "{:?}", world.kubelet.lives());
+        anyhow::Ok(())
+    };
+    let held = held.await;
+    // The next scenario needs it, too.
+    replace(&crd)?;
+    held?;
+    world.wait_for_agents(reasons::UP_TO_DATE, "1 of 1").await?;
+    ensure!(world.kubelet.lives().len() == 2, "{:?}", world.kubelet.lives());
+    scenario.wait_for_ready("toy", "1/1").await?;
+    world.scenario.delete("toy").await?;
+    world.end().await
+}
+
 /// One node, so nowhere to move to; held in the middle, then gone on with; at last a Pod that somebody deletes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_held_upgrade_goes_back_to_work_and_a_deleted_pod_drains() -> Result<()> {

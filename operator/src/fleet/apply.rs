@@ -180,7 +180,17 @@ impl Writer {
                     patch["spec"]["upgrade"] = json_of(upgrade);
                 }
                 let api: Api<DeserializeGuard<ModelNode>> = Api::all(self.client.clone());
-                let answer = api.patch(name, &force(), &Patch::Apply(&patch)).await?;
+                let answer = match api.patch(name, &force(), &Patch::Apply(&patch)).await {
+                    // The models matter more; the upgrade says what is wrong.
+                    Err(kube::Error::Api(status)) if upgrade.is_some() && too_new(&status) => {
+                        warn!(name, "the CRD of ModelNodes is older than this operator and knows no spec.upgrade");
+                        if let Some(spec) = patch["spec"].as_object_mut() {
+                            spec.remove("upgrade");
+                        }
+                        api.patch(name, &force(), &Patch::Apply(&patch)).await?
+                    }
+                    answer => answer?,
+                };
                 mirrors.model_nodes.insert(answer, now());
             }
             Write::DeleteModelNode(target) => {
@@ -284,6 +294,11 @@ where
 /// The transition rule on ModelNode.spec.epoch has refused the write.
 fn fenced(write: &Write, status: &kube::core::Status) -> bool {
     matches!(write, Write::ModelNode { .. }) && status.is_invalid() && status.message.contains("epoch must not go back")
+}
+
+/// The CRD that the API server has is of before `spec.upgrade`: such a write is refused as a whole.
+fn too_new(status: &kube::core::Status) -> bool {
+    status.message.contains(".spec.upgrade: field not declared in schema")
 }
 
 /// Writes that have failed, and when they are due again; and writes that were done, so that one that must be done again

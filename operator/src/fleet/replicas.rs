@@ -165,18 +165,20 @@ impl<'a> Round<'a> {
     fn leave_upgrades(&mut self, model: &Model, counted: &mut Vec<Held<'a>>, leaving: &mut Vec<(&'a str, Leave)>) {
         let upgrading: Vec<&str> = counted.iter().filter(|held| held.upgrading).map(|held| held.name).collect();
         for name in upgrading.into_iter().filter(|_| model.finalized()) {
-            let others: Vec<&Held<'_>> = counted.iter().filter(|held| held.name != name).collect();
-            if others.len() >= model.wanted() {
-                if let Some(failed) = others.iter().find(|held| held.failed) {
-                    let why = ("UpgradeMoveFailed", "the model failed there when it was to move");
-                    self.memory.refused(&model.uid, failed.name, &model.revision, why, self.now.mono);
-                    continue;
-                }
-            } else {
-                let others: Vec<&str> = others.iter().map(|held| held.name).collect();
+            let mut others: Vec<&str> = counted.iter().map(|held| held.name).filter(|other| *other != name).collect();
+            let failed = counted.iter().find(|held| held.failed && held.name != name).map(|held| held.name);
+            if let Some(failed) = failed.filter(|_| others.len() >= model.wanted()) {
+                let why = ("UpgradeMoveFailed", "the model failed there when it was to move");
+                self.memory.refused(&model.uid, failed, &model.revision, why, self.now.mono);
+                others.retain(|other| *other != failed);
                 if self.survey(model, &others).roomy.is_none() {
                     continue;
                 }
+                // Another one at once: the agent would drain meanwhile.
+                self.drop_from(model, failed);
+                counted.retain(|held| held.name != failed);
+            } else if others.len() < model.wanted() && self.survey(model, &others).roomy.is_none() {
+                continue;
             }
             leaving.push((name, Leave::Upgrade));
             counted.retain(|held| held.name != name);

@@ -16,6 +16,8 @@ use crate::fleet::plan::Plan;
 /// Time on top of the models' `drainSeconds` after which an agent that has not said that it is drained loses its Pod all the
 /// same.
 const DRAIN_MARGIN: Duration = Duration::from_mins(1);
+/// Time that the API server may take to show a mark that was written.
+const MARK_PATIENCE: Duration = Duration::from_secs(30);
 /// The chart lets no agent drain for longer.
 const LONGEST_DRAIN: Duration = Duration::from_hours(1);
 
@@ -50,6 +52,8 @@ pub struct Progress {
 /// What goes on at a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
+    /// The mark does not stay: the CRD is of before it.
+    Unmarked,
     /// Models move to other nodes.
     Move(Vec<String>),
     /// Running requests end.
@@ -65,6 +69,9 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Unmarked => {
+                f.write_str("its ModelNode does not keep spec.upgrade: its CRD is older than this operator")
+            }
             Self::Move(models) if models.is_empty() => f.write_str("its turn has come"),
             Self::Move(models) => write!(f, "moving to other nodes: {}", models.join(", ")),
             Self::Drain => f.write_str("its running requests end"),
@@ -154,8 +161,11 @@ impl<'a> Round<'a> {
         if outdated.is_empty() {
             // Whatever an agent does that was not just replaced, no upgrade is to blame.
             let marks = &self.plan.marks;
-            self.progress.steps.retain(|node, _| marks.contains_key(node));
-            self.progress.blocked.retain(|node| marks.contains_key(node));
+            // One without a node yet may be what a mark waits for.
+            let unbound = |place: &str| pods.iter().any(|pod| pod.node.is_none() && pod.name == place);
+            let counts = |place: &str| marks.contains_key(place) || !marks.is_empty() && unbound(place);
+            self.progress.steps.retain(|place, _| counts(place));
+            self.progress.blocked.retain(|place| counts(place));
         }
         if !daemon_set.on_delete || daemon_set.paused || !self.progress.blocked.is_empty() {
             if !daemon_set.on_delete {
@@ -292,6 +302,10 @@ impl<'a> Round<'a> {
                 self.plan.delete.push(target);
                 (Step::Delete, mark.is_some_and(|mark| mark.drain))
             }
+            None if self.never_marked(pod) => {
+                self.progress.blocked.insert(place.clone());
+                (Step::Unmarked, false)
+            }
             None => (Step::Move(self.leaving(&place)), false),
             Some(AgentUpgrade { drain: false, .. }) => {
                 self.remember(&place);
@@ -317,6 +331,12 @@ impl<'a> Round<'a> {
             }
         }
         self.progress.steps.insert(place, step);
+    }
+
+    /// Whether the mark, which goes out in each round, has not been seen for too long.
+    fn never_marked(&mut self, pod: &PodSeen) -> bool {
+        let has_node = self.node(pod).is_some_and(|node| node.node_models().is_some());
+        has_node && self.is_over(&pod.uid, "mark", MARK_PATIENCE)
     }
 
     /// Models that the fleet's planner is moving off that node.

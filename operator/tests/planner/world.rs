@@ -54,6 +54,7 @@ pub(crate) struct World {
 /// The agents' DaemonSet.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "what may be said of it in YAML")]
 pub(crate) struct WorldAgents {
     /// Its newest revision.
     pub(crate) current: String,
@@ -64,6 +65,8 @@ pub(crate) struct WorldAgents {
     pub(crate) behind: bool,
     pub(crate) max_unavailable: usize,
     pub(crate) paused: bool,
+    /// The CRD of `ModelNode` is of before spec.upgrade: what is written there does not stay.
+    pub(crate) old_crd: bool,
 }
 
 impl Default for WorldAgents {
@@ -75,6 +78,7 @@ impl Default for WorldAgents {
             behind: false,
             max_unavailable: 1,
             paused: false,
+            old_crd: false,
         }
     }
 }
@@ -389,6 +393,7 @@ impl World {
     fn step_agents(&mut self, plan: &mut Plan, fleet: &Fleet, memory: &mut upgrade::Memory, second: u64) -> String {
         let mut text = String::new();
         let Some(agents) = self.agents() else { return text };
+        let old_crd = self.agents.as_ref().is_some_and(|there| there.old_crd);
         let stale = SETTINGS.stale_after;
         let (upgrades, after) = upgrade::plan(Some(&agents), fleet, plan, stale, std::mem::take(memory), now(second));
         *memory = after;
@@ -403,7 +408,7 @@ impl World {
                     format!("{}{}", mark.pod_uid, if mark.drain { ", drain" } else { "" })
                 });
                 let _ = writeln!(text, "  {name}: upgrade {told}");
-                node.upgrade = mark.cloned();
+                node.upgrade = mark.filter(|_| !old_crd).cloned();
             }
         }
         if let Some(progress) = &upgrades.progress {
