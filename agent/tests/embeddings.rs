@@ -3,8 +3,10 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "support/engine.rs"]
+mod support;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use altiplano_agent::api::{ApiOptions, ApiState, router};
 use altiplano_agent::engine::{Ability, EmbedRequest, EmbedTask, Engine, SubmitError, Token};
@@ -17,7 +19,7 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-const PATIENCE: Duration = Duration::from_mins(1);
+use support::{PATIENCE, until};
 
 fn config(model_path: std::path::PathBuf) -> RunnerConfig {
     let (namespace, name) = ("ml".to_owned(), "embedder".to_owned());
@@ -310,31 +312,26 @@ async fn requests_take_turns() {
     let worker = Worker::start_with(&Spec::embedder(), |config| {
         config.context.parallel = 2;
         config.traffic.max_queued = 1;
+        config.threads = 1;
     });
     let engine = &worker.engine;
     let request = |count: usize| EmbedRequest {
         texts: texts(count, |_| 120).iter().map(|text| engine.tokenize(text, true, true).unwrap()).collect(),
         ..EmbedRequest::default()
     };
-    let mut many = Box::pin(engine.embed(request(2000)).unwrap());
-    let few = tokio::time::timeout(PATIENCE, engine.embed(request(1)).unwrap()).await.unwrap().unwrap();
+    // As many as a request may have: more than one thread embeds before the test goes on.
+    let (large, one) = (request(2000), request(1));
+    let mut many = Box::pin(engine.embed(large.clone()).unwrap());
+    let few = tokio::time::timeout(PATIENCE, engine.embed(one.clone()).unwrap()).await.unwrap().unwrap();
     assert_eq!(few.vectors.len(), 1);
     assert!(futures::poll!(&mut many).is_pending(), "the first one has not ended");
-    let first = engine.embed(request(2000)).unwrap();
-    let second = engine.embed(request(2000)).unwrap();
-    assert_eq!(engine.embed(request(1)).unwrap_err(), SubmitError::QueueFull { limit: 1 });
+    let first = engine.embed(large.clone()).unwrap();
+    let second = engine.embed(large).unwrap();
+    assert_eq!(engine.embed(one).unwrap_err(), SubmitError::QueueFull { limit: 1 });
     drop((many, first, second));
-    let started = std::time::Instant::now();
-    loop {
-        let stats = engine.stats();
-        if (stats.running, stats.waiting) == (0, 0) {
-            assert!(stats.cancelled >= 1 && stats.finished_stop == 1, "{stats:?}");
-            assert!(stats.embedded_texts < 2000, "{stats:?}");
-            break;
-        }
-        assert!(started.elapsed() < PATIENCE, "{stats:?}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    let stats = until(engine, "all have left", |stats| (stats.running, stats.waiting) == (0, 0)).await;
+    assert!(stats.cancelled >= 1 && stats.finished_stop == 1, "{stats:?}");
+    assert!(stats.embedded_texts < 2000, "{stats:?}");
     for (bad, expected) in [
         (EmbedRequest::default(), SubmitError::EmptyPrompt),
         (EmbedRequest { texts: vec![vec![-1]], ..request(0) }, SubmitError::InvalidToken { token: -1, n_vocab: 512 }),

@@ -178,13 +178,16 @@ async fn requests_that_cannot_run_are_refused() {
     let stranger = SamplingParams { logit_bias: vec![(5000, 1.0)], ..greedy() };
     assert_eq!(refused(sampling(stranger)), SubmitError::InvalidToken { token: 5000, n_vocab: 1024 });
 
-    // One runs, one waits, the third is refused; the one that waits leaves at its deadline.
+    // One runs, one waits, the third is refused; another one that waits leaves at its deadline.
     let endless = request(&engine, &chat(toy::ENDLESS_QUESTION));
     let mut running = engine.submit(endless.clone()).unwrap();
     assert!(matches!(next(&mut running).await, Some(GenerateEvent::Token { .. })));
+    let waiting = engine.submit(endless.clone()).unwrap();
+    assert_eq!(engine.submit(endless.clone()).unwrap_err(), SubmitError::QueueFull { limit: 1 });
+    drop(waiting);
+    until(&engine, "nobody waits", |stats| stats.waiting == 0).await;
     let deadline = Some(Instant::now() + Duration::from_millis(20));
     let waiting = engine.submit(GenerateRequest { deadline, ..endless.clone() }).unwrap();
-    assert_eq!(engine.submit(endless.clone()).unwrap_err(), SubmitError::QueueFull { limit: 1 });
     assert_eq!(read(waiting).await.end.unwrap_err(), EngineError::QueueTimeout);
     assert_eq!(read(running).await.reason(), FinishReason::Length);
     stop(&engine);

@@ -10,6 +10,8 @@ mod audio_api;
 mod images;
 #[path = "media/images_api.rs"]
 mod images_api;
+#[path = "support/engine.rs"]
+mod support;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,9 +23,7 @@ use altiplano_agent::engine::{
 use altiplano_agent::runner::protocol::RunnerConfig;
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 use altiplano_test_models::{Architecture, Projector, ProjectorKind, Spec};
-use futures::StreamExt;
-
-const PATIENCE: Duration = Duration::from_mins(2);
+use support::until;
 
 /// How far log-probabilities of the same may be apart.
 const NEAR: f32 = 0.05;
@@ -68,7 +68,7 @@ type Top = BTreeMap<Token, f32>;
 async fn read(mut generation: Generation) -> (Top, Usage) {
     let mut first = None;
     loop {
-        match tokio::time::timeout(PATIENCE, generation.next()).await.unwrap() {
+        match support::next(&mut generation).await {
             Some(GenerateEvent::Token { logprob: Some(logprob), .. }) => {
                 first.get_or_insert(logprob.top.iter().map(|top| (top.token, top.logprob)).collect());
             }
@@ -133,12 +133,43 @@ fn distance_down_to(depth: f32, left: &Top, right: &Top) -> f32 {
     differences.fold(0.0, f32::max)
 }
 
-async fn until(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so(&engine.stats()) {
-        assert!(Instant::now() < deadline, "waited for: {what}; {:?}", engine.stats());
-        tokio::time::sleep(Duration::from_millis(2)).await;
+/// How long a request with a slow picture or sound takes alone.
+async fn alone(engine: &Engine, request: &GenerateRequest) -> Duration {
+    let began = Instant::now();
+    ask(engine, request).await;
+    let alone = began.elapsed();
+    assert!(alone > Duration::from_millis(50), "not slow enough to see anything: {alone:?}");
+    alone
+}
+
+/// Who gives up while a picture or sound is computed, which takes `alone` in all, does not hold the next one up, and what
+/// nobody wants is not computed to its end. With another medium each time, and again where a busy machine came too late to
+/// see it. `computed` are those that were computed to their end.
+async fn is_given_up(
+    engine: &Engine,
+    request: impl Fn(u8) -> GenerateRequest,
+    alone: Duration,
+    computed: impl Fn(&EngineStats) -> u64,
+) {
+    let mut seen = Vec::new();
+    for round in 0..10 {
+        let before = computed(&engine.stats());
+        let given_up = engine.submit(request(round)).unwrap();
+        let is_read = |stats: &EngineStats| stats.running == 1 && stats.step_age > Duration::ZERO;
+        until(engine, "the prompt is being read", |stats| is_read(stats) || computed(stats) > before).await;
+        tokio::time::sleep(alone / 10).await;
+        drop(given_up);
+        let began = Instant::now();
+        let stats = until(engine, "it has left", |stats| stats.running == 0).await;
+        let (took, computed) = (began.elapsed(), computed(&stats) - before);
+        if took < alone / 2 && computed == 0 {
+            // It is computed for who comes after.
+            assert!(!ask(engine, &request(round)).await.0.is_empty());
+            return;
+        }
+        seen.push((took, computed));
     }
+    panic!("{alone:?} alone; given up, each time it took, and so many were computed to their end: {seen:?}");
 }
 
 const LONG: &str = "Once upon a time there was a llama who lived on a high plain and looked at pictures all day. ";

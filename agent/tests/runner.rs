@@ -101,6 +101,18 @@ impl Worker {
         }
     }
 
+    /// How many requests run and wait, when that has changed.
+    fn activity(&self) -> u32 {
+        loop {
+            match self.event() {
+                Some(RunnerEvent::Activity { running, waiting }) => return running + waiting,
+                // Nobody answers whether it may grow, which counts as a no.
+                Some(RunnerEvent::Changed(_) | RunnerEvent::Growth { .. }) => {}
+                other => panic!("{other:?}; the log:\n{}", self.log()),
+            }
+        }
+    }
+
     fn ready(&self) -> RunnerReport {
         let mut last = 0;
         loop {
@@ -191,25 +203,14 @@ async fn a_worker_serves_until_it_is_told_to_end() {
     // From nobody to somebody and back is told at once.
     let mut seen = Vec::new();
     while seen.last() != Some(&0) {
-        match worker.event() {
-            Some(RunnerEvent::Activity { running, waiting }) => seen.push(running + waiting),
-            // Nobody answers whether it may grow, which counts as a no.
-            Some(RunnerEvent::Changed(_) | RunnerEvent::Growth { .. }) => {}
-            other => panic!("{other:?} after {seen:?}"),
-        }
+        seen.push(worker.activity());
     }
     assert_eq!(seen.first(), Some(&1), "{seen:?}");
 
     // A request that runs when the signal comes still gets its whole answer.
     let socket = config.socket.clone();
     let long = tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::LONG_QUESTION)).await });
-    let began = loop {
-        match worker.event() {
-            Some(RunnerEvent::Growth { .. }) => {}
-            other => break other,
-        }
-    };
-    assert!(matches!(began, Some(RunnerEvent::Activity { running: 1, .. } | RunnerEvent::Activity { waiting: 1, .. })));
+    assert_eq!(worker.activity(), 1);
     worker.signal(rustix::process::Signal::TERM);
     let (status, body) = long.await.expect("an answer");
     assert_eq!((status, &body["choices"][0]["finish_reason"]), (200, &json!("stop")), "{body}");
@@ -227,7 +228,7 @@ async fn a_worker_ends_with_its_agent() {
     let socket = config.socket.clone();
     let endless =
         tokio::spawn(async move { post(&socket, "/v1/chat/completions", &chat(toy::ENDLESS_QUESTION)).await });
-    assert!(matches!(worker.event(), Some(RunnerEvent::Activity { .. })));
+    assert_eq!(worker.activity(), 1);
     drop(worker.stdin.take());
     let status = worker.wait();
     assert!(status.success(), "{status}: {}", worker.log());

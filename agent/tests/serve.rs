@@ -376,7 +376,7 @@ async fn a_node_cut_off_serves_what_it_was_last_told() {
     let mut agent = Agent::spawn(&mut command, shared, folder);
     agent.until("it waits for the port", || async { agent.log().contains("listens on the shared port") }).await;
     drop(other);
-    agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
+    agent.takes_requests().await;
     agent.check("toy").await;
     kill(agent.pid(), Signal::TERM);
     assert!(agent.exited().await.success(), "it ends in good order with no API server to tell");

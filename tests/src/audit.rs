@@ -33,6 +33,14 @@ pub struct Write {
     pub code: u16,
 }
 
+impl Write {
+    /// By the operator or an agent, and more than a sign of life.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.user.starts_with("system:serviceaccount:altiplano-system:") && self.resource != "leases"
+    }
+}
+
 impl fmt::Display for Write {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { user, verb, resource, namespace, name, code } = self;

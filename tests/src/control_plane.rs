@@ -4,7 +4,6 @@ use std::{
     collections::BTreeMap,
     fs,
     io::Write as _,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -25,7 +24,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::sync::OnceCell;
 
-use crate::{Proc, audit, pki::Pki, sandbox, wait_for};
+use crate::{Proc, audit, free_address, pki::Pki, sandbox, wait_for};
 
 /// How long a start may take on a busy machine with two cores; it takes some four seconds on an idle one.
 const START: Duration = Duration::from_secs(90);
@@ -54,7 +53,8 @@ impl ControlPlane {
         let token = sandbox::random_hex()?;
         fs::write(dir.join("tokens.csv"), format!("{token},admin,admin,\"system:masters\"\n"))?;
 
-        let (client_port, peer_port, port, manager_port) = (free_port()?, free_port()?, free_port()?, free_port()?);
+        let port = || anyhow::Ok(free_address()?.port());
+        let (client_port, peer_port, port, manager_port) = (port()?, port()?, port()?, port()?);
         let admin = dir.join("admin.kubeconfig");
         fs::write(&admin, kubeconfig(port, &pki.ca, &token))?;
 
@@ -237,12 +237,6 @@ impl ControlPlane {
     fn locked(&self) -> MutexGuard<'_, Option<Proc>> {
         self.api_server.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A port on loopback that nobody listens on.
-pub fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("no free port")?;
-    Ok(listener.local_addr()?.port())
 }
 
 pub(crate) fn tool(name: &str) -> Result<PathBuf> {

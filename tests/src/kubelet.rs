@@ -30,6 +30,8 @@ pub struct Life {
     pub node: String,
     /// Its uid.
     pub uid: String,
+    /// Its agent's process id.
+    pub pid: u32,
     /// When its agent was Ready for the first time.
     pub ready: Option<Instant>,
     /// When its deletion was seen.
@@ -164,9 +166,9 @@ impl Player {
             let state_dir = self.nodes.get(node).cloned();
             let options = AgentOptions { state_dir, pod: Some(pod), ..self.options.clone() };
             let agent = Agent::start(self.cluster, node, options).await?;
+            let (node, uid, pid) = (node.to_owned(), uid.clone(), agent.proc.pid());
             self.running.insert(uid.clone(), Running { agent, reported: None, kill_at: None });
-            let (node, uid) = (node.to_owned(), uid.clone());
-            self.lives().push(Life { node, uid, ready: None, deleted: None, ended: None, killed: false });
+            self.lives().push(Life { node, uid, pid, ready: None, deleted: None, ended: None, killed: false });
         }
         let Some(running) = self.running.get_mut(&uid) else { return Ok(()) };
         running.agent.proc.assert_running()?;
@@ -231,6 +233,6 @@ impl Player {
 
 async fn is_ready(url: &str) -> bool {
     tls();
-    let Ok(client) = reqwest::Client::builder().timeout(Duration::from_secs(1)).build() else { return false };
+    let Ok(client) = reqwest::Client::builder().timeout(Duration::from_secs(10)).build() else { return false };
     client.get(url).send().await.is_ok_and(|answer| answer.status().is_success())
 }

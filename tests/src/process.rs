@@ -185,6 +185,8 @@ impl Drop for Proc {
 mod tests {
     use super::*;
 
+    const SOON: Duration = Duration::from_mins(1);
+
     fn shell(script: &str) -> Proc {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
@@ -195,7 +197,7 @@ mod tests {
     async fn descendants_end_with_it_wherever_they_moved() {
         // A session of its own and a parent that is gone: neither process group nor parent leads to it.
         let mut proc = shell("(setsid sleep 600 &) ; echo started; sleep 600");
-        wait_for("three processes", Duration::from_secs(10), || {
+        wait_for("three processes", SOON, || {
             let processes = proc.processes();
             std::future::ready(if processes.len() == 3 { Ok(()) } else { Err(format!("{processes:?}")) })
         })
@@ -211,7 +213,7 @@ mod tests {
     #[tokio::test]
     async fn an_early_end_is_told_with_the_last_words() {
         let mut proc = shell("echo no such model >&2; exit 3");
-        assert_eq!(proc.ended(Duration::from_secs(10)).await.unwrap().code(), Some(3));
+        assert_eq!(proc.ended(SOON).await.unwrap().code(), Some(3));
         let error = proc.assert_running().unwrap_err().to_string();
         assert!(error.contains("no such model") && error.contains('3'), "{error}");
     }
@@ -219,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn what_ignores_sigterm_is_an_error_and_still_ends() {
         let mut proc = shell("trap '' TERM; echo ready; while :; do sleep 1; done");
-        wait_for("the trap", Duration::from_secs(10), || {
+        wait_for("the trap", SOON, || {
             std::future::ready(if proc.log().contains("ready") { Ok(()) } else { Err("no output") })
         })
         .await

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{ControlPlane, NAMESPACE, PodIdentity, Proc, control_plane::tls, free_port, sandbox, wait_for};
+use crate::{ControlPlane, NAMESPACE, PodIdentity, Proc, control_plane::tls, free_address, sandbox, wait_for};
 
 /// How long a program may take until it answers; it takes far less on an idle machine.
 const START: Duration = Duration::from_mins(1);
@@ -43,7 +43,7 @@ impl Operator {
     /// Starts one with the chart's rights and waits for its `/livez`. `arguments` are added to the usual ones.
     pub async fn start(cluster: &ControlPlane, arguments: &[&str]) -> Result<Self> {
         let pod = cluster.pod_identity(NAMESPACE, "altiplano-operator", "altiplano-operator", None).await?;
-        let listen = format!("127.0.0.1:{}", free_port()?);
+        let listen = free_address()?.to_string();
         let mut command = Command::new(program("altiplano-operator")?);
         command
             .env("KUBECONFIG", cluster.kubeconfig_for(&pod.token)?)
@@ -125,7 +125,7 @@ impl Agent {
             Some(pod) => pod,
             None => cluster.pod_identity(NAMESPACE, "altiplano-agent", "altiplano-agent", Some(node)).await?,
         };
-        let listen = format!("127.0.0.1:{}", free_port()?);
+        let listen = free_address()?.to_string();
         let mut command = Command::new(program("altiplano-agent")?);
         command
             .env("KUBECONFIG", cluster.kubeconfig_for(&pod.token)?)
@@ -166,6 +166,19 @@ impl Agent {
     pub async fn stop(mut self, limit: Duration) -> Result<ExitStatus> {
         self.proc.terminate(limit).await
     }
+}
+
+/// The processes of an agent that have a model, where only its process id is known.
+#[must_use]
+pub fn workers_of(agent: u32) -> Vec<u32> {
+    let parent = |pid: u32| -> Option<u32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in parentheses, may hold spaces.
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let all = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    all.filter(|pid| is_worker(*pid) && parent(*pid) == Some(agent)).collect()
 }
 
 /// Whether a process of an agent has a model, or is about to.

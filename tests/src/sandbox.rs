@@ -28,7 +28,9 @@ const PROC: &str = "ALTIPLANO_TEST_PROC";
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 while read -r _; do :; done
-for _ in 1 2 3 4 5 6 7 8 9 10; do
+rounds=0
+while [ $rounds -lt 100 ]; do
+    rounds=$((rounds + 1))
     # grep's exit code also tells of what it may not read and of processes that ended meanwhile.
     marked=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null)
     [ -n "$marked" ] || break
@@ -122,7 +124,8 @@ impl Mark {
 
     /// Kills every process with the mark, and those that they start meanwhile.
     pub(crate) fn kill_all(&self) {
-        for _ in 0..100 {
+        // Some ten seconds: on a busy machine who is killed ends when it gets its turn.
+        for _ in 0..2000 {
             let alive = self.processes();
             if alive.is_empty() {
                 return;
@@ -171,7 +174,7 @@ mod tests {
         // A zombie has none: in a container nobody may ever ask for its exit code.
         let has_environment = || fs::read(format!("/proc/{}/environ", words[1])).is_ok_and(|bytes| !bytes.is_empty());
         // The program's environment can be read a moment after its start.
-        wait_for("what the victim started", Duration::from_secs(20), || {
+        wait_for("what the victim started", Duration::from_mins(1), || {
             let there = (has_environment(), folder.exists());
             std::future::ready(if there == (true, true) { Ok(()) } else { Err(format!("process, folder: {there:?}")) })
         })
@@ -180,7 +183,7 @@ mod tests {
 
         victim.kill().unwrap();
         victim.wait().unwrap();
-        wait_for("the end of all that the victim started", Duration::from_secs(20), || {
+        wait_for("the end of all that the victim started", Duration::from_mins(1), || {
             let left = (has_environment(), folder.exists());
             std::future::ready(if left == (false, false) { Ok(()) } else { Err(format!("process, folder: {left:?}")) })
         })

@@ -2,7 +2,7 @@
 //! would ask of them.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use altiplano_crds::{ModelDeployment, ModelNode};
 use anyhow::{Context as _, Result, bail};
@@ -14,7 +14,7 @@ use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, reachable, repository, wait_for};
+use crate::{Agent, AgentOptions, ControlPlane, NAMESPACE, Operator, reachable, repository, sandbox, wait_for};
 
 /// How long anything may take that should take about a second on an idle machine.
 pub const SOON: Duration = Duration::from_mins(1);
@@ -34,6 +34,7 @@ pub struct Scenario {
     pub operator: Operator,
     /// The agents, in the order of their nodes.
     pub agents: Vec<Agent>,
+    files: PathBuf,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -80,7 +81,8 @@ impl Scenario {
         release_leadership(&client).await?;
         let mut operator = Operator::start(cluster, operator).await?;
         operator.ready().await?;
-        let mut scenario = Self { cluster, client, namespace, operator, agents: Vec::new(), _turn: turn };
+        let files = sandbox::subdir("files")?;
+        let mut scenario = Self { cluster, client, namespace, operator, agents: Vec::new(), files, _turn: turn };
         for index in 0..nodes {
             let node = scenario.node(index);
             cluster.create_node(&node, &[("test", &scenario.namespace)], &[]).await?;
@@ -112,10 +114,7 @@ impl Scenario {
     /// A folder whose files this scenario's agents may load.
     #[must_use]
     pub fn files(&self) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("altiplano-{}-{}", std::process::id(), self.namespace));
-        // A failure shows at the first file that is written.
-        let _ = std::fs::create_dir_all(&dir);
-        dir
+        self.files.clone()
     }
 
     /// Starts the agent of node `index` again, after its process has ended, as the kubelet would.
@@ -262,6 +261,24 @@ impl Scenario {
         Ok(endpoints)
     }
 
+    /// Waits until operator and agents have written nothing for so long: what the last change set off has come.
+    pub async fn wait_for_quiet(&self, time: Duration) -> Result<()> {
+        let (mut known, mut since) = (usize::MAX, Instant::now());
+        wait_for(format!("{time:?} without a write"), SOON * 2, || {
+            std::future::ready((|| {
+                let writes = self.cluster.writes().map_err(|error| format!("{error:#}"))?;
+                let (count, last) = (writes.len(), writes.iter().rfind(|write| write.is_ours()));
+                let ours = writes.iter().filter(|write| write.is_ours()).count();
+                if ours != known {
+                    (known, since) = (ours, Instant::now());
+                }
+                let last = last.map(ToString::to_string).unwrap_or_default();
+                if since.elapsed() >= time { Ok(()) } else { Err(format!("{ours} of {count} writes, at last {last}")) }
+            })())
+        })
+        .await
+    }
+
     /// Waits until that many endpoints are ready; returns them.
     pub async fn wait_for_endpoints(&self, name: &str, count: usize) -> Result<Vec<Endpoint>> {
         wait_for(format!("{count} ready endpoints of {name}"), SOON, || async {
@@ -301,7 +318,7 @@ impl Scenario {
 
 impl Drop for Scenario {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(self.files());
+        let _ = std::fs::remove_dir_all(&self.files);
     }
 }
 

@@ -80,14 +80,13 @@ async fn an_agents_token_reaches_only_its_own_node() -> Result<()> {
 /// Rule 2: SIGSTOP the leader, let another lead, SIGCONT: nothing changes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_leader_changes_nothing() -> Result<()> {
-    const SHORT: [&str; 2] = ["--lease-seconds", "6"];
-    let mut world = Scenario::start_with("fence", 1, &SHORT).await?;
+    let mut world = Scenario::start("fence", 1).await?;
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     let first_epoch = world.model_node(0).await?.spec.epoch;
 
     world.operator.proc.signal(Signal::STOP)?;
-    let mut second = Operator::start(world.cluster, &SHORT).await?;
+    let mut second = Operator::start(world.cluster, &[]).await?;
     second.ready().await?;
     // The new leader shows that it leads by changing something.
     world.cluster.kubectl(&["-n", &world.namespace, "scale", "mdep/toy", "--replicas=0"])?;
@@ -96,7 +95,8 @@ async fn a_stale_leader_changes_nothing() -> Result<()> {
     world.wait_for_ready("toy", "1/1").await?;
     let node = world.model_node(0).await?;
     ensure!(node.spec.epoch > first_epoch, "epoch {} after {first_epoch}", node.spec.epoch);
-    let settled = (node.spec.clone(), world.get("toy").await?.status);
+    world.wait_for_quiet(Duration::from_secs(3)).await?;
+    let settled = (world.model_node(0).await?.spec, world.get("toy").await?.status);
 
     world.operator.proc.signal(Signal::CONT)?;
     let status = world.operator.proc.ended(SOON).await?;
@@ -194,7 +194,7 @@ async fn a_node_made_again_keeps_its_models() -> Result<()> {
 /// Rule 7: an agent whose clock is ten minutes off is as fresh as any other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agents_wrong_clock_is_no_matter() -> Result<()> {
-    let world = Scenario::start_with("clock", 1, &["--agent-lease-seconds", "8"]).await?;
+    let world = Scenario::start_with("clock", 1, &["--agent-lease-seconds", "20"]).await?;
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     // What such an agent would write: its Lease's times, moved by ten minutes, back and forth.
@@ -225,7 +225,7 @@ async fn an_agents_wrong_clock_is_no_matter() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_nodes_models_move() -> Result<()> {
     let mut world =
-        Scenario::start_with("lost", 3, &["--node-loss-grace-seconds", "3", "--agent-lease-seconds", "6"]).await?;
+        Scenario::start_with("lost", 3, &["--node-loss-grace-seconds", "3", "--agent-lease-seconds", "15"]).await?;
     world.apply(&world.toy("toy", ""))?;
     world.wait_for_ready("toy", "1/1").await?;
     // Agents that have shown that they live: an operator does not count what it never saw alive.
@@ -259,6 +259,7 @@ async fn a_lost_nodes_models_move() -> Result<()> {
     })
     .await?;
     let before = world.placed().await?;
+    // Longer than the grace period.
     tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(world.placed().await?, before, "a model moved although most nodes are stale");
     // They come back, and so does the model.

@@ -207,6 +207,15 @@ async fn an_idle_model_leaves_memory_and_a_request_wakes_it() -> Result<()> {
     };
     for at in ["'2026-01-01T00:00:00Z'", "again"] {
         unloads(at)?;
+        // Else what comes next could be of its idleness, and the unload after the request that wakes it.
+        wait_for("the agent knows that it is wanted", SOON, || async {
+            let node = world.model_node(0).await.map_err(|error| error.to_string())?;
+            let told = serde_json::to_string(&node.spec.models).map_err(|error| error.to_string())?;
+            let seen = node.status.and_then(|status| status.observed_generation);
+            let knows = told.contains(at.trim_matches('\'')) && seen == node.metadata.generation;
+            if knows { Ok(()) } else { Err(format!("{seen:?} of {:?}: {told}", node.metadata.generation)) }
+        })
+        .await?;
         world.wait_for_condition("toy", types::READY, "True", reasons::IDLE).await?;
         wait_for("no worker", SOON, || {
             let workers = world.agents[0].workers();

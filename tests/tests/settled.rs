@@ -18,7 +18,7 @@ async fn fifty_settled_models_write_nothing_for_a_minute() -> Result<()> {
         world.wait_for_ready(&format!("toy-{index}"), "1/1").await?;
     }
     // What the last change set off, such as an event, may still be on its way.
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    world.wait_for_quiet(Duration::from_secs(10)).await?;
     let before = world.cluster.writes()?.len();
     tokio::time::sleep(Duration::from_mins(1)).await;
     world.operator.proc.assert_running()?;
@@ -28,11 +28,7 @@ async fn fifty_settled_models_write_nothing_for_a_minute() -> Result<()> {
     let writes = world.cluster.writes()?.split_off(before);
     let leases = writes.iter().filter(|write| write.resource == "leases").count();
     ensure!(leases > 10, "only {leases} writes of Leases: operator and agents do not live");
-    let ours: Vec<_> = writes
-        .iter()
-        .filter(|write| write.user.starts_with("system:serviceaccount:altiplano-system:") && write.resource != "leases")
-        .map(ToString::to_string)
-        .collect();
+    let ours: Vec<_> = writes.iter().filter(|write| write.is_ours()).map(ToString::to_string).collect();
     ensure!(ours.is_empty(), "{} writes in a settled minute:\n{}", ours.len(), ours.join("\n"));
     println!("{MODELS} settled models: 0 writes in 60 s besides {leases} of Leases");
     Ok(())

@@ -28,6 +28,7 @@ async fn a_second_agent_writes_only_when_the_first_is_gone() -> Result<()> {
     // Another Pod on the same node, as while a DaemonSet is rolled by force.
     let second = Agent::start(world.cluster, &name, world.agent_options()).await?;
     ensure!(second.pod.uid != first, "the second agent has a Pod of its own");
+    world.wait_for_quiet(Duration::from_secs(5)).await?;
     let version = nodes.get(&name).await?.metadata.resource_version;
     let until = Instant::now() + A_WHILE;
     while Instant::now() < until {

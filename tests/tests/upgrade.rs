@@ -1,25 +1,30 @@
 //! The upgrade of the agents: the chart's DaemonSet, its real controller, real agents with real streams. Scheduler and
 //! kubelets are played by the harness.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use altiplano_crds::ModelNode;
 use altiplano_crds::conditions::{reasons, types};
 use altiplano_tests::scenario::{SOON, Scenario, toy_question};
-use altiplano_tests::{AgentOptions, Kubelet, Life, NAMESPACE, Operator, ask, content, http, render_chart, wait_for};
+use altiplano_tests::{
+    AgentOptions, Kubelet, Life, NAMESPACE, Operator, ask, content, http, render_chart, wait_for, workers_of,
+};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 const AGENTS: &str = "altiplano-agent";
-const SHORT_LEASES: [&str; 2] = ["--lease-seconds", "6"];
+
+/// Tokens of a stream that runs for longer than an upgrade takes to be seen: two lengths, so that not all end at once.
+const LONG: [u64; 2] = [2000, 1500];
 
 /// A scenario whose agents are the Pods of the chart's DaemonSet.
 struct World {
@@ -29,14 +34,16 @@ struct World {
 
 impl World {
     async fn start(prefix: &str, nodes: usize) -> Result<Self> {
-        let scenario = Scenario::start_with(prefix, 0, &SHORT_LEASES).await?;
+        let scenario = Scenario::start(prefix, 0).await?;
         let names: Vec<String> = (0..nodes).map(|index| scenario.node(index)).collect();
         for name in &names {
             scenario.cluster.create_node(name, &[("test", &scenario.namespace)], &[]).await?;
         }
         clear(&scenario).await?;
         let options = scenario.agent_options();
-        let arguments = [options.arguments.clone(), vec!["--drain-seconds".into(), "120".into()]].concat();
+        // Tests stop workers for a while, so that their streams cannot end meanwhile.
+        let more = ["--drain-seconds", "120", "--hang-seconds", "600"].map(str::to_owned);
+        let arguments = [options.arguments.as_slice(), &more].concat();
         let kubelet = Kubelet::start(scenario.cluster, &names, AgentOptions { arguments, ..options }).await?;
         let world = Self { scenario, kubelet };
         world.helm(&[])?;
@@ -130,22 +137,39 @@ struct Stream {
     ended: Instant,
 }
 
+/// Why a stream is not whole.
+enum Broken {
+    /// It never began.
+    Refused(anyhow::Error),
+    Cut(anyhow::Error),
+}
+
 /// Asks for exactly that many tokens and reads them as they come; less is an error.
-async fn stream(url: &str, model: &str, tokens: u64) -> Result<Stream> {
+async fn stream(url: &str, model: &str, tokens: u64) -> Result<Stream, Broken> {
     let begun = Instant::now();
+    let answer = begin(url, model, tokens).await.map_err(Broken::Refused)?;
+    let text = answer.text().await.with_context(|| format!("the stream from {url} broke")).map_err(Broken::Cut)?;
+    is_whole(url, &text, tokens).map_err(Broken::Cut)?;
+    Ok(Stream { begun, ended: Instant::now() })
+}
+
+async fn begin(url: &str, model: &str, tokens: u64) -> Result<reqwest::Response> {
     let body = json!({"model": model, "stream": true, "max_tokens": tokens, "ignore_eos": true, "temperature": 0,
                       "stream_options": {"include_usage": true},
                       "messages": [{"role": "user", "content": "Tell me a long story about the altiplano."}]});
     let answer = http()?.post(format!("{url}/v1/chat/completions")).json(&body).send().await?;
     let status = answer.status();
-    let text = answer.text().await.with_context(|| format!("the stream from {url} broke"))?;
-    ensure!(status.is_success(), "{url}: {status}: {text}");
+    ensure!(status.is_success(), "{url}: {status}: {}", answer.text().await?);
+    Ok(answer)
+}
+
+fn is_whole(url: &str, text: &str, tokens: u64) -> Result<()> {
     let events = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
     let events: Vec<Value> = events.map(serde_json::from_str).collect::<Result<_, _>>()?;
     let generated = events.iter().find_map(|event| event["usage"]["completion_tokens"].as_u64());
     ensure!(generated == Some(tokens), "{url}: {generated:?} of {tokens} tokens; the last: {:?}", events.last());
     ensure!(text.trim_end().ends_with("[DONE]"), "{url}: no end: {:?}", events.last());
-    Ok(Stream { begun, ended: Instant::now() })
+    Ok(())
 }
 
 /// Where a request would go: ready endpoints, as a load balancer sees them.
@@ -165,6 +189,9 @@ async fn ready(slices: &Api<EndpointSlice>, model: &str) -> Result<Vec<(String, 
     Ok(ready)
 }
 
+/// A list of endpoints of which a machine that does something else has lost sight for so long says nothing.
+const STALE: Duration = Duration::from_secs(1);
+
 /// Asks a ready endpoint of the model again and again; what fails is an error.
 fn ask_on(world: &Scenario, model: &'static str, stop: Arc<AtomicBool>) -> Result<JoinHandle<Result<u32>>> {
     let slices = Api::<EndpointSlice>::namespaced(world.client.clone(), &world.namespace);
@@ -173,8 +200,13 @@ fn ask_on(world: &Scenario, model: &'static str, stop: Arc<AtomicBool>) -> Resul
         let mut answered = 0;
         while !stop.load(Ordering::Relaxed) {
             let endpoints = ready(&slices, model).await?;
+            let looked = Instant::now();
             let (url, node) = endpoints.get(answered as usize % endpoints.len().max(1)).context("nobody is ready")?;
-            let answer = ask(url, model, &prompt).await.with_context(|| format!("{model} on {node}"))?;
+            let answer = match ask(url, model, &prompt).await {
+                // What a load balancer knows is a moment old, not more.
+                Err(_) if looked.elapsed() > STALE => continue,
+                answer => answer.with_context(|| format!("{model} on {node}"))?,
+            };
             ensure!(content(&answer)? == expected, "{answer}");
             answered += 1;
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -183,25 +215,78 @@ fn ask_on(world: &Scenario, model: &'static str, stop: Arc<AtomicBool>) -> Resul
     }))
 }
 
-/// Streams to the model on that node, one after the other, for as long as the node takes new requests.
-fn stream_on(
-    world: &Scenario,
-    model: &'static str,
+/// Streams to a model on one node, one after the other, for as long as the node takes new requests.
+struct Streams {
     node: String,
-    stop: Arc<AtomicBool>,
-) -> JoinHandle<Result<Vec<Stream>>> {
-    let slices = Api::<EndpointSlice>::namespaced(world.client.clone(), &world.namespace);
-    tokio::spawn(async move {
-        let mut streams = Vec::new();
-        while !stop.load(Ordering::Relaxed) {
-            let endpoint = ready(&slices, model).await?.into_iter().find(|(_, of)| *of == node);
-            match endpoint {
-                Some((url, _)) => streams.push(stream(&url, model, 400).await?),
-                None => tokio::time::sleep(Duration::from_millis(100)).await,
+    /// When the last one began.
+    begun: Arc<Mutex<Option<Instant>>>,
+    task: JoinHandle<Result<Vec<Stream>>>,
+}
+
+impl Streams {
+    fn start(world: &Scenario, model: &'static str, node: &str, tokens: u64, stop: &Arc<AtomicBool>) -> Self {
+        let slices = Api::<EndpointSlice>::namespaced(world.client.clone(), &world.namespace);
+        let begun = Arc::new(Mutex::new(None));
+        let (last, stop, its) = (Arc::clone(&begun), Arc::clone(stop), node.to_owned());
+        let task = tokio::spawn(async move {
+            let mut streams = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let endpoint = ready(&slices, model).await?.into_iter().find(|(_, of)| *of == its);
+                let Some((url, _)) = endpoint else {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                };
+                let looked = Instant::now();
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(looked);
+                match stream(&url, model, tokens).await {
+                    Ok(stream) => streams.push(stream),
+                    // It was refused, by an agent that the list knew no more of.
+                    Err(Broken::Refused(_)) if looked.elapsed() > STALE => {}
+                    Err(Broken::Refused(error) | Broken::Cut(error)) => return Err(error),
+                }
             }
+            Ok(streams)
+        });
+        Self { node: node.to_owned(), begun, task }
+    }
+
+    fn has_begun_after(&self, at: Instant) -> bool {
+        *self.begun.lock().unwrap_or_else(PoisonError::into_inner) > Some(at)
+    }
+}
+
+/// Workers that stand still until this is dropped, and go on then.
+struct Held(Vec<Pid>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            // One that has ended meanwhile needs nothing.
+            let _ = kill_process(*pid, Signal::CONT);
         }
-        Ok(streams)
+    }
+}
+
+/// A stream from the toy model of that agent that runs, and cannot end before it is let go on.
+async fn held_stream(url: &str, agent: u32) -> Result<(JoinHandle<Result<Stream>>, Held)> {
+    let long = tokio::spawn({
+        let url = url.to_owned();
+        async move { stream(&url, "toy", 3000).await.map_err(|(Broken::Refused(error) | Broken::Cut(error))| error) }
+    });
+    wait_for("the stream's begin", SOON, || async {
+        let slots = http().map_err(|error| error.to_string())?.get(format!("{url}/slots")).send().await;
+        let slots: Value = slots.map_err(|e| e.to_string())?.json().await.map_err(|e| e.to_string())?;
+        let runs = slots.as_array().into_iter().flatten().any(|slot| slot["is_processing"] == true);
+        if runs { Ok(()) } else { Err(slots.to_string()) }
     })
+    .await?;
+    let workers: Vec<_> =
+        workers_of(agent).into_iter().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).collect();
+    ensure!(!workers.is_empty(), "agent {agent} has no worker");
+    for pid in &workers {
+        kill_process(*pid, Signal::STOP)?;
+    }
+    Ok((long, Held(workers)))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,7 +295,7 @@ async fn one_node_after_the_other_without_a_lost_request() -> Result<()> {
     let scenario = &world.scenario;
     // One that moves, and one that is everywhere and cannot.
     scenario.apply(&scenario.toy("toy", "rollout: {drainSeconds: 120}"))?;
-    scenario.apply(&scenario.toy("both", "replicas: 2\nrollout: {drainSeconds: 120}\ncontext: {parallel: 2}"))?;
+    scenario.apply(&scenario.toy("both", "replicas: 2\nrollout: {drainSeconds: 120}\ncontext: {parallel: 4}"))?;
     scenario.wait_for_ready("toy", "1/1").await?;
     scenario.wait_for_ready("both", "2/2").await?;
     world.wait_for_agents(reasons::UP_TO_DATE, "2 of 2").await?;
@@ -219,26 +304,29 @@ async fn one_node_after_the_other_without_a_lost_request() -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     let clients = [ask_on(scenario, "toy", Arc::clone(&stop))?, ask_on(scenario, "both", Arc::clone(&stop))?];
     let nodes = [scenario.node(0), scenario.node(1)];
-    let streams = nodes.clone().map(|node| stream_on(scenario, "both", node, Arc::clone(&stop)));
+    let each = nodes.iter().flat_map(|node| LONG.map(|tokens| (node, tokens)));
+    let streams: Vec<_> = each.map(|(node, tokens)| Streams::start(scenario, "both", node, tokens, &stop)).collect();
     let before = world.kubelet.lives();
     assert_eq!(before.len(), 2, "{before:?}");
 
     world.helm(&["agent.podAnnotations.revision=second"])?;
-    let mut drained: Vec<(String, Instant)> = Vec::new();
-    let (deadline, mut restarted) = (Instant::now() + SOON * 5, false);
+    // Between which two looks each node was asked to drain.
+    let mut drained: Vec<(String, Instant, Instant)> = Vec::new();
+    let (deadline, mut restarted, mut looked) = (Instant::now() + SOON * 5, false, Instant::now());
     loop {
+        let before = std::mem::replace(&mut looked, Instant::now());
         let (marks, lives) = (world.marks().await?, world.kubelet.lives());
         ensure!(marks.len() <= 1, "two at a time: {marks:?}");
         for (node, _) in marks.iter().filter(|(_, drain)| *drain) {
-            if !drained.iter().any(|(known, _)| known == node) {
-                drained.push((node.clone(), Instant::now()));
+            if !drained.iter().any(|(known, ..)| known == node) {
+                drained.push((node.clone(), before, Instant::now()));
             }
         }
         // Another operator goes on where the first one was: what it has decided stands in the cluster.
         if !restarted && lives.iter().any(|life| life.deleted.is_some()) {
             restarted = true;
             world.scenario.operator.proc.kill()?;
-            world.scenario.operator = Operator::start(world.scenario.cluster, &SHORT_LEASES).await?;
+            world.scenario.operator = Operator::start(world.scenario.cluster, &[]).await?;
         }
         if lives.len() == 4 && marks.is_empty() && lives.iter().filter(|life| life.ended.is_some()).count() == 2 {
             break;
@@ -251,22 +339,27 @@ async fn one_node_after_the_other_without_a_lost_request() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     world.wait_for_agents(reasons::UP_TO_DATE, "2 of 2").await?;
+    assert_eq!(drained.len(), 2, "{drained:?}");
+    wait_for("streams on the new agents", SOON, || {
+        let has_begun = |node: &String, at| streams.iter().any(|its| its.node == *node && its.has_begun_after(at));
+        let left: Vec<_> = drained.iter().filter(|(node, _, at)| !has_begun(node, *at)).collect();
+        std::future::ready(if left.is_empty() { Ok(()) } else { Err(format!("none on {left:?}")) })
+    })
+    .await?;
     stop.store(true, Ordering::Relaxed);
     for client in clients {
         let answered = client.await??;
         println!("{answered} requests answered, none failed");
         ensure!(answered > 10, "only {answered} requests: no load");
     }
-    // Each agent was asked to drain while a stream ran on it, and that stream ended whole.
-    assert_eq!(drained.len(), 2, "{drained:?}");
-    for (node, task) in nodes.iter().zip(streams) {
-        let streams = task.await??;
-        let (_, at) = drained.iter().find(|(drained, _)| drained == node).context("a node that was not drained")?;
-        ensure!(
-            streams.iter().any(|stream| stream.begun < *at && *at < stream.ended),
-            "no stream at {at:?}: {streams:?}"
-        );
-        ensure!(streams.iter().any(|stream| stream.begun > *at), "none after it: {streams:?}");
+    // Each agent was asked to drain while a stream ran on it, and that stream ended whole, as all did.
+    let mut whole = Vec::new();
+    for Streams { node, task, .. } in streams {
+        whole.extend(task.await??.into_iter().map(|stream| (node.clone(), stream)));
+    }
+    for (node, before, after) in &drained {
+        let runs = |(on, stream): &(String, Stream)| on == node && stream.begun < *after && *before < stream.ended;
+        ensure!(whole.iter().any(runs), "no stream on {node} between {before:?} and {after:?}: {whole:?}");
     }
     // The second one went only when the first one's successor served.
     let lives = world.kubelet.lives();
@@ -301,10 +394,13 @@ async fn a_new_agent_that_never_is_ready_stops_the_upgrade() -> Result<()> {
     world.helm(&["agent.podAnnotations.broken=yes", "agent.upgrade.progressDeadlineSeconds=30"])?;
     let message = world.wait_for_agents(reasons::UPGRADE_BLOCKED, "no other agent is replaced").await?;
     ensure!(message.contains("ImagePullBackOff: no such image"), "{message}");
-    let metrics = world.scenario.operator.metrics().await?;
-    for line in ["altiplano_operator_agent_upgrade_blocked 1", "altiplano_operator_agents_outdated 1"] {
-        ensure!(metrics.lines().any(|is| is == line), "{line}: {metrics}");
-    }
+    wait_for("metrics that tell of it", SOON, || async {
+        let metrics = world.scenario.operator.metrics().await.map_err(|error| format!("{error:#}"))?;
+        let expected = ["altiplano_operator_agent_upgrade_blocked 1", "altiplano_operator_agents_outdated 1"];
+        let told = expected.iter().all(|line| metrics.lines().any(|is| is == *line));
+        if told { Ok(()) } else { Err(metrics) }
+    })
+    .await?;
     wait_for("a Warning", SOON, || async {
         let events = world.events().await.map_err(|error| format!("{error:#}"))?;
         let warned = events.contains(&("Warning".to_owned(), reasons::UPGRADE_BLOCKED.to_owned()));
@@ -381,22 +477,13 @@ async fn a_held_upgrade_goes_back_to_work_and_a_deleted_pod_drains() -> Result<(
     scenario.wait_for_ready("toy", "1/1").await?;
     world.wait_for_agents(reasons::UP_TO_DATE, "1 of 1").await?;
     let url = scenario.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    let long = tokio::spawn({
-        let url = url.clone();
-        async move { stream(&url, "toy", 3000).await }
-    });
-    wait_for("the stream's begin", SOON, || async {
-        let metrics = http().map_err(|error| error.to_string())?.get(format!("{url}/slots")).send().await;
-        let slots: Value = metrics.map_err(|e| e.to_string())?.json().await.map_err(|e| e.to_string())?;
-        let runs = slots.as_array().into_iter().flatten().any(|slot| slot["is_processing"] == true);
-        if runs { Ok(()) } else { Err(slots.to_string()) }
-    })
-    .await?;
+    let (long, held) = held_stream(&url, world.kubelet.lives()[0].pid).await?;
     world.helm(&["agent.podAnnotations.revision=second"])?;
     let condition = |reason: &'static str| scenario.wait_for_condition("toy", types::READY, "False", reason);
     world.wait_for_agents(reasons::ROLLING_OUT, "its running requests end").await?;
     condition(reasons::AGENT_UPGRADE).await?;
     ensure!(!long.is_finished(), "the stream was too short to see anything");
+    drop(held);
 
     // Held: the agent takes requests again, while the stream runs on.
     world.annotate("altiplano.dev/upgrade-paused=true")?;
@@ -414,8 +501,7 @@ async fn a_held_upgrade_goes_back_to_work_and_a_deleted_pod_drains() -> Result<(
 
     // kubectl delete pod: the stream that runs ends whole, within the Pod's own grace period.
     let url = scenario.wait_for_endpoints("toy", 1).await?.remove(0).url;
-    let last = tokio::spawn(async move { stream(&url, "toy", 1500).await });
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    let (last, held) = held_stream(&url, world.kubelet.lives()[1].pid).await?;
     let pods = Api::<Pod>::namespaced(scenario.client.clone(), NAMESPACE);
     let uid = world.kubelet.lives()[1].uid.clone();
     let pod = pods.list(&ListParams::default()).await?.items.into_iter().find(|pod| pod.uid().as_ref() == Some(&uid));
@@ -423,6 +509,7 @@ async fn a_held_upgrade_goes_back_to_work_and_a_deleted_pod_drains() -> Result<(
     ensure!(!last.is_finished(), "the stream was too short to see anything");
     pods.delete(&pod.name_any(), &DeleteParams::default()).await?;
     let asked = Instant::now();
+    drop(held);
     let whole = last.await??;
     ensure!(whole.ended > asked, "the stream had ended before");
     scenario.wait_for_ready("toy", "1/1").await?;

@@ -231,7 +231,7 @@ async fn a_context_shrinks_when_it_is_of_no_use() {
     assert_eq!(engine.report().context_tokens, 2048, "need(700, 20)");
     engine.shrink(0);
     let size = |wanted: u32| move |report: &RunnerReport| report.context_tokens == wanted;
-    let soon = Duration::from_secs(30);
+    let soon = Duration::from_mins(2);
     tokio::time::timeout(soon, report.wait_for(size(256))).await.expect("at once").expect("the engine runs");
     assert_eq!(engine.stats().cells_used, 0, "the prefix is in host memory");
     assert_eq!(ask(700).await, first);
@@ -290,7 +290,7 @@ async fn an_embedder_shrinks_when_nothing_long_comes() {
     let before = embed(9).await;
     let first = engine.report().context_tokens;
     embed(2000).await;
-    assert!(engine.report().context_tokens >= 2000 && first < 2000);
+    assert!(engine.stats().resizes == 1 && first < 2000, "it has grown: {:?}", engine.stats());
     let patience = Instant::now() + Duration::from_mins(1);
     while engine.report().context_tokens > first {
         assert!(Instant::now() < patience, "{:?}", engine.stats());

@@ -47,6 +47,9 @@ pub trait Grants: Send + Sync {
 /// Asks the agent by events, and hears its answers as commands.
 pub(super) struct Agent<T> {
     tell: T,
+    /// See [`PATIENCE`] and [`SILENCE`].
+    patience: Duration,
+    silence: Duration,
     state: Mutex<State>,
 }
 
@@ -61,8 +64,13 @@ struct State {
 impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Agent<T> {
     /// `tell` says an event to the agent, and whether it could. Commands go into the sender.
     pub(super) fn new(tell: T) -> (Self, SyncSender<RunnerCommand>) {
+        Self::with(tell, PATIENCE, SILENCE)
+    }
+
+    fn with(tell: T, patience: Duration, silence: Duration) -> (Self, SyncSender<RunnerCommand>) {
         let (sender, commands) = sync_channel(ANSWERS);
-        (Self { tell, state: Mutex::new(State { asked: 0, answers: commands, silent: None }) }, sender)
+        let state = Mutex::new(State { asked: 0, answers: commands, silent: None });
+        (Self { tell, patience, silence, state }, sender)
     }
 }
 
@@ -77,7 +85,7 @@ impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Grants for Agent<T> {
         if !(self.tell)(&RunnerEvent::Growth { id: asked, memory: more.to_vec() }) {
             return Err(Refusal::passing("the agent cannot be asked for memory"));
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             match state.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(RunnerCommand::Growth { id, refused, passing }) if id == asked => {
@@ -87,7 +95,7 @@ impl<T: Fn(&RunnerEvent) -> bool + Send + Sync> Grants for Agent<T> {
                 // To an earlier question, which was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    let pause = state.silent.map_or(SILENCE, |(_, pause)| (pause * 2).min(LONGEST_SILENCE));
+                    let pause = state.silent.map_or(self.silence, |(_, pause)| (pause * 2).min(LONGEST_SILENCE));
                     state.silent = Some((Instant::now(), pause));
                     self.give_back();
                     return Err(Refusal::passing("the agent did not answer whether there is memory"));
@@ -111,15 +119,20 @@ mod tests {
 
     #[test]
     fn the_answer_to_this_question_counts() {
-        let (told, events) = channel();
-        let told = Mutex::new(told);
-        let (agent, commands) = Agent::new(move |event: &RunnerEvent| told.lock().unwrap().send(event.clone()).is_ok());
-        let agent = Arc::new(agent);
-        let ask = || {
-            let agent = Arc::clone(&agent);
-            let more = [MemoryUse { device: "CPU".to_owned(), context_bytes: 7, ..MemoryUse::default() }];
-            std::thread::spawn(move || agent.ask(&more))
+        let start = |patience| {
+            let (told, events) = channel();
+            let told = Mutex::new(told);
+            let tell = move |event: &RunnerEvent| told.lock().unwrap().send(event.clone()).is_ok();
+            let (agent, commands) = Agent::with(tell, patience, Duration::from_mins(10));
+            let agent = Arc::new(agent);
+            let ask = move || {
+                let agent = Arc::clone(&agent);
+                let more = [MemoryUse { device: "CPU".to_owned(), context_bytes: 7, ..MemoryUse::default() }];
+                std::thread::spawn(move || agent.ask(&more))
+            };
+            (ask, commands, events)
         };
+        let (ask, commands, events) = start(Duration::from_mins(10));
         let id = |event| match event {
             RunnerEvent::Growth { id, memory } => (id, memory.len()),
             other => panic!("{other:?}"),
@@ -140,8 +153,9 @@ mod tests {
         commands.send(answer(2, Some("no room"))).unwrap();
         assert_eq!(second.join().unwrap(), Err(Refusal { reason: "no room".to_owned(), passing: true }));
 
+        let (ask, _commands, events) = start(Duration::from_millis(10));
         let third = ask();
-        assert_eq!(id(events.recv().unwrap()), (3, 1));
+        assert_eq!(id(events.recv().unwrap()), (1, 1));
         assert!(third.join().unwrap().is_err_and(|refusal| refusal.passing), "nobody answers");
         assert_eq!(id(events.recv().unwrap()), (0, 0), "what may have been granted is given back");
         assert!(ask().join().unwrap().is_err(), "and nobody is asked for a while");

@@ -43,8 +43,7 @@ pub async fn run(args: InitArgs) -> Result<ExitCode, InitError> {
     let me = rustix::process::getpid();
     rustix::process::set_child_subreaper(Some(me)).map_err(|error| InitError::System(error.into()))?;
     let executable = std::env::current_exe().map_err(InitError::System)?;
-    // Not named after our number: every container's first process has the same one, and some share this directory.
-    let obituaries = std::env::temp_dir().join(format!("altiplano-init-{}", uuid::Uuid::new_v4().simple()));
+    let obituaries = Obituaries::new();
     // Listened for before there is a child to hear of.
     let listen = |kind| signal(kind).map_err(InitError::System);
     let mut child = listen(SignalKind::child())?;
@@ -54,11 +53,11 @@ pub async fn run(args: InitArgs) -> Result<ExitCode, InitError> {
     let mut restarts = Restarts::default();
     let mut stopping = false;
     let code = loop {
-        renew(&obituaries).map_err(InitError::System)?;
-        let agent = start(&executable, &args.command, me, &obituaries)?;
+        obituaries.renew().map_err(InitError::System)?;
+        let agent = start(&executable, &args.command, me, &obituaries.0)?;
         let status = loop {
             tokio::select! {
-                _ = child.recv() => if let Some(status) = reap(agent, &obituaries) { break status },
+                _ = child.recv() => if let Some(status) = reap(agent, &obituaries.0) { break status },
                 _ = terminate.recv() => { stopping = true; tell(agent, Signal::TERM) }
                 _ = interrupt.recv() => { stopping = true; tell(agent, Signal::INT) }
                 _ = hangup.recv() => tell(agent, Signal::HUP),
@@ -79,7 +78,6 @@ pub async fn run(args: InitArgs) -> Result<ExitCode, InitError> {
             _ = interrupt.recv() => break code,
         }
     };
-    let _ = std::fs::remove_dir_all(&obituaries);
     Ok(ExitCode::from(code))
 }
 
@@ -94,14 +92,31 @@ fn start(executable: &Path, command: &[OsString], me: Pid, obituaries: &Path) ->
     pid.ok_or_else(|| InitError::Start(std::io::Error::other("a process without a number")))
 }
 
-/// An empty directory that only this user may read.
-fn renew(directory: &PathBuf) -> std::io::Result<()> {
-    if let Err(error) = std::fs::remove_dir_all(directory)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        return Err(error);
+/// The directory in which it is written down how orphans ended. It goes with this process, however that ends but by a
+/// signal that nobody can catch.
+struct Obituaries(PathBuf);
+
+impl Obituaries {
+    fn new() -> Self {
+        // Not named after our number: every container's first process has the same one, and some share this directory.
+        Self(std::env::temp_dir().join(format!("altiplano-init-{}", uuid::Uuid::new_v4().simple())))
     }
-    std::fs::DirBuilder::new().mode(0o700).create(directory)
+
+    /// Makes it anew: empty, and for this user only.
+    fn renew(&self) -> std::io::Result<()> {
+        if let Err(error) = std::fs::remove_dir_all(&self.0)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        std::fs::DirBuilder::new().mode(0o700).create(&self.0)
+    }
+}
+
+impl Drop for Obituaries {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Takes in everybody who has ended. The agent's end is returned; how orphans ended is written down for who adopted

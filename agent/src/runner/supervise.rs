@@ -385,6 +385,7 @@ mod tests {
         let patience = Patience { silence: Duration::from_secs(2), step: Duration::from_secs(20) };
         let silent = judged(&[(20, 1, 0), (30, 9, 3)], patience).await;
         assert_eq!(silent, "nothing was heard of it for 2 s: its process is stopped or hangs");
+        let patience = Patience { silence: Duration::from_mins(10), ..patience };
         let slow = judged(&[(1, 6, 18), (1, 6, 19), (1, 6, 21), (1, 6, 23)], patience).await;
         assert!(slow.starts_with("step 7 of its engine has taken 2") && slow.ends_with("does not end"), "{slow}");
     }

@@ -14,6 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 
+/// Longest wait for anything; what is usual here is a hundredth of it.
+const PATIENCE: Duration = Duration::from_mins(2);
+
 /// A model file of some 300 KB, the same each time, and its digest.
 fn model() -> (Vec<u8>, String) {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -44,7 +47,7 @@ fn config(root: &Path) -> StoreConfig {
             initial_delay: Duration::from_millis(5),
             max_delay: Duration::from_millis(10),
         },
-        stall_timeout: Duration::from_secs(5),
+        stall_timeout: Duration::from_secs(20),
         ..StoreConfig::default()
     }
 }
@@ -70,7 +73,7 @@ impl Fixture {
         let progress = watch::Sender::new(Progress::default());
         let cancel = CancellationToken::new();
         let ensured = self.store.ensure(source, &progress, &cancel);
-        tokio::time::timeout(Duration::from_secs(30), ensured).await.expect("an answer within 30 s")
+        tokio::time::timeout(PATIENCE, ensured).await.expect("an answer in time")
     }
 
     /// Names of the files in the store's directory without the lock, sorted, keys cut off.

@@ -5,9 +5,9 @@ use super::*;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_fails_ends_in_its_apis_own_words() {
     let node = Node::start_with(|config| {
-        config.traffic.request_timeout_seconds = 1;
-        config.context.max_tokens = Some(8192);
-        config.context.rope = Some(RopeSpec { scaling: RopeScaling::Yarn, factor: 2, original_tokens: None });
+        long(config);
+        // Longer than until the first sign of life.
+        config.traffic.request_timeout_seconds = 3;
     })
     .await;
     let forever = json!({"stream": true, "ignore_eos": true});
@@ -32,8 +32,8 @@ async fn a_stream_that_fails_ends_in_its_apis_own_words() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_away_ends_its_generation() {
-    let node = Node::start().await;
-    let forever = with(chat("Sing forever."), json!({"max_tokens": 900, "ignore_eos": true}));
+    let node = Node::start_with(long).await;
+    let forever = forever();
     let streamed = with(forever.clone(), json!({"stream": true}));
     let mut pieces = node.post(CHAT, &streamed).await.bytes_stream();
     for _ in 0..3 {
@@ -48,8 +48,8 @@ async fn a_client_that_goes_away_ends_its_generation() {
     }
     let stats = node.until("the second one too", |stats| stats.cancelled == 2 && stats.running == 0).await;
     assert_eq!((stats.finished_stop, stats.finished_length, stats.failed), (0, 0, 0));
-    let activity = node.front.activity("uid").unwrap();
-    assert_eq!((activity.running, activity.waiting), (0, 0));
+    let activity = || node.front.activity("uid").map(|activity| (activity.running, activity.waiting));
+    wait::until("the front has let them go", activity, |activity| *activity == Some((0, 0))).await;
     assert_eq!(node.json(CHAT, &chat(QUESTION)).await["choices"][0]["message"]["content"], ANSWER, "others go on");
 }
 
@@ -104,13 +104,13 @@ async fn what_is_wrong_is_said_in_openais_form() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_and_a_long_wait_are_said_at_once_and_in_time() {
     let node = Node::start_with(|config| {
+        long(config);
         config.context.parallel = 1;
         config.traffic.max_queued = 1;
-        config.traffic.queue_timeout_seconds = 1;
+        config.traffic.queue_timeout_seconds = 4;
     })
     .await;
-    let forever = with(chat("Sing forever."), json!({"max_tokens": 900, "ignore_eos": true, "stream": true}));
-    let mut running = node.post(CHAT, &forever).await.bytes_stream();
+    let mut running = node.post(CHAT, &with(forever(), json!({"stream": true}))).await.bytes_stream();
     within("the first event", running.next()).await.unwrap().unwrap();
     // Keeps reading: a sequence whose client does not read is parked.
     let reader = tokio::spawn(async move { while running.next().await.is_some() {} });
@@ -126,7 +126,7 @@ async fn a_full_queue_and_a_long_wait_are_said_at_once_and_in_time() {
     assert!(refused.headers()["retry-after"].to_str().unwrap().parse::<u32>().unwrap() >= 1);
     let refused: Value = refused.json().await.unwrap();
     assert_eq!(refused["error"]["code"], "queue_full");
-    assert!(started.elapsed() >= Duration::from_millis(900), "{:?}", started.elapsed());
+    assert!(started.elapsed() >= Duration::from_millis(3900), "{:?}", started.elapsed());
     assert_eq!(waited.status(), 503);
     assert!(waited.headers().contains_key("retry-after"));
     let waited: Value = waited.json().await.unwrap();
@@ -137,12 +137,12 @@ async fn a_full_queue_and_a_long_wait_are_said_at_once_and_in_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_takes_too_long_is_ended() {
     let node = Node::start_with(|config| {
-        config.traffic.request_timeout_seconds = 1;
-        config.context.max_tokens = Some(4096);
+        long(config);
+        config.traffic.request_timeout_seconds = 3;
     })
     .await;
-    // More tokens than any machine makes in a second.
-    let forever = with(chat("Sing forever."), json!({"ignore_eos": true, "n": 8}));
+    // More tokens than any machine makes in three seconds.
+    let forever = with(forever(), json!({"n": 8}));
     let response = node.post(CHAT, &forever).await;
     assert_eq!(response.status(), 504);
     let error: Value = response.json().await.unwrap();

@@ -12,7 +12,7 @@ async fn a_request_wakes_an_unloaded_model_once_and_is_held() {
     let asks = futures::future::join_all((0..3).map(|_| node.ask(&url, &body)));
     let wake = async {
         assert_eq!(wakes.recv().await.unwrap(), "toy");
-        until("three requests wait", || node.activity("toy") == (0, 3)).await;
+        until("three requests wait", || node.activity("toy"), |seen| *seen == (0, 3)).await;
         node.front.route("toy", Route::Loading);
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(wakes.try_recv().is_err(), "one wake for all");
@@ -23,30 +23,36 @@ async fn a_request_wakes_an_unloaded_model_once_and_is_held() {
         assert_eq!(response.status(), 200);
         assert_eq!(response.text().await.unwrap(), "{\"ok\": true}");
     }
-    until("no request is left", || node.activity("toy") == (0, 0)).await;
+    until("no request is left", || node.activity("toy"), |seen| *seen == (0, 0)).await;
 }
 
 #[tokio::test]
 async fn the_queue_is_bounded_in_number_and_time() {
-    let node = Node::start(|_| ()).await;
-    let url = node
-        .model("toy", |traffic| {
-            traffic.max_queued = 2;
-            traffic.queue_timeout_seconds = 1;
-        })
-        .await;
+    // Nobody sees a sign of life before the end of the wait, however late that is noticed.
+    let node = Node::start(|config| config.limits.ping_interval = PATIENCE).await;
+    let full = node.model("toy", |traffic| traffic.max_queued = 2).await;
+    let short = node.model("short", |traffic| traffic.queue_timeout_seconds = 1).await;
     node.front.route("toy", Route::Unloaded);
-    let started = Instant::now();
+    node.front.route("short", Route::Unloaded);
     let (body, stream) = (json!({}), json!({"stream": true}));
-    let waiting = futures::future::join(node.ask(&url, &body), node.ask(&url, &stream));
+    let waiting = futures::future::join(node.ask(&full, &body), node.ask(&full, &stream));
     let third = async {
-        until("two requests wait", || node.activity("toy") == (0, 2)).await;
-        node.ask(&url, &body).await
+        until("two requests wait", || node.activity("toy"), |seen| *seen == (0, 2)).await;
+        let third = node.ask(&full, &body).await;
+        node.front.route("toy", Route::Draining);
+        third
     };
     let ((first, second), third) = within("three answers", futures::future::join(waiting, third)).await;
-    assert!(started.elapsed() >= Duration::from_secs(1));
     assert!(third.headers().contains_key("retry-after"));
     error(third, 429, "queue_full").await;
+    for response in [first, second] {
+        error(response, 503, "model_draining").await;
+    }
+
+    let started = Instant::now();
+    let waiting = futures::future::join(node.ask(&short, &body), node.ask(&short, &stream));
+    let (first, second) = within("two answers", waiting).await;
+    assert!(started.elapsed() >= Duration::from_secs(1));
     for response in [first, second] {
         assert!(response.headers().contains_key("retry-after"));
         error(response, 503, "queue_timeout").await;

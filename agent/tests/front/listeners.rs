@@ -19,7 +19,7 @@ async fn ports_are_stable_and_withdrawing_waits_for_requests() {
 
     let withdraw = node.front.withdraw("toy", PATIENCE);
     let end = async {
-        until("new requests are sent away", || node.activity("toy") == (1, 0)).await;
+        until("new requests are sent away", || node.activity("toy"), |seen| *seen == (1, 0)).await;
         error(node.ask(&url, &json!({})).await, 503, "model_draining").await;
         sender.send(Ok("data: [DONE]\n\n".into())).await.unwrap();
         drop(sender);
@@ -86,7 +86,7 @@ async fn the_shared_port_lists_answers_probes_and_asks_for_its_token() {
 
 #[tokio::test]
 async fn metrics_of_agent_and_workers_are_one_exposition() {
-    let node = Node::start(|config| config.limits.scrape_timeout = Duration::from_millis(300)).await;
+    let node = Node::start(|config| config.limits.scrape_timeout = Duration::from_secs(3)).await;
     let family = |name: &str| {
         format!(
             "# HELP altiplano_x_total Xs.\n# TYPE altiplano_x_total counter\naltiplano_x_total{{model_name=\"{name}\"}} 1\n"
@@ -101,11 +101,10 @@ async fn metrics_of_agent_and_workers_are_one_exposition() {
     node.model("hangs", |_| ()).await;
     let hangs = || async { futures::future::pending::<()>().await };
     workers.push(node.worker("hangs", Router::new().route("/metrics", get(hangs))));
-    let started = Instant::now();
-    let response = node.client.get(node.shared("/metrics")).send().await.unwrap();
+    // One worker that hangs does not hold up the others.
+    let response = within("the metrics", node.client.get(node.shared("/metrics")).send()).await.unwrap();
     assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/plain"));
     let text = response.text().await.unwrap();
-    assert!(started.elapsed() < Duration::from_secs(5), "one worker that hangs does not hold up the others");
     let xs = "# HELP altiplano_x_total Xs.\n# TYPE altiplano_x_total counter\naltiplano_x_total{model_name=\"a\"} 1\naltiplano_x_total{model_name=\"b\"} 1\n";
     assert!(text.contains(xs), "{text}");
     assert!(text.contains("altiplano_worker_scrape_failures_total 1\n"), "{text}");

@@ -20,7 +20,7 @@ async fn tokens_are_passed_on_as_they_come() {
     }
     drop(sender);
     assert!(within("the end", pieces.next()).await.is_none());
-    until("the request has ended", || node.activity("toy") == (0, 0)).await;
+    until("the request has ended", || node.activity("toy"), |seen| *seen == (0, 0)).await;
 }
 
 #[tokio::test]
@@ -61,7 +61,7 @@ async fn a_client_that_goes_away_is_noticed_by_the_worker() {
             }
         }
         within("the worker notices", dropped.recv()).await.unwrap();
-        until("the request has ended", || node.activity("toy") == (0, 0)).await;
+        until("the request has ended", || node.activity("toy"), |seen| *seen == (0, 0)).await;
     }
 }
 
@@ -105,15 +105,15 @@ async fn a_request_that_no_byte_answered_is_sent_again_once() {
         let mut first = node.worker("toy", silent(asked.clone()));
         let ask = node.ask(&url, &body);
         let restart = async {
-            until("the first worker has the request", || asked.load(Ordering::SeqCst) == 1).await;
+            until("the first worker has the request", || asked.load(Ordering::SeqCst), |asked| *asked == 1).await;
             first.kill();
-            until("the request waits", || node.activity("toy") == (0, 1)).await;
+            until("the request waits", || node.activity("toy"), |seen| *seen == (0, 1)).await;
             node.front.route("toy", Route::Loading);
             if is_answered {
                 return node.worker("toy", chat(|_| "again".into_response()));
             }
             let mut second = node.worker("toy", silent(asked.clone()));
-            until("the second worker has the request", || asked.load(Ordering::SeqCst) == 2).await;
+            until("the second worker has the request", || asked.load(Ordering::SeqCst), |asked| *asked == 2).await;
             second.kill();
             second
         };

@@ -103,20 +103,9 @@ async fn a_sound_that_nobody_waits_for_is_not_computed_to_its_end() {
         *projector = Projector { embd: 320, heads: 4, ff: 1024, layers: 8, ..projector.clone() };
     };
     let engine = start(folder.path(), KINDS[0], context(4), slow);
-    let began = Instant::now();
-    ask(&engine, &prompt(&engine, &["See ", "?"], &[sound(1, 10)])).await;
-    let alone = began.elapsed();
-    assert!(alone > Duration::from_millis(200), "not slow enough to see anything: {alone:?}");
-    let request = prompt(&engine, &["See ", "?"], &[sound(2, 10)]);
-    let given_up = engine.submit(request.clone()).unwrap();
-    until(&engine, "the prompt is being read", |stats| stats.running == 1 && stats.step_age > Duration::ZERO).await;
-    tokio::time::sleep(Duration::from_millis(60)).await;
-    drop(given_up);
-    let began = Instant::now();
-    until(&engine, "it has left", |stats| stats.running == 0).await;
-    assert!(began.elapsed() < alone / 2, "{:?} of {alone:?}", began.elapsed());
-    assert_eq!(engine.stats().sounds, 1);
-    assert!(!ask(&engine, &request).await.0.is_empty());
+    let request = |seed| prompt(&engine, &["See ", "?"], &[sound(seed, 10)]);
+    let alone = alone(&engine, &request(1)).await;
+    is_given_up(&engine, |round| request(u32::from(round) + 2), alone, |stats| stats.sounds).await;
     engine.shutdown(Instant::now());
 }
 

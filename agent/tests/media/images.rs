@@ -94,12 +94,10 @@ async fn images_in_company() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_go_on_beside_an_image() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = start(folder.path(), (ProjectorKind::Gemma3, Architecture::Llama), context(4), slow);
-    let large = prompt(&engine, &[LONG, "What is it?"], &[picture(1, 448, 448)]);
-    let began = Instant::now();
-    ask(&engine, &large).await;
-    let alone = began.elapsed();
-    assert!(alone > Duration::from_millis(200), "not slow enough to see anything: {alone:?}");
+    let start = || start(folder.path(), (ProjectorKind::Gemma3, Architecture::Llama), context(4), slow);
+    let engine = start();
+    let large = |engine: &Engine, seed| prompt(engine, &[LONG, "What is it?"], &[picture(seed, 448, 448)]);
+    let alone = alone(&engine, &large(&engine, 1)).await;
 
     let endless = GenerateRequest {
         prompt: engine.tokenize("Tell me a story", true, true).unwrap(),
@@ -107,48 +105,52 @@ async fn streams_go_on_beside_an_image() {
         ignore_eos: true,
         ..GenerateRequest::default()
     };
-    let mut stream = engine.submit(endless.clone()).unwrap();
-    let other = prompt(&engine, &[LONG, "What is it?"], &[picture(2, 448, 448)]);
-    let asked = tokio::spawn(read(engine.submit(other).unwrap()));
-    let (mut longest, mut last, mut tokens) = (Duration::ZERO, Instant::now(), 0);
-    while !asked.is_finished() {
-        match tokio::time::timeout(PATIENCE, stream.next()).await.unwrap() {
-            Some(GenerateEvent::Token { .. }) => {}
-            Some(GenerateEvent::Done { .. }) => {
-                stream = engine.submit(endless.clone()).unwrap();
+    let (mut seen, mut went_on) = (Vec::new(), false);
+    // A machine that does something else for a while is given another image.
+    for seed in 2..12 {
+        let mut stream = engine.submit(endless.clone()).unwrap();
+        let asked = tokio::spawn(read(engine.submit(large(&engine, seed)).unwrap()));
+        let (mut longest, mut last, mut tokens) = (Duration::ZERO, Instant::now(), 0);
+        while !asked.is_finished() {
+            match support::next(&mut stream).await {
+                Some(GenerateEvent::Token { .. }) => {}
+                Some(GenerateEvent::Done { .. }) => {
+                    stream = engine.submit(endless.clone()).unwrap();
+                }
+                other => panic!("{other:?}"),
             }
-            other => panic!("{other:?}"),
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+            tokens += 1;
         }
-        longest = longest.max(last.elapsed());
-        last = Instant::now();
-        tokens += 1;
+        seen.push((tokens, longest));
+        went_on = tokens >= 5 && longest < alone / 2;
+        if went_on {
+            break;
+        }
     }
-    eprintln!("alone {alone:?}; beside it {tokens} tokens, {longest:?} apart at most");
-    assert!(tokens >= 5 && longest < alone / 2, "alone {alone:?}; {tokens} tokens, {longest:?} apart at most");
-    drop(stream);
+    eprintln!("alone {alone:?}; beside it so many tokens, apart at most: {seen:?}");
+    assert!(went_on, "alone {alone:?}; beside it so many tokens, apart at most: {seen:?}");
+    until(&engine, "the stream has left", |stats| stats.running == 0).await;
 
-    // Cancelled while it is computed.
-    let pictures = engine.stats().pictures;
-    let third = prompt(&engine, &[LONG, "What is it?"], &[picture(3, 448, 448)]);
-    let given_up = engine.submit(third.clone()).unwrap();
-    until(&engine, "the prompt is being read", |stats| stats.running == 1 && stats.step_age > Duration::ZERO).await;
-    tokio::time::sleep(Duration::from_millis(60)).await;
-    drop(given_up);
-    let began = Instant::now();
-    until(&engine, "it has left", |stats| stats.running == 0).await;
-    assert!(began.elapsed() < alone / 2, "{:?} of {alone:?}", began.elapsed());
-    assert_eq!(engine.stats().pictures, pictures, "what nobody wants is not computed to its end");
-    let (top, _) = ask(&engine, &third).await;
-    assert!(!top.is_empty());
+    is_given_up(&engine, |round| large(&engine, round + 20), alone, |stats| stats.pictures).await;
 
     // It ends in time with an image half done.
-    let fourth = engine.submit(prompt(&engine, &[LONG, "What is it?"], &[picture(4, 448, 448)])).unwrap();
-    tokio::time::sleep(Duration::from_millis(60)).await;
-    let began = Instant::now();
-    let ending = engine.clone();
-    tokio::task::spawn_blocking(move || ending.shutdown(Instant::now())).await.unwrap();
-    assert!(began.elapsed() < alone / 2, "{:?} of {alone:?}", began.elapsed());
-    drop(fourth);
+    let (mut took, mut in_time) = (Vec::new(), false);
+    for seed in 40..50 {
+        let engine = start();
+        let half = engine.submit(large(&engine, seed)).unwrap();
+        tokio::time::sleep(alone / 10).await;
+        let began = Instant::now();
+        tokio::task::spawn_blocking(move || engine.shutdown(Instant::now())).await.unwrap();
+        took.push(began.elapsed());
+        drop(half);
+        in_time = began.elapsed() < alone / 2;
+        if in_time {
+            break;
+        }
+    }
+    assert!(in_time, "{took:?} of {alone:?}");
 }
 
 /// One that gives its cells away in the middle of a prompt with images comes back for them.

@@ -3,8 +3,11 @@
 #![allow(unreachable_pub, reason = "suites are crates that nobody uses")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "wait.rs"]
+mod wait;
+
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use altiplano_agent::engine::{
     Engine, EngineError, EngineStats, FinishReason, GenerateEvent, GenerateRequest, Generation, SamplingParams,
@@ -16,8 +19,8 @@ use altiplano_test_models::{Spec, toy};
 use futures::StreamExt as _;
 use tempfile::TempDir;
 
-/// Longest wait for anything; what is usual here is a hundredth of it.
-pub const PATIENCE: Duration = Duration::from_mins(1);
+#[allow(unused_imports, reason = "some suites use it")]
+pub use wait::PATIENCE;
 
 pub fn config(model_path: PathBuf, context: ContextSpec) -> RunnerConfig {
     RunnerConfig { model_path, context, threads: 2, ..RunnerConfig::default() }
@@ -79,7 +82,7 @@ impl Answer {
 }
 
 pub async fn next(generation: &mut Generation) -> Option<GenerateEvent> {
-    tokio::time::timeout(PATIENCE, generation.next()).await.expect("the next event comes within a minute")
+    wait::within("the next event", generation.next()).await
 }
 
 pub async fn read(mut generation: Generation) -> Answer {
@@ -109,17 +112,9 @@ pub async fn ask(engine: &Engine, request: GenerateRequest) -> Answer {
     read(engine.submit(request).expect("the request is taken")).await
 }
 
-/// Waits until the engine's numbers are as they should be.
-pub async fn until(engine: &Engine, what: &str, done: impl Fn(&EngineStats) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let stats = engine.stats();
-        if done(&stats) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{what}: {stats:?}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+/// Waits until the engine's numbers are as they should be, and returns them.
+pub async fn until(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> EngineStats {
+    wait::until(what, || engine.stats(), is_so).await
 }
 
 pub fn stop(engine: &Engine) {

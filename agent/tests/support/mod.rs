@@ -3,13 +3,15 @@
 #![allow(unreachable_pub, reason = "suites are crates that nobody uses")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "../../../tests/src/ports.rs"]
+mod ports;
 mod traffic;
+mod wait;
 
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::spare::RUNNER;
@@ -20,9 +22,8 @@ use tempfile::TempDir;
 
 #[allow(unused_imports, reason = "two suites use it")]
 pub use traffic::traffic;
-
-/// Longest wait for anything; what is usual here is a hundredth of it.
-pub const PATIENCE: Duration = Duration::from_mins(2);
+#[allow(unused_imports, reason = "some suites use it")]
+pub use wait::{PATIENCE, until, within};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_altiplano-agent");
 
@@ -41,7 +42,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `prefix… altiplano-agent role… FILE options…`, and waits until it answers.
+    /// Starts `prefix… altiplano-agent role… FILE options…`, and waits until it is ready.
     pub async fn start(
         prefix: &[&str],
         role: &[&str],
@@ -79,15 +80,16 @@ impl Agent {
             .args(options)
             .envs(env.iter().copied());
         let agent = Self::spawn(&mut command, shared, folder);
-        // A Pod gets its first request when this says so; before it a model may not be known yet.
-        agent.until("it is ready", || async { agent.get("/readyz").await.is_some() }).await;
+        agent.takes_requests().await;
         agent
     }
 
-    /// Starts this command, which listens on `shared` and keeps its state in `state` of the folder.
+    /// Starts this command, which listens on `shared` and keeps its state in `state` of the folder. What it leaves in the
+    /// temporary directory goes with the folder.
     pub fn spawn(command: &mut Command, shared: SocketAddr, folder: TempDir) -> Self {
         let (state, log, said) = (folder.path().join("state"), folder.path().join("log"), folder.path().join("said"));
         let child = command
+            .env("TMPDIR", folder.path())
             .stdout(File::create(&said).expect("a file"))
             .stderr(File::create(&log).expect("a file"))
             .stdin(Stdio::null())
@@ -104,9 +106,14 @@ impl Agent {
         self.until("it answers", || async { self.get("/healthz").await.is_some() }).await;
     }
 
+    /// Waits until it is ready. A Pod gets its first request then; before it a model may not be known yet.
+    pub async fn takes_requests(&self) {
+        self.until("it is ready", || async { self.get("/readyz").await.is_some() }).await;
+    }
+
     pub async fn get(&self, path: &str) -> Option<String> {
         let url = format!("http://{}{path}", self.shared);
-        let response = self.client.get(url).timeout(Duration::from_secs(5)).send().await.ok()?;
+        let response = self.client.get(url).timeout(PATIENCE / 4).send().await.ok()?;
         if response.status().is_success() { response.text().await.ok() } else { None }
     }
 
@@ -214,8 +221,18 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        let below = below(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // They end by themselves; until then they hold the memory, the files and the ports that the next agent wants.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < deadline && below.iter().any(|(pid, _)| is_alive(*pid)) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        for (pid, _) in below {
+            // Gone meanwhile is as good.
+            let _ = kill_process(pid, Signal::KILL);
+        }
     }
 }
 
@@ -231,19 +248,9 @@ pub fn source(path: &Path) -> String {
     format!("{{uri: 'file://{}'}}", path.display())
 }
 
-/// An address on loopback whose port was free a moment ago, and is not among those that the kernel gives to whoever asks for
-/// any, as other tests do meanwhile.
+/// An address on loopback that nobody else listens on or is given.
 pub fn free_address() -> SocketAddr {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let first = std::process::id().wrapping_mul(61);
-    for _ in 0..1000 {
-        let place = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
-        let address = SocketAddr::from(([127, 0, 0, 1], 10_000 + u16::try_from(place).expect("below 20,000")));
-        if std::net::TcpListener::bind(address).is_ok() {
-            return address;
-        }
-    }
-    panic!("no port from 10,000 to 29,999 is free")
+    ports::free_address().expect("a port")
 }
 
 /// The agent's command, free of what this shell sets.

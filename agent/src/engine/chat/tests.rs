@@ -251,7 +251,7 @@ fn hostile_templates_end() {
             let said = error.to_string();
             assert!(!said.is_empty() && said.len() < 8192, "{name}: {said}");
         }
-        assert!(started.elapsed() < std::time::Duration::from_mins(1), "{name}: {:?}", started.elapsed());
+        assert!(started.elapsed() < std::time::Duration::from_mins(2), "{name}: {:?}", started.elapsed());
     }
     let error = ChatTemplates::compile(&"x".repeat(MAX_TEMPLATE_BYTES + 1), "", "").unwrap_err();
     assert!(error.to_string().contains("more than 131072"), "{error}");

@@ -111,7 +111,7 @@ async fn a_silent_connection_is_given_up_and_resumed() {
     let (body, _) = model();
     let origin = Origin::serving(body.clone()).await;
     origin.fail([Fault::StallAfter(64 << 10)]);
-    let fixture = Fixture::with(|config| config.stall_timeout = Duration::from_millis(300)).await;
+    let fixture = Fixture::with(|config| config.stall_timeout = Duration::from_secs(3)).await;
     let stored = fixture.ensure(&source(&origin.url())).await.expect("fetched");
     assert_eq!(std::fs::read(stored.path).expect("read"), body);
     assert_eq!(origin.seen().last(), Some(&get(Some("bytes=65536-"), Some("\"one\""))));
@@ -419,7 +419,8 @@ async fn whoever_waits_sees_the_progress_of_the_one_who_fetches() {
     let (body, _) = model();
     let origin = Origin::serving(body.clone()).await;
     origin.fail([Fault::StallAfter(128 << 10)]);
-    let fixture = Fixture::new().await;
+    // It is the one who fetches that goes, not the connection.
+    let fixture = Fixture::with(|config| config.stall_timeout = Duration::from_mins(10)).await;
     let source = source(&origin.url());
     let (cancel, never) = (CancellationToken::new(), CancellationToken::new());
     let (leader, follower) = (watch::Sender::new(Progress::default()), watch::Sender::new(Progress::default()));
@@ -429,8 +430,8 @@ async fn whoever_waits_sees_the_progress_of_the_one_who_fetches() {
     };
     let watch = async {
         let arrived = seen.wait_for(|p| p.bytes_done == 128 << 10);
-        let arrived = tokio::time::timeout(Duration::from_secs(10), arrived).await;
-        let total = arrived.expect("progress within 10 s").expect("a sender").bytes_total;
+        let arrived = tokio::time::timeout(PATIENCE, arrived).await;
+        let total = arrived.expect("progress in time").expect("a sender").bytes_total;
         // The leader goes away; the follower takes over and resumes.
         cancel.cancel();
         total

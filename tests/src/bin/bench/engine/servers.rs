@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use altiplano_test_models::Spec;
-use altiplano_tests::{Proc, free_port, http, is_worker, program, sandbox, wait_for};
+use altiplano_tests::{Proc, free_address, http, is_worker, program, sandbox, wait_for};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use serde_json::Value;
@@ -131,7 +131,7 @@ pub(crate) async fn serve(role: &[&str], models: &[(&Model, &str)], arguments: &
         })
         .collect();
     std::fs::write(&file, deployments.join("---\n"))?;
-    let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let address = free_address()?;
     let mut command = Command::new(program("altiplano-agent")?);
     command
         .args(role)
@@ -149,7 +149,7 @@ pub(crate) async fn serve(role: &[&str], models: &[(&Model, &str)], arguments: &
 
 /// llama-server with `cells` of context and more arguments.
 pub(crate) async fn theirs(model: &Model, cells: usize, arguments: &[&str]) -> Result<Server> {
-    let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let address = free_address()?;
     let threads = threads().to_string();
     let mut command = Command::new(peer("llama-server")?);
     command

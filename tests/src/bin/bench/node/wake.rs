@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use altiplano_tests::report::Row;
-use altiplano_tests::{Proc, free_port, sandbox};
+use altiplano_tests::{Proc, free_address, sandbox};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -154,7 +154,7 @@ fn router(models: &[&Model]) -> Result<Server> {
         })
         .collect();
     std::fs::write(&presets, format!("version = 1\n\n{}", text.join("\n")))?;
-    let address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let address = free_address()?;
     let mut command = std::process::Command::new(peer("llama-server")?);
     command
         .arg("--models-preset")
