@@ -10,7 +10,7 @@
 //! | `reasoning_budget_tokens`, `reasoning_budget`, `thinking_budget_tokens` | tokens of each block of reasoning, which then has to end; 0: no reasoning; -1: as much as the model likes |
 //! | `reasoning_budget_message` | what is said before such an end |
 //! | `chat_template_kwargs` | variables for the template, at most 64 KiB |
-//! | `continue_final_message` | `true`, `content`, `reasoning_content`: the last message, the assistant's, goes on. Without the field a last message of the assistant goes on too, as with llama-server; `false` ends it |
+//! | `continue_final_message` | `true`, `content`, `reasoning_content`: the last message, the assistant's, goes on. Without the field a last message of the assistant goes on too, as with llama-server; `false` ends it. Two of them at the end are refused where the last would go on |
 //! | `add_generation_prompt` | `false`: the prompt ends with the last message |
 //! | `logprobs`, `top_logprobs` | of the tokens as the model wrote them, markers of calls and reasoning included |
 //!
@@ -174,6 +174,12 @@ impl ChatRequest {
             let message = "'continue_final_message' needs a last message that is the assistant's and calls no tool";
             return Err(ApiError::invalid("continue_final_message", message));
         }
+        if request.continuation() != Continuation::None && request.ends_with_two_of_the_assistant() {
+            // llama-server's words.
+            let message = "Cannot have 2 or more assistant messages at the end of the list: join them, or set \
+                           'continue_final_message' to false for an answer of its own.";
+            return Err(ApiError::invalid("messages", message));
+        }
         Ok(request)
     }
 
@@ -296,6 +302,11 @@ impl ChatRequest {
         let input = ChatInput { json_schema: Some(schema), tools: &[], ..input };
         let formed = templates.render(&input).map_err(|error| self.refused(&error))?;
         Ok((Rendered { prompt: rendered.prompt, format: formed.format }, None))
+    }
+
+    fn ends_with_two_of_the_assistant(&self) -> bool {
+        let is_assistant = |message: &Value| message.get("role").and_then(Value::as_str) == Some("assistant");
+        self.messages.len() > 1 && self.messages.iter().rev().take(2).all(is_assistant)
     }
 
     /// Whether the last message goes on: as asked, else if it is the assistant's and complete with no call.
@@ -424,5 +435,28 @@ mod tests {
         }
         let error = read(&format!(r#"{{"messages": [{user}], "continue_final_message": true}}"#)).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("continue_final_message"));
+    }
+
+    #[test]
+    fn one_message_of_the_assistant_goes_on_not_two() {
+        let user = r#"{"role": "user", "content": "hi"}"#;
+        let assistant = r#"{"role": "assistant", "content": "Well,"}"#;
+        let calls = r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}"#;
+        for (messages, extra, refused) in [
+            (format!("{user}, {assistant}, {assistant}"), "", true),
+            (format!("{assistant}, {assistant}"), r#", "continue_final_message": true"#, true),
+            (format!("{user}, {calls}, {assistant}"), "", true),
+            (format!("{user}, {assistant}, {assistant}"), r#", "continue_final_message": false"#, false),
+            (format!("{user}, {assistant}, {assistant}, {user}"), "", false),
+            (format!("{user}, {assistant}, {calls}"), "", false),
+            (assistant.to_owned(), "", false),
+        ] {
+            let error = read(&format!(r#"{{"messages": [{messages}]{extra}}}"#)).err();
+            assert_eq!(error.is_some(), refused, "{messages}{extra}");
+            let words = "Cannot have 2 or more assistant messages at the end of the list";
+            assert!(error.is_none_or(|error| error.message.contains(words)
+                && error.status == 400
+                && error.param.as_deref() == Some("messages")));
+        }
     }
 }
