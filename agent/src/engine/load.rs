@@ -48,6 +48,10 @@ pub(super) const GPU_BATCH: u32 = 2048;
 /// Cells that a warm-up reads where the CPU attends to some of the layers: there attention takes as long as all else.
 const DEPTH_WITH_CPU: u32 = 16_384;
 
+/// Tokens of a warm-up that reads a full pool with flash attention: what a driver takes for that grows with the cells, no more
+/// with the tokens; from 64 on Vulkan unpacks quantized keys and values.
+const DEEP_TOKENS: u32 = 64;
+
 /// A model that can generate.
 pub(super) struct Loaded {
     pub(super) model: Model,
@@ -440,14 +444,22 @@ pub(super) fn context_failed(message: String) -> EngineError {
     }
 }
 
-/// Computes once, and cuts. A GPU takes memory when it computes for the first time, and more the deeper it reads: so it
-/// computes a whole micro-batch behind a full pool. A CPU does not, and two tokens bring the first weights into memory.
+/// Computes, and cuts. A GPU takes memory when it computes for the first time, and more the deeper it reads: so it computes a
+/// whole micro-batch, and behind a full pool. A CPU does not, and two tokens bring the first weights into memory.
 /// `gpu`: cells that are read at most, where there is one. Returns whether the sequence could be cut.
 fn warm_up(model: &Model, context: &mut Context, gpu: Option<u32>) -> Result<bool, EngineError> {
-    let mut batch = match gpu {
-        Some(most) => last_micro_batch(model, context, most),
-        None => micro_batch(model, 1, 2, 0),
-    };
+    let Some(most) = gpu else { return compute(context, micro_batch(model, 1, 2, 0)) };
+    let tokens = context.micro_batch().min(context.sequence_cells() / 2);
+    let deep = if context.plain_attention() { tokens } else { tokens.min(DEEP_TOKENS) };
+    if deep < tokens {
+        compute(context, micro_batch(model, 1, tokens, 0))?;
+    }
+    let last = last_micro_batch(model, context, deep, most);
+    compute(context, last)
+}
+
+/// Returns whether the first sequence could be cut behind its first position, and clears the context.
+fn compute(context: &mut Context, mut batch: Batch) -> Result<bool, EngineError> {
     context.decode(&mut batch).map_err(|error| match error {
         DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
         DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
@@ -457,17 +469,17 @@ fn warm_up(model: &Model, context: &mut Context, gpu: Option<u32>) -> Result<boo
     Ok(can_cut)
 }
 
-/// A micro-batch for the last of all cells, or of the first `most`, when the others are taken; where no others can be, at the
-/// pool's beginning.
-fn last_micro_batch(model: &Model, context: &mut Context, most: u32) -> Batch {
+/// So many tokens for the last of all cells, or of the first `most`, when the others are taken; where no others can be, for
+/// the pool's beginning.
+fn last_micro_batch(model: &Model, context: &mut Context, tokens: u32, most: u32) -> Batch {
     let (lanes, cells) = (context.lanes(), context.sequence_cells().min(most));
-    let tokens = (context.micro_batch() / lanes).min(cells / 2).max(1);
+    let each = (tokens / lanes).min(cells / 2).max(1);
     let sequences = 0..i32::try_from(lanes).unwrap_or(1);
-    if sequences.clone().all(|sequence| context.fill(sequence, cells - tokens)) {
-        return micro_batch(model, lanes, tokens, 1);
+    if sequences.clone().all(|sequence| context.fill(sequence, cells - each)) {
+        return micro_batch(model, lanes, each, 1);
     }
     context.clear();
-    micro_batch(model, 1, context.micro_batch().min(cells / 2), 0)
+    micro_batch(model, 1, tokens, 0)
 }
 
 /// How a GPU's warm-up leaves the pool: cells up to the last one taken and cells in all, of each sequence that has its own.
@@ -476,7 +488,8 @@ pub(super) fn warmed_up(config: &RunnerConfig, most: u32) -> Result<Vec<(u32, u3
     let (model, gpu) = open(config, &|_| {})?;
     let (_, params) = plan(config, &model, gpu, 0)?;
     let mut context = new_context(&model, &params)?;
-    let mut batch = last_micro_batch(&model, &mut context, most);
+    let tokens = context.micro_batch().min(context.sequence_cells() / 2);
+    let mut batch = last_micro_batch(&model, &mut context, tokens, most);
     context.decode(&mut batch).map_err(|error| EngineError::DecodeFailed(format!("{error:?}")))?;
     let sequences = 0..i32::try_from(context.lanes()).unwrap_or(1);
     let filled = sequences.map(|sequence| (context.depth(sequence), context.sequence_cells())).collect();

@@ -55,7 +55,7 @@ pub(in crate::engine) struct Context {
     outputs: u32,
     pub(super) unified: bool,
     /// Attention is computed as products of whole matrices.
-    plain_attention: bool,
+    pub(super) plain_attention: bool,
     pub(super) part: Part,
     /// The weights; kept alive for as long as the context.
     pub(super) model: Model,
