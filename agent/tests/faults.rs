@@ -335,7 +335,9 @@ async fn the_worst_worker_is_ended_below_the_memory_limit() {
     agent.says("(OutOfMemory)").await;
     let said = agent.said();
     let line = said.lines().find(|line| line.contains("(OutOfMemory)")).expect("it was there");
-    assert!(line.starts_with("default/large: ") && line.contains("this worker held 5"), "{line}");
+    // As of its last sign of life, which may be of before it had taken all of it.
+    let held = line.split("this worker held ").nth(1).and_then(|rest| rest.split("Mi").next()?.parse().ok());
+    assert!(line.starts_with("default/large: ") && held > Some(64), "{line}");
     assert!(is_alive(stays), "the other one stays");
     agent.check("toy").await;
 
