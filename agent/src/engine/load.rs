@@ -1,5 +1,6 @@
 //! From a worker's configuration to a loaded model and its context; the dry run is here too.
 
+mod attention;
 mod checks;
 mod devices;
 mod draft;
@@ -307,8 +308,21 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
     }
 
     let tokens = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok());
-    let micro_batch = tokens(config.engine.micro_batch_tokens).unwrap_or(MICRO_BATCH).max(together);
-    let batch = tokens(config.engine.batch_tokens).unwrap_or(if gpu { GPU_BATCH } else { micro_batch });
+    let asked = tokens(config.engine.micro_batch_tokens);
+    let (flash_attention, micro_batch) = attention::choose(&attention::Case {
+        wanted: config.engine.flash_attention,
+        micro_batch: asked,
+        together,
+        on_cpu: !gpu,
+        plain_state: capability.cut == Cut::Anywhere,
+        parallel,
+        types: [key_cache_type, value_cache_type],
+        heads: model.n_head(),
+        cells: limits.cap,
+        weights: model.size_bytes(),
+    });
+    let batch = if gpu { GPU_BATCH } else { asked.unwrap_or(MICRO_BATCH) };
+    let batch = tokens(config.engine.batch_tokens).unwrap_or(batch);
     let speculative = speculative(config, model, capability)?;
     let rollback = match (capability.cut, speculative) {
         (Cut::Nowhere, Some(settings)) => u32::try_from(settings.max).unwrap_or(0),
@@ -348,7 +362,7 @@ fn plan(config: &RunnerConfig, model: &Model, gpu: bool, together: u32) -> Resul
         unified,
         threads: config.threads.max(1),
         offload: gpu,
-        flash_attention: config.engine.flash_attention,
+        flash_attention,
         key_type: key_cache_type,
         value_type: value_cache_type,
         rope: rope.clone(),

@@ -3,7 +3,8 @@
 //! First one token of every sequence that generates, then pieces of prompts, so that both together are the step's size:
 //! a long prompt must not hold up those who read along, and steps of one size let llama.cpp use its graph again. On a CPU
 //! they take turns instead, step by step: attention there computes 64 rows at once over the cells of all of them, so one
-//! who generates would make 63 rows of prompts read its cells too; streams get a twentieth of the time at least. When nobody generates a step is the whole batch. Of several prompts the oldest gets half of what is left and the one with
+//! who generates would make 63 rows of prompts read its cells too; streams get a twentieth of the time at least. When
+//! nobody generates a step is the whole batch. Of several prompts the oldest gets half of what is left and the one with
 //! the least to read the other half: none waits for ever, and a short one does not wait for a long one. A step in which
 //! a short prompt ends is a short one, so that the others do not hold up its first token.
 
@@ -149,10 +150,9 @@ pub(super) fn plan(lanes: &[Lane], limits: Limits, step: &mut Vec<Chunk>) {
 /// read as long as those that generate: prompts are then read at some 95 % of full speed.
 const STRETCH: f64 = 18.0;
 
-/// A step that brings somebody's first token takes so long, if others have more to read.
-const EARLY: Duration = Duration::from_millis(300);
-
-/// Longest such step, unless a bare one takes a quarter of that already.
+/// Longest step that holds others up: streams by the reading of prompts, unless a bare one takes a quarter of that already,
+/// or first tokens by the reading of what is behind them. Shorter ones bring the first of many prompts earlier, and the
+/// most of them later: each is followed by a step of those who have begun.
 const LONGEST: Duration = Duration::from_millis(500);
 
 /// How fast steps are here, as measured.
@@ -237,7 +237,7 @@ impl Pace {
             let is_owed = self.has_read() || self.since * STRETCH * patience < self.last_read;
             turn = if is_owed { Turn::Generate } else { Turn::Read };
         }
-        Limits { batch, outputs, mixed, early: tokens(EARLY.as_secs_f64()), turn }
+        Limits { batch, outputs, mixed, early: tokens(longest), turn }
     }
 }
 
@@ -394,7 +394,7 @@ mod tests {
             pace.observe(4, 4, Duration::from_millis(16));
             pace.observe(132, 5, Duration::from_millis(287));
         }
-        assert_eq!((mixed(&pace, 512), early(&pace)), (128, 128));
+        assert_eq!((mixed(&pace, 512), early(&pace)), (128, 192));
         let crowd = |generating, reading| with(&pace, 512, generating, reading).mixed;
         assert_eq!((crowd(4, 4), crowd(4, 6), crowd(2, 4), crowd(1, 7)), (128, 192, 192, 192), "up to half a second");
         for _ in 0..50 {

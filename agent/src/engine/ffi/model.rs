@@ -163,7 +163,7 @@ impl Model {
     }
 
     /// Attention heads.
-    pub(super) fn n_head(&self) -> u32 {
+    pub(in crate::engine) fn n_head(&self) -> u32 {
         self.inner.n_head()
     }
 

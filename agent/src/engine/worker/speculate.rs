@@ -105,6 +105,15 @@ impl Worker {
         let now = Instant::now();
         // A step without guesses is as long as its own computing: the draft model may have read along meanwhile.
         let elapsed = now - if guessed == 0 { started } else { begun };
+        tracing::trace!(
+            tokens,
+            sequences,
+            guessed,
+            running = self.running.len(),
+            micros = elapsed.as_micros(),
+            since_last_micros = (started - self.last_step).as_micros(),
+            "step"
+        );
         if guessed == 0 {
             self.pace.observe(tokens, u32::try_from(sequences).unwrap_or(u32::MAX), elapsed);
         } else if tokens as usize == sequences + guessed as usize {

@@ -10,7 +10,6 @@ use super::turns::median;
 /// Who it is, in a row.
 pub(super) const BARE: &str = "llama.cpp's bare calls";
 
-/// The better of one pool of cells and a pool for each stream, figure by figure.
 pub(super) struct Limit {
     /// Seconds until all have their first token, when nobody has seen the common beginning.
     pub(super) cold_first: f64,
@@ -24,10 +23,11 @@ pub(super) struct Limit {
     pub(super) pace: f64,
 }
 
-/// Of prompts with `shared` tokens in common and `own` ones after those, for each of which so many are generated.
-pub(super) fn limit(model: &Model, shared: usize, own: &[usize], generate: u32) -> Result<Limit> {
+/// Of prompts with `shared` tokens in common and `own` ones after those, for each of which so many are generated; the better
+/// of these layouts, figure by figure: one pool of cells (Dynamic) and a part of them for each stream (Fixed).
+pub(super) fn limit(model: &Model, sizings: &[&str], shared: usize, own: &[usize], generate: u32) -> Result<Limit> {
     let mut best: Option<Limit> = None;
-    for sizing in ["Dynamic", "Fixed"] {
+    for sizing in sizings {
         let report = bare_calls(model, sizing, shared, own, generate)?;
         let seconds = |name: &str| -> Result<f64> {
             let all = report[name].as_array().with_context(|| format!("no {name}"))?;

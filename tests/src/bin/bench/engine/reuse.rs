@@ -42,7 +42,7 @@ pub(super) async fn shared_prefix(model: &Model) -> Result<Vec<Row>> {
     .await?;
     drop(servers);
     let what = format!("{CLIENTS} clients, {SHARED} shared + {OWN} own tokens");
-    let bare = limit(model, SHARED, &[OWN; CLIENTS], GENERATE)?;
+    let bare = limit(model, &["Dynamic"], SHARED, &[OWN; CLIENTS], GENERATE)?;
     let beside_bare =
         |series: &Series, metric: &str, unit, bare| series.alone(format!("{what}, {metric}"), unit).beside(BARE, bare);
     let limits = [

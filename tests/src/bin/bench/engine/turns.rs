@@ -18,6 +18,8 @@ pub(crate) enum Better {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Series {
     pub(crate) ours: Vec<f64>,
+    /// Further settings of ours.
+    also_ours: Vec<(String, Vec<f64>)>,
     pub(crate) peers: Vec<(String, Vec<f64>)>,
 }
 
@@ -28,9 +30,11 @@ pub(crate) async fn in_turn<const N: usize>(
     mut measure: impl AsyncFnMut(&Server, u64) -> Result<[f64; N]>,
 ) -> Result<[Series; N]> {
     let mut all: [Series; N] = std::array::from_fn(|_| Series::default());
-    for server in servers.iter().filter(|server| !server.is_ours) {
+    let first = servers.iter().find(|server| server.is_ours).map(|server| &server.name);
+    for server in servers.iter().filter(|server| Some(&server.name) != first) {
         for series in &mut all {
-            series.peers.push((server.name.clone(), Vec::new()));
+            let others = if server.is_ours { &mut series.also_ours } else { &mut series.peers };
+            others.push((server.name.clone(), Vec::new()));
         }
     }
     for round in 0..rounds {
@@ -38,7 +42,8 @@ pub(crate) async fn in_turn<const N: usize>(
             let figures = measure(server, round).await?;
             eprintln!("  round {round}, {}: {figures:.4?}", server.name);
             for (series, figure) in all.iter_mut().zip(figures) {
-                match series.peers.iter_mut().find(|(name, _)| *name == server.name) {
+                let mut others = series.peers.iter_mut().chain(&mut series.also_ours);
+                match others.find(|(name, _)| *name == server.name) {
                     Some((_, known)) => known.push(figure),
                     None => series.ours.push(figure),
                 }
@@ -57,6 +62,12 @@ impl Series {
         });
         let row = self.alone(metric, unit);
         best.map_or(row.clone(), |(name, figure)| row.beside(name, figure))
+    }
+
+    /// Another setting of ours, beside the same peers.
+    pub(crate) fn of(&self, name: &str) -> Option<Self> {
+        let (_, ours) = self.also_ours.iter().find(|(known, _)| known == name)?;
+        Some(Self { ours: ours.clone(), also_ours: Vec::new(), peers: self.peers.clone() })
     }
 
     /// Ours beside the peer of this name.
@@ -101,12 +112,15 @@ mod tests {
     #[test]
     fn the_best_of_theirs_is_beside_the_middle_of_ours() {
         let peers = vec![("slow".to_owned(), vec![5.0, 7.0, 6.0]), ("fast".to_owned(), vec![8.0, 9.0])];
-        let series = Series { ours: vec![12.0, 9.0, 10.0], peers };
+        let series = Series { ours: vec![12.0, 9.0, 10.0], also_ours: vec![("other".to_owned(), vec![11.0])], peers };
         let row = series.row("speed", "tok/s", Better::More);
         assert_eq!((row.ours, row.spread, row.peer.as_deref(), row.theirs), (10.0, Some(3.0), Some("fast"), Some(8.5)));
         let row = series.row("latency", "s", Better::Less);
         assert_eq!((row.peer.as_deref(), row.theirs), (Some("slow"), Some(6.0)));
         assert_eq!(series.row_beside("speed", "tok/s", "fast").ratio, Some(10.0 / 8.5));
+        let other = series.of("other").map(|other| other.row("speed", "tok/s", Better::More));
+        assert_eq!(other.map(|row| (row.ours, row.theirs)), Some((11.0, Some(8.5))));
+        assert!(series.of("fast").is_none(), "not ours");
     }
 
     #[test]
