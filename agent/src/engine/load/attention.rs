@@ -46,6 +46,9 @@ const PART: u64 = 8;
 /// What they may take beside weights that are smaller than that.
 const LEAST: u64 = 128 << 20;
 
+/// Smaller models compute for less time than the further products' operations have to wait for each other: 0.2 ms a step.
+const SMALLEST: u64 = 32 << 20;
+
 /// Tokens computed at once where nothing else is asked for: the first of these whose scores fit.
 const MICRO_BATCHES: [u32; 2] = [128, 64];
 
@@ -54,7 +57,7 @@ pub(super) fn choose(case: &Case) -> (FlashAttention, u32) {
     let Case { wanted, micro_batch, together, .. } = *case;
     let usual = micro_batch.unwrap_or(MICRO_BATCH).max(together);
     let is_alone = case.on_cpu && case.plain_state && case.parallel == 1 && case.types == [CacheType::F16; 2];
-    if wanted != FlashAttention::Auto || !is_alone {
+    if wanted != FlashAttention::Auto || !is_alone || case.weights < SMALLEST {
         return (wanted, usual);
     }
     let each = u64::from(case.cells).saturating_mul(u64::from(case.heads)).saturating_mul(SCORE_BYTES);
@@ -93,6 +96,7 @@ mod tests {
             ("a large one", Case { cells: 32_768, ..case }, (Off, 64)),
             ("scores would take too much", Case { cells: 131_072, ..case }, (Auto, 512)),
             ("few weights", Case { heads: 12, cells: 16_384, weights: 67 << 20, ..case }, (Off, 64)),
+            ("hardly any", Case { weights: 1 << 20, ..case }, (Auto, 512)),
             ("beside others", Case { parallel: 2, ..case }, (Auto, 512)),
             ("on a GPU", Case { on_cpu: false, ..case }, (Auto, 512)),
             ("a window", Case { plain_state: false, ..case }, (Auto, 512)),
@@ -103,7 +107,7 @@ mod tests {
             ("if that fits", Case { micro_batch: Some(512), ..case }, (Auto, 512)),
             ("an image", Case { together: 350, ..case }, (Off, 350)),
             ("a large image", Case { together: 1024, ..case }, (Auto, 1024)),
-            ("no attention", Case { heads: 0, ..case }, (Off, 128)),
+            ("no heads", Case { heads: 0, ..case }, (Off, 128)),
         ];
         for (name, case, expected) in cases {
             assert_eq!(choose(&case), expected, "{name}");

@@ -10,7 +10,7 @@ use crate::engine::sizing::pad;
 use crate::runner::protocol::{BatchLoad, BatchReport};
 
 /// Times that it is done; the first does not count, as buffers are not there yet.
-const ROUNDS: u32 = 3;
+const ROUNDS: u32 = 2;
 
 /// A token at a position of one sequence, and whether its logits are wanted.
 type Entry = (u32, u32, bool);
