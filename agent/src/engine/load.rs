@@ -6,6 +6,7 @@ mod devices;
 mod draft;
 mod parts;
 mod projector;
+mod warm_up;
 
 use std::sync::mpsc;
 use std::thread;
@@ -33,6 +34,9 @@ use devices::granted;
 pub(super) use devices::probe;
 pub(super) use draft::LoadedDraft;
 use projector::{load_projector, projector_needs};
+use warm_up::warm_up;
+#[cfg(test)]
+pub(super) use warm_up::warmed_up;
 
 /// Finished sequences whose cells are kept at most: idle cells slow every step, so few.
 const MAX_KEPT: u32 = 4;
@@ -45,13 +49,6 @@ pub(super) const MICRO_BATCH: u32 = 512;
 
 /// Tokens in one call on a GPU, where a long prompt must not wait for the host between micro-batches.
 pub(super) const GPU_BATCH: u32 = 2048;
-
-/// Cells that a warm-up reads where the CPU attends to some of the layers: there attention takes as long as all else.
-const DEPTH_WITH_CPU: u32 = 16_384;
-
-/// Tokens of a warm-up that reads a full pool with flash attention: what a driver takes for that grows with the cells, no more
-/// with the tokens; from 64 on Vulkan unpacks quantized keys and values.
-const DEEP_TOKENS: u32 = 64;
 
 /// A model that can generate.
 pub(super) struct Loaded {
@@ -102,11 +99,6 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Cells that a GPU's warm-up reads at most. Of a deep pool the CPU's part takes longer than all else.
-    fn warm_up_cells(&self) -> u32 {
-        if self.layers_offloaded < self.layers_total { DEPTH_WITH_CPU } else { u32::MAX }
-    }
-
     /// Whether the CPU computes the attention of most layers.
     pub(super) fn attends_on_cpu(&self) -> bool {
         self.layers_offloaded.saturating_mul(2) < self.layers_total
@@ -143,7 +135,7 @@ pub(super) fn load(config: &RunnerConfig, model: Model, gpu: bool) -> Result<Loa
         .with_held_bytes(cgroup::held_bytes().unwrap_or(0));
     let (projector, encoder) = load_projector(config, &model, gpu, params.micro_batch)?.unzip();
     let mut context = new_context(&model, &params)?;
-    let can_cut = warm_up(&model, &mut context, gpu.then(|| plan.warm_up_cells()))?;
+    let can_cut = warm_up(&model, &mut context, gpu.then(|| warm_up::depth(&plan)))?;
     if plan.capability.cut != Cut::Nowhere {
         plan.capability = plan.capability.tested(can_cut);
     }
@@ -456,73 +448,6 @@ pub(super) fn context_failed(message: String) -> EngineError {
     } else {
         EngineError::ContextFailed(message)
     }
-}
-
-/// Computes, and cuts. A GPU takes memory when it computes for the first time, and more the deeper it reads: so it computes a
-/// whole micro-batch, and behind a full pool. A CPU does not, and two tokens bring the first weights into memory.
-/// `gpu`: cells that are read at most, where there is one. Returns whether the sequence could be cut.
-fn warm_up(model: &Model, context: &mut Context, gpu: Option<u32>) -> Result<bool, EngineError> {
-    let Some(most) = gpu else { return compute(context, micro_batch(model, 1, 2, 0)) };
-    let tokens = context.micro_batch().min(context.sequence_cells() / 2);
-    let deep = if context.plain_attention() { tokens } else { tokens.min(DEEP_TOKENS) };
-    if deep < tokens {
-        compute(context, micro_batch(model, 1, tokens, 0))?;
-    }
-    let last = last_micro_batch(model, context, deep, most);
-    compute(context, last)
-}
-
-/// Returns whether the first sequence could be cut behind its first position, and clears the context.
-fn compute(context: &mut Context, mut batch: Batch) -> Result<bool, EngineError> {
-    context.decode(&mut batch).map_err(|error| match error {
-        DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
-        DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
-    })?;
-    let can_cut = context.remove(0, 1);
-    context.clear();
-    Ok(can_cut)
-}
-
-/// So many tokens for the last of all cells, or of the first `most`, when the others are taken; where no others can be, for
-/// the pool's beginning.
-fn last_micro_batch(model: &Model, context: &mut Context, tokens: u32, most: u32) -> Batch {
-    let (lanes, cells) = (context.lanes(), context.sequence_cells().min(most));
-    let each = (tokens / lanes).min(cells / 2).max(1);
-    let sequences = 0..i32::try_from(lanes).unwrap_or(1);
-    if sequences.clone().all(|sequence| context.fill(sequence, cells - each)) {
-        return micro_batch(model, lanes, each, 1);
-    }
-    context.clear();
-    micro_batch(model, 1, tokens, 0)
-}
-
-/// How a GPU's warm-up leaves the pool: cells up to the last one taken and cells in all, of each sequence that has its own.
-#[cfg(test)]
-pub(super) fn warmed_up(config: &RunnerConfig, most: u32) -> Result<Vec<(u32, u32)>, EngineError> {
-    let (model, gpu) = open(config, &|_| {})?;
-    let (_, params) = plan(config, &model, gpu, 0)?;
-    let mut context = new_context(&model, &params)?;
-    let tokens = context.micro_batch().min(context.sequence_cells() / 2);
-    let mut batch = last_micro_batch(&model, &mut context, tokens, most);
-    context.decode(&mut batch).map_err(|error| EngineError::DecodeFailed(format!("{error:?}")))?;
-    let sequences = 0..i32::try_from(context.lanes()).unwrap_or(1);
-    let filled = sequences.map(|sequence| (context.depth(sequence), context.sequence_cells())).collect();
-    context.clear();
-    warm_up(&model, &mut context, Some(most))?;
-    Ok(filled)
-}
-
-/// So many tokens of each of the first sequences, from a position on.
-fn micro_batch(model: &Model, sequences: u32, tokens: u32, from: u32) -> Batch {
-    let token = model.bos().unwrap_or(0);
-    let mut batch = Batch::new(sequences * tokens);
-    for sequence in 0..sequences {
-        for index in 0..tokens {
-            let [position, sequence] = [from + index, sequence].map(|number| i32::try_from(number).unwrap_or(i32::MAX));
-            batch.add(token, position, sequence, index == 0);
-        }
-    }
-    batch
 }
 
 /// What the file says. What the model can do is left to the caller.

@@ -51,11 +51,11 @@ pub(in crate::engine) struct Context {
     memory: NonNull<sys::llama_memory_i>,
     /// Which rows of the last batch have logits.
     pub(super) output_rows: Vec<i8>,
-    pub(super) sequences: u32,
+    sequences: u32,
     outputs: u32,
-    pub(super) unified: bool,
+    unified: bool,
     /// Attention is computed as products of whole matrices.
-    pub(super) plain_attention: bool,
+    plain_attention: bool,
     pub(super) part: Part,
     /// The weights; kept alive for as long as the context.
     pub(super) model: Model,
@@ -104,6 +104,16 @@ impl Context {
     /// Cells that one sequence can have.
     pub(in crate::engine) fn sequence_cells(&self) -> u32 {
         if self.unified { self.cells() } else { self.cells() / self.sequences }
+    }
+
+    /// Whether attention is computed as products of whole matrices, not by flash attention.
+    pub(in crate::engine) fn plain_attention(&self) -> bool {
+        self.plain_attention
+    }
+
+    /// Sequences that have cells of their own; 1 where all share them.
+    pub(in crate::engine) fn lanes(&self) -> u32 {
+        if self.unified { 1 } else { self.sequences }
     }
 
     /// Rows with logits in one call at most.
@@ -349,18 +359,17 @@ impl Context {
     /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
     /// on the host, the logits, the cells' metadata and the process itself, stands in `other_bytes`.
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
-        // SAFETY: the context is alive.
-        let mut uses = unsafe { breakdown(self.raw) };
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
-        uses[0].other_bytes = logits + self.hidden_bytes() + self.cell_bytes(&uses[0]);
+        let outputs = logits + self.hidden_bytes();
         if self.part == Part::Head {
             // The weights are the model's.
-            for device in &mut uses {
-                device.weights_bytes = 0;
-                device.mapped_bytes = 0;
-            }
+            let mut uses = self.memory_of_cells();
+            uses[0].other_bytes += outputs;
             return uses;
         }
+        // SAFETY: the context is alive.
+        let mut uses = unsafe { breakdown(self.raw) };
+        uses[0].other_bytes = outputs + self.cell_bytes(&uses[0]);
         // llama.cpp's breakdown knows no adapters and no projector; adapters lie where the weights do.
         if let Some(device) = uses.iter_mut().max_by_key(|device| device.weights_bytes) {
             device.weights_bytes += self.model.adapter_bytes();

@@ -19,14 +19,4 @@ impl Context {
         // SAFETY: the context is alive and the sequence id was checked.
         unsafe { shim::altiplano_depth(self.raw.as_ptr(), sequence) }
     }
-
-    /// Whether attention is computed as products of whole matrices, not by flash attention.
-    pub(in crate::engine) fn plain_attention(&self) -> bool {
-        self.plain_attention
-    }
-
-    /// Sequences that have cells of their own; 1 where all share them.
-    pub(in crate::engine) fn lanes(&self) -> u32 {
-        if self.unified { 1 } else { self.sequences }
-    }
 }

@@ -46,7 +46,8 @@ const PART: u64 = 8;
 /// What they may take beside weights that are smaller than that.
 const LEAST: u64 = 128 << 20;
 
-/// Smaller models compute for less time than the further products' operations have to wait for each other: 0.2 ms a step.
+/// Smaller models compute for less time than the further products' operations have to wait for each other: 0.1 to 0.3 ms a
+/// step of the toy model.
 const SMALLEST: u64 = 32 << 20;
 
 /// Tokens computed at once where nothing else is asked for: the first of these whose scores fit.
