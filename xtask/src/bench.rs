@@ -20,7 +20,7 @@ pub(crate) struct Options {
 }
 
 /// Measurements of the request path, beside llama-server or alone: with an optimised agent.
-const OF_THE_ENGINE: [&str; 6] = ["context", "engine", "leaks", "logits", "node", "speculative"];
+const OF_THE_ENGINE: [&str; 7] = ["context", "engine", "leaks", "limits", "logits", "node", "speculative"];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::cluster()?;

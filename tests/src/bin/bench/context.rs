@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) async fn run() -> Result<Report> {
     let started = Instant::now();
-    let load = load_average();
+    let (load, version, our_version) = (load_average(), servers::version()?, servers::our_version()?);
     let model = Model::write(&sandbox::subdir("models")?, "bench", &shape())?;
     let mut rows = bare(&model)?;
     let grown = of_ours(&model).await?;
@@ -50,14 +50,12 @@ pub(crate) async fn run() -> Result<Report> {
         name: "context".into(),
         setting: format!(
             "{:.0} s on {} cores, load {load} before it. Model: random weights, {} layers, width {}, Q4_0, F16 cache. Ours: from \
-             {SMALL} cells to {LARGE}, agent and worker, llama.cpp {}. Peer: llama.cpp {}, from its end to the first token; its \
+             {SMALL} cells to {LARGE}, agent and worker, llama.cpp {our_version}. Peer: llama.cpp {version}, from its end to the first token; its \
              start is seen by asking for /health. Median of the rounds; spread: from the least to the most of ours.",
             started.elapsed().as_secs_f64(),
             servers::threads(),
             shape.layers,
             shape.embd,
-            servers::our_version()?,
-            servers::version()?,
         ),
         rows,
     })

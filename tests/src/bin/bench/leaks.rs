@@ -11,7 +11,7 @@ use altiplano_tests::report::{Report, Row};
 use altiplano_tests::{http, sandbox, wait_for};
 use anyhow::{Context as _, Result};
 
-use crate::engine::client::{Question, ask_telling, count, random_tokens};
+use crate::engine::client::{Question, ask_all, ask_telling, count, questions, random_tokens};
 use crate::engine::servers::{Model, Server, ours};
 
 const REQUESTS: u64 = 10_000;
@@ -20,6 +20,11 @@ const WARM_UP: u64 = 1_000;
 const CLIENTS: u64 = 16;
 const STREAMS: usize = 16;
 const STREAM_TIME: Duration = Duration::from_mins(10);
+/// Tokens of the prompts that come before the streams: more than a stream gets in its time. llama.cpp's buffers are reserved,
+/// and counted, for the whole context, but their pages are touched as far as cells are used.
+const DEPTH: usize = 5000;
+/// Connections to workers are kept for a minute, and threads for blocking work for ten seconds, when they have had none.
+const IDLE: Duration = Duration::from_secs(70);
 const KEPT: &str = "altiplano_prefix_cache_host_bytes";
 
 pub(crate) async fn run() -> Result<Report> {
@@ -43,7 +48,8 @@ pub(crate) async fn run() -> Result<Report> {
         setting: format!(
             "{REQUESTS} requests by {CLIENTS} clients after {WARM_UP} others, every third hung up on in mid-stream; then \
              {STREAMS} streams for {STREAM_TIME:?}. Memory: anonymous resident bytes of agent and worker, less the beginnings \
-             that the worker keeps in host memory, which are bounded and counted by a metric."
+             that the worker keeps in host memory, which are bounded and counted by a metric. Before the streams, each has a \
+             prompt of {DEPTH} tokens, so that the pages of the context's buffers have been touched."
         ),
         rows,
     })
@@ -82,6 +88,10 @@ async fn streams(model: &Model) -> Result<Vec<Row>> {
     };
     run(Duration::from_secs(10), 100).await?;
     settled(&server).await?;
+    let begun = Held::by(&server).await?;
+    let deep: Vec<_> = questions(model, 300, &[DEPTH; STREAMS], 2);
+    ask_all(&server, &deep).await?;
+    settled(&server).await?;
     let before = Held::by(&server).await?;
     // Looked at while they run, at their end.
     let look = async {
@@ -92,7 +102,9 @@ async fn streams(model: &Model) -> Result<Vec<Row>> {
     settled(&server).await?;
     let after = Held::by(&server).await?;
     let a_stream = |held: &Held| (held.both_kib() - before.both_kib()) / count(STREAMS);
+    let touched = (before.both_kib() - begun.both_kib()) / count(STREAMS);
     Ok(vec![
+        Row::new(format!("pages touched by prompts of {DEPTH} tokens, a stream"), "KiB", touched),
         Row::new("held by a stream after ten minutes, agent and worker", "KiB", a_stream(&during)).below(100.0),
         Row::new("the same after it has ended", "KiB", a_stream(&after)).below(100.0),
         Row::new("tokens of a stream in that time", "", count(tokens / STREAMS)),
@@ -133,9 +145,7 @@ async fn settled(server: &Server) -> Result<()> {
         if idle { Ok(()) } else { Err(format!("{busy:?}")) }
     })
     .await?;
-    // Connections of clients that hung up are closed a moment later, and threads for blocking work end when they have had
-    // none for ten seconds.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    tokio::time::sleep(IDLE).await;
     Ok(())
 }
 

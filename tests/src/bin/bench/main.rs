@@ -4,6 +4,7 @@ mod apply;
 mod context;
 mod engine;
 mod leaks;
+mod limits;
 mod logits;
 mod node;
 mod speculative;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 /// The measurements by name, each with what it measures.
-const BENCHES: [(&str, &str); 8] = [
+const BENCHES: [(&str, &str); 9] = [
     ("apply", "from apply to Ready and to the first token; memory at rest"),
     (
         "context",
@@ -22,6 +23,7 @@ const BENCHES: [(&str, &str); 8] = [
     ),
     ("engine", "speed, latency and memory beside llama-server and llama-bench; scenarios may be named"),
     ("leaks", "memory after ten thousand requests, and of streams that run for ten minutes"),
+    ("limits", "agent and worker beside llama.cpp's bare calls at the work of `engine`"),
     ("logits", "how far log-probabilities lie apart: llama-server against itself, ours against it"),
     ("node", "wake, switch, crash and adoption of workers beside llama.cpp's programs; scenarios may be named"),
     (
@@ -50,6 +52,7 @@ async fn run(arguments: &[String]) -> Result<()> {
         Some("context") => context::run().await?,
         Some("engine") => engine::run(&arguments[1..]).await?,
         Some("leaks") => leaks::run().await?,
+        Some("limits") => limits::run().await?,
         Some("node") => node::run(&arguments[1..]).await?,
         Some("speculative") => speculative::run(&arguments[1..]).await?,
         Some("suite") => {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::servers::Server;
+use super::servers::{Model, Server};
 
 /// Longest silence.
 const PATIENCE: Duration = Duration::from_mins(3);
@@ -155,6 +155,12 @@ fn says_something(event: &[u8]) -> bool {
         .windows(TEXT.len())
         .position(|window| window == TEXT)
         .is_some_and(|at| event.get(at + TEXT.len()) != Some(&b'"'))
+}
+
+/// A question for each of these lengths, all different.
+pub(crate) fn questions(model: &Model, seed: u64, lengths: &[usize], generate: u32) -> Vec<Question> {
+    let prompt = |(n, length): (u64, &usize)| random_tokens(seed << 8 | n, *length, model.vocabulary);
+    (0..).zip(lengths).map(|numbered| Question { prompt: prompt(numbered), generate }).collect()
 }
 
 /// Tokens that spell text, from 256 on, and differ from those of any other seed.

@@ -5,8 +5,7 @@ use std::time::Instant;
 use altiplano_tests::report::Row;
 use anyhow::{Context as _, Result};
 
-use super::client::{Question, ask, ask_all, count, random_tokens};
-use super::limit::{BARE, limit};
+use super::client::{Question, ask, ask_all, count, questions, random_tokens};
 use super::servers::{Model, Server, llama_bench, ours, peers};
 use super::turns::{Better, in_turn, median};
 
@@ -37,33 +36,45 @@ pub(super) async fn one_client(model: &Model) -> Result<Vec<Row>> {
     let beside_bench = Row::new("generation, 1 client", "tok/s", median(&pace.ours))
         .beside("llama-bench", median(&bare))
         .ratio_at_least(0.98);
-    drop(servers);
-    let limit = limit(model, &["Dynamic"], 0, &[PROMPT], GENERATE)?;
     Ok(vec![
         beside_bench,
         pace.row("generation, 1 client", "tok/s", Better::More).ratio_at_least(1.0),
-        pace.alone("generation, 1 client", "tok/s").beside(BARE, limit.pace),
         deep.row(format!("generation, 1 client, after {LONG_PROMPT} tokens"), "tok/s", Better::More)
             .ratio_at_least(1.0),
     ])
 }
 
+/// Tokens that each of many clients gets.
+pub(crate) const GENERATE: u32 = 64;
+
+/// Tokens of the longest prompt of many clients.
+const LONGEST: usize = 512;
+
+/// The lengths of short prompts.
+pub(crate) fn short_prompts(clients: usize) -> Vec<usize> {
+    vec![64; clients]
+}
+
+/// Those of long ones: from half the longest on.
+pub(crate) fn long_prompts(clients: usize) -> Vec<usize> {
+    (0..clients).map(|n| LONGEST / 2 + n * LONGEST / 2 / clients).collect()
+}
+
+/// Cells that a client has at most, and the server of so many of them.
+pub(crate) const CELLS: usize = LONGEST + GENERATE as usize + 192;
+
 /// Four, eight and sixteen at once: short prompts of one length, and long ones that differ.
 pub(super) async fn many_clients(model: &Model) -> Result<Vec<Row>> {
-    const LONGEST: usize = 512;
-    const GENERATE: u32 = 64;
     let mut rows = Vec::new();
     for clients in [4, 8, 16] {
-        let tokens = LONGEST + GENERATE as usize + 192;
-        let context = |more| format!("{{{more}, maxTokens: {tokens}, parallel: {clients}}}");
-        let mut servers = vec![ours(model, &context(format!("minTokens: {tokens}"))).await?];
-        let fixed = ours(model, &context("sizing: Fixed".to_owned())).await?;
+        let mut servers = vec![ours(model, &dynamic(clients)).await?];
+        let fixed = ours(model, &fixed(clients)).await?;
         let fixed_name = fixed.name.clone();
         servers.push(fixed);
-        servers.extend(peers(model, clients, tokens * clients).await?);
+        servers.extend(peers(model, clients, CELLS * clients).await?);
 
-        let short = |seed: u64| questions(model, seed, clients, |_| 64, GENERATE);
-        let long = |seed: u64| questions(model, seed, clients, |n| LONGEST / 2 + n * LONGEST / 2 / clients, GENERATE);
+        let short = |seed: u64| questions(model, seed, &short_prompts(clients), GENERATE);
+        let long = |seed: u64| questions(model, seed, &long_prompts(clients), GENERATE);
         // The first prompts of all find a small context, which then grows.
         for server in &servers {
             total(server, &short(1000)).await?;
@@ -83,36 +94,24 @@ pub(super) async fn many_clients(model: &Model) -> Result<Vec<Row>> {
         servers.retain(|server| server.name != fixed_name);
         let [apart] =
             in_turn(&servers, 1, async |server, round| Ok([total(server, &long(100 + round)).await?])).await?;
-        let metric_of_long = format!("total, {clients} clients, prompts of {} to {LONGEST} tokens", LONGEST / 2);
-        rows.push(apart.row(format!("{metric_of_long}, Dynamic"), "tok/s", Better::More).ratio_at_least(0.9));
-        drop(servers);
-        let lengths = |asked: &[Question]| asked.iter().map(|question| question.prompt.len()).collect::<Vec<_>>();
-        for (series, metric, sizing, asked) in [
-            (&speed, &metric, "Dynamic", short(0)),
-            (&fixed, &metric, "Fixed", short(0)),
-            (&apart, &metric_of_long, "Dynamic", long(0)),
-        ] {
-            let bare = limit(model, &[sizing], 0, &lengths(&asked), GENERATE)?;
-            rows.push(series.alone(format!("{metric}, {sizing}"), "tok/s").beside(BARE, bare.cold_total));
-        }
+        let metric = format!("total, {clients} clients, prompts of {} to {LONGEST} tokens, Dynamic", LONGEST / 2);
+        rows.push(apart.row(metric, "tok/s", Better::More).ratio_at_least(0.9));
     }
     Ok(rows)
 }
 
-fn questions(
-    model: &Model,
-    seed: u64,
-    clients: usize,
-    length: impl Fn(usize) -> usize,
-    generate: u32,
-) -> Vec<Question> {
-    (0..clients)
-        .map(|n| Question { prompt: random_tokens(seed << 8 | n as u64, length(n), model.vocabulary), generate })
-        .collect()
+/// The context of so many clients, of one pool.
+pub(crate) fn dynamic(clients: usize) -> String {
+    format!("{{minTokens: {CELLS}, maxTokens: {CELLS}, parallel: {clients}}}")
+}
+
+/// And one with a part for each.
+pub(crate) fn fixed(clients: usize) -> String {
+    format!("{{sizing: Fixed, maxTokens: {CELLS}, parallel: {clients}}}")
 }
 
 /// Tokens generated a second by all together, from the first request sent to the last answer's end.
-async fn total(server: &Server, questions: &[Question]) -> Result<f64> {
+pub(crate) async fn total(server: &Server, questions: &[Question]) -> Result<f64> {
     let started = Instant::now();
     let answers = ask_all(server, questions).await?;
     Ok(count(answers.iter().map(|answer| answer.tokens.len()).sum()) / started.elapsed().as_secs_f64())
