@@ -1,6 +1,7 @@
 //! What a BERT model is made of.
 
-use crate::spec::{Pooling, Quantization, Spec, Tensor};
+use crate::spec::{Pooling, Quantization, Spec};
+use crate::tensor::Tensor;
 use crate::weights::Filling;
 
 /// Every tensor of an encoder with learnt positions, norms after each part, and biases everywhere.

@@ -1,6 +1,7 @@
 //! What a GPT-2 model is made of.
 
-use crate::spec::{Quantization, Spec, Tensor};
+use crate::spec::{Quantization, Spec};
+use crate::tensor::Tensor;
 use crate::weights::Filling;
 
 /// Every tensor of a decoder with a vector learnt for each position, one matrix for query, key and value, and biases everywhere.

@@ -10,13 +10,16 @@
 
 mod bad;
 mod bert;
+mod decoder;
 mod gguf;
 mod gpt2;
+mod header;
 mod lora;
 mod mamba;
 mod projector;
 mod qwen35;
 mod spec;
+mod tensor;
 pub mod toy;
 mod vocab;
 mod weights;

@@ -1,7 +1,8 @@
 //! What a Mamba model has in place of attention.
 
 use crate::gguf::Header;
-use crate::spec::{Quantization, Tensor};
+use crate::spec::Quantization;
+use crate::tensor::Tensor;
 use crate::weights::Filling;
 
 /// Tokens that the convolution sees.

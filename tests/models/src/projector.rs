@@ -5,7 +5,8 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use crate::gguf::Header;
-use crate::spec::{Quantization, Tensor};
+use crate::spec::Quantization;
+use crate::tensor::Tensor;
 use crate::weights::{self, Filling};
 use crate::{Error, Spec};
 

@@ -2,7 +2,8 @@
 //! them, where it is asked for, the block that guesses one token further (MTP).
 
 use crate::gguf::Header;
-use crate::spec::{MtpHead, Quantization, Spec, Tensor};
+use crate::spec::{MtpHead, Quantization, Spec};
+use crate::tensor::Tensor;
 use crate::weights::Filling;
 
 /// Tokens that the convolution sees.

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Error;
-use crate::gguf::Header;
+use crate::header::header;
+use crate::tensor::Tensor;
 use crate::vocab::Vocabulary;
-use crate::weights::{self, Filling};
-use crate::{bert, gpt2, mamba, qwen35};
+use crate::{bert, decoder, gpt2, weights};
 
 /// A `ChatML` template that llama.cpp's own detection knows too.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
@@ -66,7 +66,7 @@ pub enum Pooling {
 
 impl Pooling {
     /// llama.cpp's number.
-    fn number(self) -> u32 {
+    pub(crate) fn number(self) -> u32 {
         match self {
             Self::Mean => 1,
             Self::Cls => 2,
@@ -281,7 +281,7 @@ impl Spec {
     fn write_to(&self, path: &Path) -> Result<u64, Error> {
         let vocabulary = Vocabulary::new(self.tokenizer, self.vocab);
         let tensors = self.tensors();
-        let header = self.header(&vocabulary, &tensors).finish();
+        let header = header(self, &vocabulary, &tensors).finish();
         let mut bytes = header.len() as u64;
         let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
         out.write_all(&header)?;
@@ -298,7 +298,7 @@ impl Spec {
         self.endless && tensor.name == output && !vocabulary.is_text(usize::try_from(row).unwrap_or(usize::MAX))
     }
 
-    fn is_tied(&self) -> bool {
+    pub(crate) fn is_tied(&self) -> bool {
         self.architecture == Architecture::Gemma3
     }
 
@@ -355,211 +355,13 @@ impl Spec {
         Ok(())
     }
 
-    /// The file's header: metadata and tensor descriptions.
-    fn header(&self, vocabulary: &Vocabulary, tensors: &[Tensor]) -> Header {
-        let arch = self.architecture.name();
-        let mut h = Header::default();
-        h.string("general.architecture", arch);
-        h.string("general.type", "model");
-        h.string("general.name", &self.name);
-        h.string("general.license", "apache-2.0");
-        h.u32("general.file_type", self.quantization.file_type());
-        h.u32("general.quantization_version", 2);
-        h.u32(&format!("{arch}.context_length"), self.context);
-        h.u32(&format!("{arch}.embedding_length"), self.embd);
-        h.u32(&format!("{arch}.block_count"), self.layers + u32::from(self.mtp.is_some()));
-        if self.architecture == Architecture::Qwen35 {
-            qwen35::describe(&mut h, self);
-        }
-        if self.architecture == Architecture::Glm4moe {
-            let numbers = [
-                ("expert_count", 2),
-                ("expert_used_count", 1),
-                ("expert_shared_count", 1),
-                ("expert_feed_forward_length", self.ff),
-                ("leading_dense_block_count", self.layers),
-                ("nextn_predict_layers", u32::from(self.mtp.is_some())),
-            ];
-            for (name, value) in numbers {
-                h.u32(&format!("{arch}.{name}"), value);
-            }
-        }
-        if self.architecture == Architecture::Mamba {
-            mamba::describe(&mut h, self.embd);
-        } else {
-            h.u32(&format!("{arch}.feed_forward_length"), self.ff);
-            h.u32(&format!("{arch}.attention.head_count"), self.heads);
-            h.u32(&format!("{arch}.attention.head_count_kv"), self.kv_heads);
-            h.u32(&format!("{arch}.attention.key_length"), self.embd / self.heads);
-            h.u32(&format!("{arch}.attention.value_length"), self.embd / self.heads);
-            match self.architecture {
-                Architecture::Bert => {
-                    h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-12);
-                    h.bool(&format!("{arch}.attention.causal"), false);
-                }
-                Architecture::Gpt2 => h.f32(&format!("{arch}.attention.layer_norm_epsilon"), 1e-5),
-                _ => {
-                    h.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
-                    h.u32(&format!("{arch}.rope.dimension_count"), self.embd / self.heads);
-                    h.f32(&format!("{arch}.rope.freq_base"), 10_000.0);
-                }
-            }
-            if let Some(pooling) = self.pooling {
-                h.u32(&format!("{arch}.pooling_type"), pooling.number());
-            }
-        }
-        if self.experts > 0 {
-            h.u32(&format!("{arch}.expert_count"), self.experts);
-            h.u32(&format!("{arch}.expert_used_count"), 2);
-        }
-        if let Some(original) = self.long_rope {
-            h.string(&format!("{arch}.rope.scaling.type"), "longrope");
-            h.u32(&format!("{arch}.rope.scaling.original_context_length"), original);
-        }
-        if matches!(self.architecture, Architecture::Qwen2vl | Architecture::Qwen35) {
-            // Pairs of a head's elements that turn with time, height and width.
-            let pairs = i32::try_from(self.embd / self.heads / 2).unwrap_or(i32::MAX);
-            let side = pairs / 3;
-            h.i32s(&format!("{arch}.rope.dimension_sections"), [pairs - 2 * side, side, side, 0].into_iter());
-        }
-        h.u32(&format!("{arch}.vocab_size"), self.vocab);
-        if self.architecture == Architecture::Gemma3 {
-            h.u32(&format!("{arch}.attention.sliding_window"), self.sliding_window);
-        }
-        vocabulary.describe(&mut h);
-        if self.infill {
-            // Ordinary tokens: their ids are all that matters.
-            for (token, key) in (300..).zip(["fim_pre", "fim_suf", "fim_mid"]) {
-                h.u32(&format!("tokenizer.ggml.{key}_token_id"), token);
-            }
-        }
-        if let Some(template) = &self.chat_template {
-            h.string("tokenizer.chat_template", template);
-        }
-        for tensor in tensors {
-            h.tensor(&tensor.name, &tensor.shape, tensor.kind.ggml_type(), tensor.bytes());
-        }
-        h
-    }
-
     /// Every tensor, in the file's order.
     fn tensors(&self) -> Vec<Tensor> {
         match self.architecture {
             Architecture::Bert => bert::tensors(self),
             Architecture::Gpt2 => gpt2::tensors(self),
-            _ => self.decoder_tensors(),
+            _ => decoder::tensors(self),
         }
-    }
-
-    fn decoder_tensors(&self) -> Vec<Tensor> {
-        let Self { vocab, layers, embd, heads, kv_heads, ff, .. } = *self;
-        let (embd, ff, vocab) = (u64::from(embd), u64::from(ff), u64::from(vocab));
-        let head = embd / u64::from(heads);
-        let kv = head * u64::from(kv_heads);
-        let gain = |factor: f32| Filling::Random { gain: factor };
-        let mut all = Vec::new();
-        let mut matrix = |name: String, rows: u64, columns: u64, filling: Filling| {
-            all.push(Tensor { name, shape: vec![columns, rows], kind: self.quantization, filling });
-        };
-        matrix("token_embd.weight".to_owned(), vocab, embd, gain(3.0));
-        let attention = match self.architecture {
-            Architecture::Mamba | Architecture::Qwen35 => 0,
-            _ => layers,
-        };
-        // Where rotations are compared tokens look at few others, or it would not matter where those are.
-        let sharpness = if self.long_rope.is_some() { 2.0 } else { 1.0 };
-        for i in 0..attention {
-            matrix(format!("blk.{i}.attn_q.weight"), embd, embd, gain(sharpness));
-            matrix(format!("blk.{i}.attn_k.weight"), kv, embd, gain(sharpness));
-            matrix(format!("blk.{i}.attn_v.weight"), kv, embd, gain(1.0));
-            matrix(format!("blk.{i}.attn_output.weight"), embd, embd, gain(1.0));
-            if self.experts == 0 {
-                matrix(format!("blk.{i}.ffn_gate.weight"), ff, embd, gain(1.0));
-                matrix(format!("blk.{i}.ffn_up.weight"), ff, embd, gain(1.0));
-                matrix(format!("blk.{i}.ffn_down.weight"), embd, ff, gain(1.0));
-            }
-        }
-        if !self.is_tied() {
-            matrix("output.weight".to_owned(), vocab, embd, gain(3.0));
-        }
-
-        if self.experts > 0 {
-            let experts = u64::from(self.experts);
-            for i in 0..layers {
-                let mut one = |name: &str, shape: Vec<u64>, kind: Quantization| {
-                    all.push(Tensor { name: format!("blk.{i}.{name}.weight"), shape, kind, filling: gain(1.0) });
-                };
-                one("ffn_gate_inp", vec![embd, experts], Quantization::F32);
-                one("ffn_gate_exps", vec![embd, ff, experts], self.quantization);
-                one("ffn_up_exps", vec![embd, ff, experts], self.quantization);
-                one("ffn_down_exps", vec![ff, embd, experts], self.quantization);
-            }
-        }
-        let mut vector = |name: String, length: u64, filling: Filling| {
-            all.push(Tensor { name, shape: vec![length], kind: Quantization::F32, filling });
-        };
-        for i in 0..attention {
-            vector(format!("blk.{i}.attn_norm.weight"), embd, Filling::Ones);
-            let before_ffn =
-                if self.architecture == Architecture::Glm4moe { "post_attention_norm" } else { "ffn_norm" };
-            vector(format!("blk.{i}.{before_ffn}.weight"), embd, Filling::Ones);
-            match self.architecture {
-                Architecture::Llama
-                | Architecture::Bert
-                | Architecture::Gpt2
-                | Architecture::Mamba
-                | Architecture::Glm4moe
-                | Architecture::Qwen35 => {}
-                Architecture::Qwen2 | Architecture::Qwen2vl => {
-                    vector(format!("blk.{i}.attn_q.bias"), embd, gain(0.1));
-                    vector(format!("blk.{i}.attn_k.bias"), kv, gain(0.1));
-                    vector(format!("blk.{i}.attn_v.bias"), kv, gain(0.1));
-                }
-                Architecture::Gemma3 => {
-                    vector(format!("blk.{i}.attn_q_norm.weight"), head, Filling::Ones);
-                    vector(format!("blk.{i}.attn_k_norm.weight"), head, Filling::Ones);
-                    vector(format!("blk.{i}.post_attention_norm.weight"), embd, Filling::Ones);
-                    vector(format!("blk.{i}.post_ffw_norm.weight"), embd, Filling::Ones);
-                }
-            }
-        }
-        vector("output_norm.weight".to_owned(), embd, Filling::Ones);
-        if self.long_rope.is_some() {
-            // Positions count as they are, or for less.
-            vector("rope_factors_short.weight".to_owned(), head / 2, Filling::Ones);
-            vector("rope_factors_long.weight".to_owned(), head / 2, Filling::Constant(3.0));
-        }
-        if self.architecture == Architecture::Mamba {
-            all.extend((0..layers).flat_map(|layer| mamba::tensors(layer, embd, self.quantization)));
-        }
-        if self.architecture == Architecture::Qwen35 {
-            all.extend(qwen35::tensors(self));
-        }
-        all
-    }
-}
-
-/// One tensor: its shape in the file's order (the first number is the length of a row).
-#[derive(Debug)]
-pub(crate) struct Tensor {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<u64>,
-    pub(crate) kind: Quantization,
-    pub(crate) filling: Filling,
-}
-
-impl Tensor {
-    pub(crate) fn elements(&self) -> u64 {
-        self.shape.iter().product()
-    }
-
-    /// Length in the file, without padding.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.kind.bytes(self.elements())
-    }
-
-    pub(crate) fn rows(&self) -> u64 {
-        self.shape.iter().skip(1).product()
     }
 }
 
@@ -595,7 +397,7 @@ impl Quantization {
     }
 
     /// `llama_ftype`.
-    fn file_type(self) -> u32 {
+    pub(crate) fn file_type(self) -> u32 {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,

@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 
 use crate::gguf::ALIGNMENT;
-use crate::spec::{Quantization, Tensor};
+use crate::spec::Quantization;
+use crate::tensor::Tensor;
 
 /// What a tensor is filled with.
 #[derive(Debug, Clone, Copy, PartialEq)]
