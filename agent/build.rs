@@ -20,8 +20,12 @@ const SOURCES: [&str; 8] = [
 const HEADERS: [&str; 8] =
     ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_depth.h", "shim_driver.h", "shim_head.h", "shim_media.h"];
 
+/// In a build with CUDA.
+const CUDA: &str = "shim_cuda.cpp";
+
 fn main() -> Result<(), String> {
-    for file in HEADERS.iter().chain(&SOURCES) {
+    let cuda = env::var_os("CARGO_FEATURE_CUDA").map(|_| CUDA);
+    for file in HEADERS.iter().chain(&SOURCES).chain(&cuda) {
         println!("cargo:rerun-if-changed={FOLDER}/{file}");
     }
     println!("cargo:rerun-if-env-changed=DEP_LLAMA_ROOT");
@@ -39,7 +43,7 @@ fn main() -> Result<(), String> {
         .include(source.join("common"))
         .include(source.join("vendor"))
         .include(source.join("tools/mtmd"))
-        .files(SOURCES.map(|file| format!("{FOLDER}/{file}")))
+        .files(SOURCES.iter().chain(&cuda).map(|file| format!("{FOLDER}/{file}")))
         .opt_level(2)
         .warnings(false)
         .try_compile("altiplano_shim")

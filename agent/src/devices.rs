@@ -23,7 +23,7 @@ pub struct Devices {
     pub backends: Vec<String>,
     /// The devices that can hold a model, the CPU last. Its bytes are those that the agent may use.
     pub list: Vec<ProbedDevice>,
-    /// Bytes that a process takes of a device by opening it, where that was measured. The probe took them too.
+    /// Bytes that a process takes of a device by opening it, where that was measured. A probe that opened it took them too.
     pub process_bytes: Need,
 }
 
@@ -73,7 +73,7 @@ impl Devices {
                 kind: CPU.to_owned(),
                 memory_total_bytes: memory_limit,
                 memory_free_bytes: memory_limit,
-                driver: String::new(),
+                ..ProbedDevice::default()
             });
         }
         for device in &mut list {
@@ -90,6 +90,12 @@ impl Devices {
         let excess = list.len().saturating_sub(MAX_DEVICES);
         list.drain(..excess);
         Self { backends, list, process_bytes: Need::new() }
+    }
+
+    /// As they were probed, to look at them again.
+    #[must_use]
+    pub fn report(&self) -> ProbeReport {
+        ProbeReport { backends: self.backends.clone(), devices: self.list.clone() }
     }
 
     /// Bytes per device. An integrated GPU's memory is the host's and has no account of its own.
@@ -123,12 +129,12 @@ impl Devices {
         self.list.iter().any(|known| known.id == device && !shares_host_memory(known))
     }
 
-    /// Bytes of each device that its driver says are in use, the probe's own left out.
+    /// Bytes of each device that its driver says are in use, those left out that the probe took itself.
     pub fn used(&self) -> impl Iterator<Item = (&str, u64)> {
         let with_driver = self.list.iter().filter(|device| !shares_host_memory(device));
         with_driver.map(|device| {
             let free = device.memory_free_bytes.min(device.memory_total_bytes);
-            let own = self.process_bytes.get(&device.id).copied().unwrap_or(0);
+            let own = self.process_bytes.get(&device.id).copied().filter(|_| !device.unopened).unwrap_or(0);
             (device.id.as_str(), (device.memory_total_bytes - free).saturating_sub(own))
         })
     }
@@ -254,7 +260,7 @@ impl Target {
 /// What people should know about a device's memory, of which others hold so many bytes.
 #[must_use]
 pub fn note(device: &ProbedDevice, foreign: u64) -> Option<String> {
-    let mig = device.description.contains(" MIG ").then(|| {
+    let mig = (device.mig || device.description.contains(" MIG ")).then(|| {
         "a MIG slice: its memory is its own, its cache and its copying may be shared with other slices".to_owned()
     });
     let shared = (foreign > 0).then(|| {
@@ -287,7 +293,7 @@ mod tests {
             kind: kind.to_owned(),
             memory_total_bytes: gib << 30,
             memory_free_bytes: 1 << 30,
-            driver: String::new(),
+            ..ProbedDevice::default()
         }
     }
 
@@ -348,6 +354,9 @@ mod tests {
         assert_eq!(devices.used().collect::<Vec<_>>(), [("CUDA0", 23 << 30)]);
         let devices = devices.with_process_bytes(Need::from([("CUDA0".to_owned(), 1 << 30)]));
         assert_eq!(devices.used().collect::<Vec<_>>(), [("CUDA0", 22 << 30)]);
+        let mut outside = devices.clone();
+        outside.list[0].unopened = true;
+        assert_eq!(outside.used().collect::<Vec<_>>(), [("CUDA0", 23 << 30)], "who looked took nothing");
         let used = ["CUDA0", "CPU"].map(|device| MemoryUse {
             device: device.to_owned(),
             weights_bytes: 1,
@@ -373,6 +382,7 @@ mod tests {
         assert_eq!(note(&whole, 0), None);
         let mig = note(&named("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), 0).unwrap();
         assert!(mig.contains("MIG"), "{mig}");
+        assert_eq!(note(&ProbedDevice { mig: true, ..whole.clone() }, 0), Some(mig), "as the driver's library says");
         let shared = note(&whole, 3 << 30).unwrap();
         assert!(shared.contains("3.0Gi") && shared.contains("not guaranteed"), "{shared}");
     }

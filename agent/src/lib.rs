@@ -10,6 +10,7 @@ pub mod lease;
 pub mod ledger;
 pub mod metrics;
 pub mod node;
+mod nvml;
 pub mod runner;
 pub mod serve;
 pub mod setup;

@@ -61,6 +61,10 @@ struct RunnerArgs {
     #[arg(long, requires = "probe")]
     stay: bool,
 
+    /// Print what is free of the devices on standard input and end.
+    #[arg(long, conflicts_with_all = ["estimate", "probe"])]
+    look: bool,
+
     /// Print what the model would take and end.
     #[arg(long)]
     estimate: bool,
@@ -76,6 +80,7 @@ impl RunnerArgs {
     fn mode(&self) -> Mode {
         match self {
             Self { probe: true, stay, .. } => Mode::Probe { stay: *stay },
+            Self { look: true, .. } => Mode::Look,
             Self { estimate: true, .. } => Mode::Estimate,
             Self { measure_resizes: true, .. } => Mode::MeasureResizes,
             Self { measure_batches: true, .. } => Mode::MeasureBatches,

@@ -13,7 +13,12 @@ use support::gpu::{DEVICE, ENV, agent, bytes, engine, need};
 use support::{Agent, Model, chat, traffic, until, workers};
 
 /// What a process has of a GPU: its driver and its files.
+#[cfg(not(feature = "cuda"))]
 const TRACES: [&str; 6] = ["libvulkan_", "libcuda.so", "libnvidia-", "/dev/nvidia", "/dev/dri", "/dev/kfd"];
+
+/// What a process has of a GPU: its files. Whoever asks CUDA anything has its library.
+#[cfg(feature = "cuda")]
+const TRACES: [&str; 2] = ["/dev/nvidia", "/dev/dri"];
 
 /// What a process has open or mapped that belongs to a GPU.
 fn traces(pid: Pid) -> Vec<String> {
@@ -107,7 +112,7 @@ fn held(pid: Pid) -> u64 {
 /// Device memory decides who is unloaded for whom, and what a worker held is waited for until the driver has it back.
 #[tokio::test(flavor = "multi_thread")]
 async fn models_take_turns_on_the_gpu() {
-    let limit = (need().await * 3 / 2).to_string();
+    let limit = need().await.workers_and_a_half(1).to_string();
     let more = format!(", unload: {{minResidentSeconds: 0}}, {}", engine("Required"));
     let path = toy::path();
     let agent = agent(&[("a", &path, &more), ("b", &path, &more)], &["--device-memory-limit-bytes", &limit]).await;
@@ -130,7 +135,7 @@ async fn models_take_turns_on_the_gpu() {
 /// Twelve models where four fit on the device. Longer with `ALTIPLANO_SOAK_SECONDS`.
 #[tokio::test(flavor = "multi_thread")]
 async fn twelve_models_share_a_device_with_room_for_four() {
-    let limit = (need().await * 9 / 2).to_string();
+    let limit = need().await.workers_and_a_half(4).to_string();
     let more =
         format!(", unload: {{minResidentSeconds: 1}}, traffic: {{queueTimeoutSeconds: 120}}, {}", engine("Required"));
     traffic(&more, &["--device-memory-limit-bytes", &limit], &ENV, 60).await;

@@ -5,7 +5,7 @@
 mod support;
 
 use altiplano_test_models::{Spec, toy};
-use support::gpu::{DEVICE, agent, bytes, engine, need};
+use support::gpu::{BOTH, DEVICE, TWICE, agent, bytes, engine, need, taken};
 use support::{Agent, Model, chat, question, workers};
 
 /// What does not fit: who must have a GPU is refused with the numbers, who prefers one has as many layers there as there is
@@ -16,7 +16,7 @@ async fn who_does_not_fit_is_refused_or_goes_in_part_or_to_the_cpu() {
     let (must, may) = (format!(", {}", engine("Required")), format!(", {}", engine("Preferred")));
     let path = toy::path();
     let models: [Model<'_>; 2] = [("must", &path, &must), ("may", &path, &may)];
-    let limit = (need * 3 / 4).to_string();
+    let limit = need.quarters(3).to_string();
     let part = agent(&models, &["--device-memory-limit-bytes", &limit]).await;
     let line = part.ready("may", 1).await;
     let shortage = format!(" on {DEVICE}, which has ");
@@ -27,7 +27,7 @@ async fn who_does_not_fit_is_refused_or_goes_in_part_or_to_the_cpu() {
     part.check("may").await;
     let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{DEVICE}\"");
     let held = bytes(part.metric(&labels, "\"may\"").await);
-    assert!(held <= need * 3 / 4 && held > need / 8, "{held} of {need}");
+    assert!(held <= need.model * 3 / 4 && held > need.model / 8, "{held} of {need:?}");
     let line = part.line("default/must: Failed (InsufficientMemory)", 1).await;
     assert!(line.contains("needs ") && line.contains(" free"), "{line}");
     let (status, answer) = part.ask("must", &question().0).await;
@@ -66,23 +66,26 @@ async fn experts_make_room_before_layers() {
     let all = agent(&[("whole", &file, &whole)], &[]).await;
     all.ready("whole", 1).await;
     text(&all, "whole").await;
-    let need = bytes(all.metric(&labels, "\"whole\"").await);
+    let need = taken(&all, "whole").await;
     drop(all);
     // 4 layers of 8 experts with 3 matrices of 64 KiB: one layer's are 1.5 MiB.
-    let limit = (need - (2 << 20)).to_string();
+    let limit = (need.quarters(4) - (2 << 20)).to_string();
     let some = agent(&[("part", &file, &part)], &["--device-memory-limit-bytes", &limit]).await;
     let line = some.ready("part", 1).await;
     let words = "runs in part on the CPU (the experts of 2 of 5 layers are there): it needs ";
     assert!(line.contains(words) && line.contains(&format!("on {DEVICE}")), "{line}");
     text(&some, "part").await;
     let held = bytes(some.metric(&labels, "\"part\"").await);
-    assert!(need - held > 2 << 20 && need - held < 4 << 20, "{held} of {need}");
+    let less = need.model.saturating_sub(held);
+    assert!(less > 2 << 20 && less < 4 << 20, "{held} of {need:?}");
 }
 
 /// A model that is there in part stays so when the room for all of it comes, and is there whole when it is loaded again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_part_stays_until_the_next_load() {
-    let limit = need().await * 7 / 4;
+    // Room for two processes, and seven quarters of the model.
+    let need = need().await;
+    let limit = need.process + need.quarters(7);
     let [first, may] =
         ["Required", "Preferred"].map(|gpu| format!(", unload: {{minResidentSeconds: 0}}, {}", engine(gpu)));
     let path = toy::path();
@@ -129,15 +132,15 @@ async fn embedders_are_there_in_part() {
         all.ready("whole", 1).await;
         let expected = embed(&all, "never").await;
         near(&expected, &embed(&all, "whole").await);
-        let need = bytes(all.metric(&labels, "\"whole\"").await);
+        let need = taken(&all, "whole").await;
         drop(all);
-        let limit = need - need / 8;
+        let limit = need.quarters(4) - need.model / 8;
         let some = agent(&[("part", &file, &part)], &["--device-memory-limit-bytes", &limit.to_string()]).await;
         let line = some.ready("part", 1).await;
         assert!(line.contains("runs in part on the CPU (") && line.contains(&format!("on {DEVICE}")), "{line}");
         near(&expected, &embed(&some, "part").await);
         let held = bytes(some.metric(&labels, "\"part\"").await);
-        assert!(held <= limit, "{held} of {limit}");
+        assert!(held <= need.model - need.model / 8, "{held} of {need:?}");
         let error = some.metric(&labels.replace("measured", "error"), "\"part\"").await;
         assert!(error.abs() <= 4096.0, "{error}");
     }
@@ -160,10 +163,8 @@ fn near(one: &[f64], other: &[f64]) {
 
 /// The same device twice is two devices for llama.cpp: a model that fits on neither alone is on both, one that does not fit on
 /// both is there in part on both, and none has more than its own limit.
-#[cfg(not(feature = "cuda"))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_is_split_over_two_devices() {
-    const BOTH: [&str; 2] = ["Vulkan0", "Vulkan1"];
     let path = toy::path();
     // Buffers for computing, which each device has as large as one alone, are to be small beside what is split.
     let spec = |gpu: &str| {
@@ -175,8 +176,9 @@ async fn a_model_is_split_over_two_devices() {
     let (must, may) = (spec("Required"), spec("Preferred"));
     let start = async |model: Model<'_>, limit: u64| {
         let options = ["--device-memory-limit-bytes", &limit.to_string()];
-        Agent::start(&[], &["serve"], &[model], &options, &[("GGML_VK_VISIBLE_DEVICES", "0,0")]).await
+        Agent::start(&[], &["serve"], &[model], &options, &TWICE).await
     };
+    let both = BOTH.join("+");
     let held = async |agent: &Agent, model: &str| {
         let mut held = Vec::new();
         for device in BOTH {
@@ -189,13 +191,19 @@ async fn a_model_is_split_over_two_devices() {
     let line = one.ready("must", 1).await;
     assert!(!line.contains('+'), "one device has room for all: {line}");
     let need = bytes(held(&one, "must").await.iter().sum());
+    let mut process = 0;
+    for device in BOTH {
+        let reserved = one.metric("altiplano_device_memory_reserved_bytes", device).await;
+        process += if reserved > 0.0 { bytes(reserved) } else { 0 };
+    }
+    let process = process.saturating_sub(need);
     drop(one);
 
     // Its half of the model and its buffer are a little less than all of it.
     let limit = need * 24 / 25;
-    let whole = start(("must", &path, &must), limit).await;
+    let whole = start(("must", &path, &must), process + limit).await;
     let line = whole.ready("must", 1).await;
-    assert!(line.contains("on Vulkan0+Vulkan1") && !line.contains("in part"), "{line}");
+    assert!(line.contains(&format!("on {both}")) && !line.contains("in part"), "{line}");
     whole.check("must").await;
     let split: Vec<u64> = held(&whole, "must").await.into_iter().map(bytes).collect();
     assert!(split.iter().all(|&bytes| bytes <= limit) && split.iter().sum::<u64>() >= need, "{split:?} of {need}");
@@ -208,14 +216,14 @@ async fn a_model_is_split_over_two_devices() {
     drop(whole);
 
     let limit = split.iter().max().expect("two") * 7 / 8;
-    let part = start(("may", &path, &may), limit).await;
+    let part = start(("may", &path, &may), process + limit).await;
     let line = part.ready("may", 1).await;
-    assert!(line.contains("on Vulkan0+Vulkan1") && line.contains("runs in part on the CPU ("), "{line}");
+    assert!(line.contains(&format!("on {both}")) && line.contains("runs in part on the CPU ("), "{line}");
     part.check("may").await;
     let held: Vec<u64> = held(&part, "may").await.into_iter().map(bytes).collect();
     assert!(held.iter().all(|&bytes| bytes <= limit), "{held:?} of {limit}");
     drop(part);
-    let none = start(("must", &path, &must), limit).await;
+    let none = start(("must", &path, &must), process + limit).await;
     let line = none.line("default/must: Failed (InsufficientMemory)", 1).await;
     assert!(line.contains("needs ") && line.contains(" free"), "{line}");
 }

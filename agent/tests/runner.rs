@@ -1,6 +1,9 @@
-//! The worker process: what the agent starts, reads, and ends. Vulkan runs on Mesa's software driver.
+//! The worker process: what the agent starts, reads, and ends. On a GPU: Mesa's software driver, or an NVIDIA GPU with
+//! `--features cuda`.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "support/device.rs"]
+mod device;
 #[path = "runner/estimates.rs"]
 mod estimates;
 
@@ -15,10 +18,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::protocol::{
-    EstimateReport, MemoryUse, ProbeReport, RunnerConfig, RunnerEvent, RunnerReport,
+    EstimateReport, MemoryUse, ProbeReport, ProbedDevice, RunnerConfig, RunnerEvent, RunnerReport,
 };
 use altiplano_crds::model_deployment::{ContextSpec, EngineSpec, FlashAttention};
 use altiplano_test_models::{BadFile, Projector, ProjectorKind, Spec, toy};
+use device::{BACKEND, DEVICE, ENV};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -27,9 +31,6 @@ use tempfile::TempDir;
 
 /// Longest wait for anything: a software driver compiles its shaders, on a busy machine in a minute.
 const PATIENCE: Duration = Duration::from_mins(3);
-
-/// Makes llama.cpp use Mesa's software driver, which it passes over otherwise.
-const VULKAN: [(&str, &str); 1] = [("GGML_VK_VISIBLE_DEVICES", "0")];
 
 fn config(folder: &Path, model_path: PathBuf) -> RunnerConfig {
     RunnerConfig {
@@ -294,13 +295,48 @@ fn probe(environment: &[(&str, &str)]) -> ProbeReport {
 fn the_probe_lists_devices() {
     let report = probe(&[]);
     assert_eq!(report.devices.last().map(|device| device.id.as_str()), Some("CPU"), "{report:?}");
-    let report = probe(&VULKAN);
+    let report = probe(&ENV);
     let [gpu, cpu] = report.devices.as_slice() else {
-        panic!("install mesa-vulkan-drivers: llama.cpp sees {report:?}");
+        panic!("a GPU is needed, of which Mesa's driver (mesa-vulkan-drivers) is one: llama.cpp sees {report:?}");
     };
-    assert_eq!((gpu.id.as_str(), gpu.backend.as_str(), gpu.kind.as_str()), ("Vulkan0", "Vulkan", "GPU"), "{gpu:?}");
+    assert_eq!((gpu.id.as_str(), gpu.backend.as_str(), gpu.kind.as_str()), (DEVICE, BACKEND, "GPU"), "{gpu:?}");
     assert!(gpu.memory_total_bytes > 1 << 28 && gpu.memory_free_bytes > 0, "{gpu:?}");
-    assert_eq!((cpu.id.as_str(), report.backends.as_slice()), ("CPU", &["Vulkan".to_owned(), "CPU".to_owned()][..]));
+    assert!(!gpu.driver.is_empty(), "{gpu:?}");
+    assert_eq!((cpu.id.as_str(), report.backends.as_slice()), ("CPU", &[BACKEND.to_owned(), "CPU".to_owned()][..]));
+
+    // A second look says the same of everything but what is free.
+    let folder = folder();
+    let known = serde_json::to_string(&report).expect("JSON");
+    let mut worker = Worker::start(folder.path(), &["--look"], &ENV, &known);
+    let line = worker.line().unwrap_or_else(|| panic!("no report: {}", worker.log()));
+    assert!(worker.wait().success(), "{}", worker.log());
+    let again: ProbeReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    let but_free = |report: &ProbeReport| {
+        let devices = report.devices.iter().map(|device| ProbedDevice { memory_free_bytes: 0, ..device.clone() });
+        devices.collect::<Vec<_>>()
+    };
+    assert_eq!(but_free(&again), but_free(&report));
+    assert!(again.devices[0].memory_free_bytes > 0, "{again:?}");
+}
+
+/// A device that has gone is no longer on the list, and what cannot be read is refused.
+#[test]
+fn a_look_at_what_is_not_there() {
+    let folder = folder();
+    let gone =
+        ProbedDevice { id: "CUDA9".to_owned(), kind: "GPU".to_owned(), unopened: true, ..ProbedDevice::default() };
+    let known = ProbeReport { backends: vec!["CUDA".to_owned()], devices: vec![gone] };
+    let mut worker = Worker::start(folder.path(), &["--look"], &[], &serde_json::to_string(&known).expect("JSON"));
+    let line = worker.line().unwrap_or_else(|| panic!("no report: {}", worker.log()));
+    assert!(worker.wait().success(), "{}", worker.log());
+    let report: ProbeReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    assert!(report.devices.iter().all(|device| device.id != "CUDA9"), "{report:?}");
+    assert_eq!(report.devices.last().map(|device| device.id.as_str()), Some("CPU"), "{report:?}");
+
+    let mut worker = Worker::start(folder.path(), &["--look"], &[], "[1]");
+    let line = worker.line().unwrap_or_else(|| panic!("no failure: {}", worker.log()));
+    assert!(line.contains("InvalidConfig"), "{line}");
+    assert!(!worker.wait().success());
 }
 
 /// A projector goes where its model goes, is counted there before and after, and says the same there.
@@ -310,7 +346,7 @@ async fn a_projector_goes_to_a_gpu() {
     let path = folder.path().join("mmproj.gguf");
     let bytes = Projector::of_toy(ProjectorKind::Gemma3).write(&path).expect("a projector");
     let mut said = Vec::new();
-    for (device, environment) in [("CPU", &[] as &[_]), ("Vulkan0", &VULKAN)] {
+    for (device, environment) in [("CPU", &[] as &[_]), (DEVICE, &ENV)] {
         let config = RunnerConfig {
             devices: vec![device.to_owned()],
             projector: Some(path.clone()),
@@ -371,7 +407,7 @@ fn an_estimate_needs_the_header_alone() {
     let file = std::fs::OpenOptions::new().write(true).open(&header).expect("the file");
     file.set_len(size).expect("a hole");
     assert!(size > 1 << 23, "{size}");
-    for (device, environment) in [("CPU", &[] as &[_]), ("Vulkan0", &VULKAN)] {
+    for (device, environment) in [("CPU", &[] as &[_]), (DEVICE, &ENV)] {
         let estimate = |path: &Path| -> Vec<MemoryUse> {
             let config = RunnerConfig { devices: vec![device.to_owned()], ..config(folder.path(), path.to_path_buf()) };
             let input = serde_json::to_string(&config).expect("JSON");
@@ -393,7 +429,7 @@ async fn layers_go_to_a_gpu() {
     for (gpu_layers, offloaded) in [(None, 5), (Some(2), 2), (Some(0), 0)] {
         let folder = folder();
         let config = RunnerConfig {
-            devices: vec!["Vulkan0".to_owned()],
+            devices: vec![DEVICE.to_owned()],
             gpu_layers,
             // Small batches and no flash attention need few shaders, and compiling those is what takes the time here.
             engine: EngineSpec {
@@ -405,12 +441,12 @@ async fn layers_go_to_a_gpu() {
             ..config(folder.path(), toy::path())
         };
         let input = serde_json::to_string(&config).expect("JSON");
-        let estimator = Worker::start(folder.path(), &["--estimate"], &VULKAN, &input);
+        let estimator = Worker::start(folder.path(), &["--estimate"], &ENV, &input);
         let line = estimator.line().unwrap_or_else(|| panic!("no estimate: {}", estimator.log()));
         let estimate: EstimateReport = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
         drop(estimator);
 
-        let mut worker = Worker::serve(folder.path(), &config, &VULKAN);
+        let mut worker = Worker::serve(folder.path(), &config, &ENV);
         let report = worker.ready();
         assert_eq!((report.layers_offloaded, report.layers_total), (offloaded, 5), "{report:?}");
         assert_eq!((estimate.layers_offloaded, estimate.layers_total), (offloaded, 5));
@@ -430,7 +466,7 @@ async fn layers_go_to_a_gpu() {
             };
             assert_eq!(&predicted, measured, "{gpu_layers:?}");
         }
-        let gpu = report.memory.iter().find(|memory| memory.device == "Vulkan0");
+        let gpu = report.memory.iter().find(|memory| memory.device == DEVICE);
         let (weights, context) = gpu.map(|gpu| (gpu.weights_bytes, gpu.context_bytes)).unwrap_or_default();
         // All but the token embeddings, which stay on the host; the output layer is tied to them.
         match offloaded {

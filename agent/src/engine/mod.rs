@@ -448,9 +448,9 @@ fn random_seed() -> u32 {
     u32::try_from(number & u64::from(u32::MAX)).unwrap_or_default()
 }
 
-/// Keeps llama.cpp from looking for Vulkan devices. Called by a process that has one thread and none of llama.cpp yet.
-pub(crate) fn without_vulkan() {
-    ffi::without_vulkan();
+/// Keeps llama.cpp from looking for GPUs. Called by a process that has one thread and none of llama.cpp yet.
+pub(crate) fn without_gpus() {
+    ffi::without_gpus();
 }
 
 /// The devices that llama.cpp sees in this process, the CPU last. Opens them, so only a short-lived process should ask.

@@ -24,7 +24,7 @@ use crate::devices::{Devices, Share, Target, Trial};
 use crate::front::{Front, PublishedModel, Route};
 use crate::metrics::AgentMetrics;
 use crate::runner::adopt::{self, Record};
-use crate::runner::protocol::{RunnerCommand, RunnerConfig, RunnerFailure, RunnerReport};
+use crate::runner::protocol::{ProbeReport, RunnerCommand, RunnerConfig, RunnerFailure, RunnerReport};
 use crate::runner::spawn::{Runner, SpawnError};
 use crate::runner::supervise::{Start, WorkerHandle, WorkerId, WorkerMessage, supervise, take_over};
 use crate::store::{Progress, Store, StoreError, StoredModel};
@@ -102,12 +102,15 @@ impl Executor {
         }
     }
 
-    /// Looks at the devices.
-    pub(super) fn probe(&mut self) {
+    /// Looks at the devices: at those that are known, or at what there is.
+    pub(super) fn probe(&mut self, known: Option<ProbeReport>) {
         let (runner, limit) = (self.means.runner.clone(), self.means.memory_limit);
         let (estimates, device_limit) = (Arc::clone(&self.means.estimates), self.means.device_memory_limit);
         self.tasks.spawn(async move {
-            let devices = runner.probe(PROBE_TIMEOUT).await;
+            let devices = match known {
+                Some(known) => runner.look(&known, PROBE_TIMEOUT).await,
+                None => runner.probe(PROBE_TIMEOUT).await,
+            };
             let devices = match devices {
                 Ok(report) => {
                     let processes = processes(&runner, &estimates, &report).await;

@@ -32,6 +32,7 @@ use self::observe::{Activity, Desired, FOREIGN_LOOK, Happened, HostMemory, Model
 use self::plan::{Limits, Plan, Step, plan};
 use self::status::{Identity, status};
 use crate::cgroup::{self, GroupMemory};
+use crate::devices::Devices;
 use crate::front::Expected;
 use crate::ledger::bytes;
 use crate::runner::grants::Refusal;
@@ -148,7 +149,10 @@ impl Node {
                 changed = activity.changed() => changed.map_err(|_| NodeError::Front)?,
                 () = sleep_until(next) => {}
                 _ = memory_watch.tick() => self.watch_memory(&mut seen),
-                () = hung_up(&mut hangup) => self.probe(&mut probe),
+                () = hung_up(&mut hangup) => {
+                    probe.afresh = true;
+                    self.probe(&mut probe);
+                }
                 () = shutdown.cancelled(), if !leaving => leaving = true,
             }
             // What else has come meanwhile goes into the same plan.
@@ -227,7 +231,7 @@ impl Node {
                         tracing::info!(id, name = description, driver, memory, "looked at the devices");
                     }
                 }
-                *probe = Probe { last: Some(Instant::now()), ..Probe::default() };
+                *probe = Probe { last: Some(Instant::now()), afresh: probe.afresh, ..Probe::default() };
             }
             Happened::Probed(Err(error)) => {
                 probe.failed();
@@ -297,6 +301,7 @@ impl Node {
         self.means.front.set_ready(readiness);
     }
 
+    /// Looks at the devices: at those that are known, or at what there is.
     fn probe(&mut self, probe: &mut Probe) {
         if probe.running {
             // It may have looked before that for which it is asked to look again.
@@ -305,7 +310,8 @@ impl Node {
         }
         (probe.again_at, probe.running) = (None, true);
         self.observed.look_at = None;
-        self.executor.probe();
+        let afresh = std::mem::take(&mut probe.afresh);
+        self.executor.probe(self.observed.devices.as_ref().filter(|_| !afresh).map(Devices::report));
     }
 
     /// What others hold of a device they give back without a word, so somebody who lacks it has it looked for.
@@ -338,6 +344,8 @@ struct Probe {
     failures: u32,
     again_at: Option<Instant>,
     running: bool,
+    /// The next one is to see what devices there are, not only what is free of those that are known.
+    afresh: bool,
     /// When the last one ended.
     last: Option<Instant>,
 }

@@ -21,6 +21,7 @@ use super::socket::Listener;
 use super::spare::{RUNNER, SPARE};
 use crate::cgroup;
 use crate::engine::{self, Activity, Engine, EngineError};
+use crate::nvml;
 
 /// What a worker process is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub enum Mode {
         /// Keep them open until standard input ends.
         stay: bool,
     },
+    /// Print the devices that standard input names, with what is free of them now.
+    Look,
     /// Print what the model would take.
     Estimate,
     /// Print what changes of the context's size cost.
@@ -114,6 +117,13 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
             }
             answer
         }
+        Mode::Look => {
+            let report = read_config().and_then(|known| match nvml::look().and_then(|seen| seen.again(known)) {
+                Some(report) => Ok(report),
+                None => Ok(engine::probe()?),
+            });
+            report.and_then(|report| events.write(&report))
+        }
         Mode::Estimate => {
             let report = read_config().and_then(|config| {
                 choose_backends(&config);
@@ -148,10 +158,10 @@ pub fn run(mode: Mode) -> Result<(), ChildError> {
     result
 }
 
-/// Vulkan's drivers take 60 MB and a quarter of a second to say what nobody asks. Called while there is one thread.
+/// A GPU's drivers take 60 MB and a quarter of a second to say what nobody asks. Called while there is one thread.
 fn choose_backends(config: &RunnerConfig) {
     if !config.uses_gpu() {
-        engine::without_vulkan();
+        engine::without_gpus();
     }
 }
 

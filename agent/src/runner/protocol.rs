@@ -259,6 +259,12 @@ pub struct ProbedDevice {
     pub memory_free_bytes: u64,
     /// The driver and its version; empty where nobody says.
     pub driver: String,
+    /// Its place on PCI, such as `0000:17:00.0`; empty where nobody says.
+    pub pci: String,
+    /// It is a slice of a GPU (MIG), as far as the driver's library knows.
+    pub mig: bool,
+    /// The free bytes were read while the process that says them did not have the device open.
+    pub unopened: bool,
 }
 
 /// What `altiplano-agent runner --estimate` prints for the [`RunnerConfig`] on its standard input: llama.cpp's dry run,

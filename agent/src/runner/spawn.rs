@@ -104,6 +104,11 @@ impl Runner {
         self.ask(command(&self.executable, Some("--probe")), None::<&()>, timeout).await
     }
 
+    /// The same devices, with what is free of them now: without opening them, where the driver's library knows.
+    pub async fn look(&self, known: &ProbeReport, timeout: Duration) -> Result<ProbeReport, SpawnError> {
+        self.ask(command(&self.executable, Some("--look")), Some(known), timeout).await
+    }
+
     /// Bytes that a process takes of each GPU by opening it: what is free while another holds it open, less what was free
     /// before.
     pub async fn process_bytes(&self, timeout: Duration) -> Result<BTreeMap<String, u64>, SpawnError> {
@@ -125,7 +130,9 @@ impl Runner {
                 .iter()
                 .filter(|device| device.kind == "GPU")
                 .filter_map(|one| {
-                    let other = second.devices.iter().find(|other| other.id == one.id)?;
+                    // Two that did not look in the same way cannot be compared.
+                    let alike = |other: &&ProbedDevice| other.id == one.id && other.unopened == one.unopened;
+                    let other = second.devices.iter().find(alike)?;
                     let free = |device: &ProbedDevice| device.memory_free_bytes.min(device.memory_total_bytes);
                     Some((one.id.clone(), free(one).saturating_sub(free(other)).min(MAX_PROCESS_BYTES)))
                 })

@@ -4,19 +4,7 @@ use altiplano_test_models::toy;
 
 use super::{Agent, Model};
 
-/// llama.cpp's name of the device.
-#[cfg(feature = "cuda")]
-pub const DEVICE: &str = "CUDA0";
-/// Makes llama.cpp see it.
-#[cfg(feature = "cuda")]
-pub const ENV: [(&str, &str); 1] = [("CUDA_VISIBLE_DEVICES", "0")];
-
-/// llama.cpp's name of the device.
-#[cfg(not(feature = "cuda"))]
-pub const DEVICE: &str = "Vulkan0";
-/// Makes llama.cpp see it.
-#[cfg(not(feature = "cuda"))]
-pub const ENV: [(&str, &str); 1] = [("GGML_VK_VISIBLE_DEVICES", "0")];
+pub use super::device::*;
 
 /// Small batches and no flash attention need few shaders, and compiling those is what takes the time here.
 pub fn engine(gpu: &str) -> String {
@@ -28,12 +16,42 @@ pub async fn agent(models: &[Model<'_>], options: &[&str]) -> Agent {
     Agent::start(&[], &["serve"], models, options, &ENV).await
 }
 
-/// Bytes that the toy model takes on the device.
-pub async fn need() -> u64 {
+/// Bytes of a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// That the model takes, as the status says.
+    pub model: u64,
+    /// That a process takes by opening the device: some hundred MiB with CUDA. The ledger counts them for each worker.
+    pub process: u64,
+}
+
+impl Taken {
+    /// For so many quarters of the model in one worker.
+    pub fn quarters(self, quarters: u64) -> u64 {
+        self.process + self.model * quarters / 4
+    }
+
+    /// Room for so many workers and a half.
+    pub fn workers_and_a_half(self, workers: u64) -> u64 {
+        let Self { model, process } = self;
+        (model + process) * (2 * workers + 1) / 2
+    }
+}
+
+/// What a loaded model and its worker take of the device.
+pub async fn taken(agent: &Agent, model: &str) -> Taken {
+    let labels = format!("altiplano_model_memory_measured_bytes{{device=\"{DEVICE}\"");
+    let of_model = bytes(agent.metric(&labels, &format!("\"{model}\"")).await);
+    let reserved = bytes(agent.metric("altiplano_device_memory_reserved_bytes", DEVICE).await);
+    Taken { model: of_model, process: reserved.saturating_sub(of_model) }
+}
+
+/// What the toy model takes of the device.
+pub async fn need() -> Taken {
     let more = format!(", {}", engine("Required"));
     let agent = agent(&[("toy", &toy::path(), &more)], &[]).await;
     agent.ready("toy", 1).await;
-    bytes(agent.metric("altiplano_model_memory_measured_bytes", DEVICE).await)
+    taken(&agent, "toy").await
 }
 
 /// A metric that is not 0.

@@ -3,6 +3,7 @@
 #![allow(unreachable_pub, reason = "suites are crates that nobody uses")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
+pub mod device;
 pub mod gpu;
 #[path = "../../../tests/src/ports.rs"]
 mod ports;

@@ -17,6 +17,19 @@ pub(in crate::engine) fn vulkan_drivers() -> Vec<(String, String)> {
     found.iter().take(count).map(|driver| (text(&driver.device), words(driver))).collect()
 }
 
+/// Whether CUDA could have devices here: it is built in, and NVIDIA's driver is there.
+#[cfg(feature = "cuda")]
+pub(in crate::engine) fn has_cuda() -> bool {
+    // SAFETY: has no arguments; loads a library that CUDA loads too, once.
+    unsafe { shim::altiplano_cuda_driver() }
+}
+
+/// Whether CUDA could have devices here: it is built in, and NVIDIA's driver is there.
+#[cfg(not(feature = "cuda"))]
+pub(in crate::engine) fn has_cuda() -> bool {
+    false
+}
+
 fn words(driver: &shim::Driver) -> String {
     format!("{} {}", text(&driver.name), text(&driver.version)).trim().to_owned()
 }

@@ -8,6 +8,9 @@ use llama_cpp_sys_2::{
     GGML_LOG_LEVEL_CONT, GGML_LOG_LEVEL_ERROR, GGML_LOG_LEVEL_INFO, GGML_LOG_LEVEL_WARN, ggml_log_level,
 };
 
+use super::backend::CUDA_DEVICES;
+use super::driver;
+
 /// Lines of errors that are kept for each thread.
 const KEPT: usize = 16;
 
@@ -87,6 +90,7 @@ impl Lines {
         let line = clip(self.partial.trim());
         if !line.is_empty() {
             match self.level {
+                GGML_LOG_LEVEL_ERROR if is_expected(line) => tracing::debug!(target: "llama.cpp", "{line}"),
                 GGML_LOG_LEVEL_ERROR => {
                     tracing::error!(target: "llama.cpp", "{line}");
                     if self.errors.len() == KEPT {
@@ -102,6 +106,12 @@ impl Lines {
         }
         self.partial.clear();
     }
+}
+
+/// CUDA that finds nothing where it was told that there is nothing, or where there is no driver, which the probe says.
+fn is_expected(line: &str) -> bool {
+    let is_hidden = || std::env::var_os(CUDA_DEVICES).is_some_and(|devices| devices.is_empty());
+    line.contains("failed to initialize CUDA") && (is_hidden() || !driver::has_cuda())
 }
 
 fn clip(text: &str) -> &str {

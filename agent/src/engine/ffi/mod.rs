@@ -24,11 +24,11 @@ mod shim;
 mod state;
 
 pub(super) use adapter::Adapter;
-pub(super) use backend::{Device, available_bytes, devices, version, without_vulkan};
+pub(super) use backend::{Device, DeviceMemory, available_bytes, devices, version, without_gpus};
 pub(super) use batch::Batch;
 pub(super) use chat::{ChatReader, ChatTemplates};
 pub(super) use context::{CELL_METADATA_BYTES, Context, DecodeError, LogprobRow, MediaBatch};
-pub(super) use driver::vulkan_drivers;
+pub(super) use driver::{has_cuda, vulkan_drivers};
 pub(super) use embedding::{EmbeddingContext, Pooling};
 #[cfg(test)]
 pub(super) use media::read_by_helper;

@@ -121,6 +121,8 @@ pub(super) struct Logprob {
 
 unsafe extern "C" {
     pub(super) fn altiplano_vulkan_drivers(out: *mut Driver, size: usize) -> usize;
+    #[cfg(feature = "cuda")]
+    pub(super) fn altiplano_cuda_driver() -> bool;
     pub(super) fn altiplano_context_new(
         model: *mut llama_model,
         params: *const llama_context_params,

@@ -1,19 +1,26 @@
 //! The devices that there are, and those that the agent granted.
 
 use super::EngineError;
-use crate::engine::ffi::{self, Device};
+use crate::engine::ffi::{self, Device, DeviceMemory};
+use crate::nvml;
 use crate::runner::protocol::{ProbeReport, ProbedDevice, RunnerConfig};
 
-/// The devices that llama.cpp sees in this process, the CPU last.
+/// The devices that llama.cpp sees in this process, the CPU last. It opens them.
 pub(in crate::engine) fn probe() -> Result<ProbeReport, EngineError> {
+    // Before they are opened, which takes memory of them.
+    let seen = nvml::look();
+    if cfg!(feature = "cuda") && !ffi::has_cuda() {
+        tracing::warn!("no NVIDIA driver (libcuda.so.1) here, so no CUDA devices");
+    }
     let found = ffi::devices().map_err(EngineError::Internal)?;
     let vulkan = ffi::vulkan_drivers();
     let mut devices: Vec<_> = found
         .into_iter()
         .map(|device| {
-            let Device { index: _, name, description, backend, kind, total, free } = device;
+            let DeviceMemory { total, free, pci } = device.open();
+            let Device { index: _, name, description, backend, kind } = device;
             let driver = driver_of(&backend, &description, &vulkan);
-            ProbedDevice {
+            let mut probed = ProbedDevice {
                 id: name,
                 description,
                 backend,
@@ -21,9 +28,16 @@ pub(in crate::engine) fn probe() -> Result<ProbeReport, EngineError> {
                 memory_total_bytes: total,
                 memory_free_bytes: free,
                 driver,
+                pci,
+                ..ProbedDevice::default()
+            };
+            if let Some(seen) = &seen {
+                seen.complete(&mut probed);
             }
+            probed
         })
         .collect();
+    once_each(&mut devices);
     devices.sort_by_key(|device| device.kind == "CPU");
     let mut backends: Vec<String> = Vec::new();
     for device in &devices {
@@ -32,6 +46,13 @@ pub(in crate::engine) fn probe() -> Result<ProbeReport, EngineError> {
         }
     }
     Ok(ProbeReport { backends, devices })
+}
+
+/// A GPU that CUDA has is not Vulkan's too: its memory is there once.
+fn once_each(devices: &mut Vec<ProbedDevice>) {
+    let of_cuda: Vec<String> =
+        devices.iter().filter(|device| device.backend == "CUDA").map(|d| d.pci.clone()).collect();
+    devices.retain(|device| device.backend != "Vulkan" || device.pci.is_empty() || !of_cuda.contains(&device.pci));
 }
 
 /// The driver of a device and its version; empty where nobody says.
@@ -69,6 +90,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_gpu_of_two_backends_is_there_once() {
+        let device = |id: &str, pci: &str| ProbedDevice {
+            id: id.to_owned(),
+            backend: id.trim_end_matches(char::is_numeric).to_owned(),
+            pci: pci.to_owned(),
+            ..ProbedDevice::default()
+        };
+        let left = |mut devices: Vec<ProbedDevice>| {
+            once_each(&mut devices);
+            devices.into_iter().map(|device| device.id).collect::<Vec<_>>()
+        };
+        let (nvidia, amd) = ("0000:17:00.0", "0000:65:00.0");
+        assert_eq!(
+            left(vec![device("CUDA0", nvidia), device("Vulkan0", amd), device("Vulkan1", nvidia), device("CPU", "")]),
+            ["CUDA0", "Vulkan0", "CPU"]
+        );
+        assert_eq!(left(vec![device("Vulkan0", nvidia), device("Vulkan1", nvidia)]), ["Vulkan0", "Vulkan1"]);
+        assert_eq!(left(vec![device("CUDA0", ""), device("Vulkan0", "")]), ["CUDA0", "Vulkan0"]);
+    }
+
+    #[test]
     fn devices_are_granted_by_name() {
         let device = |index, name: &str, kind| Device {
             index,
@@ -76,8 +118,6 @@ mod tests {
             description: String::new(),
             backend: String::new(),
             kind,
-            total: 1,
-            free: 1,
         };
         let found = [device(0, "CPU", "CPU"), device(1, "Vulkan0", "GPU"), device(2, "Vulkan1", "GPU")];
         let config = |devices: &[&str], gpu_layers| RunnerConfig {

@@ -94,6 +94,7 @@ fn play(yaml: &str) -> String {
         memory_total_bytes: gib << 30,
         memory_free_bytes: gib << 30,
         driver: "a driver 1.2".to_owned(),
+        ..ProbedDevice::default()
     });
     let report = ProbeReport { backends: Vec::new(), devices: devices.collect() };
     world.observed.note("", Happened::Probed(Ok(Devices::new(report, u64::MAX))), start);
