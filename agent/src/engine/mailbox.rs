@@ -11,6 +11,9 @@ use super::Activity;
 use super::chooser::Chooser;
 use super::request::{GenerateEvent, GenerateRequest, SubmitError};
 
+/// How long a request waits for memory if nobody said how long requests may wait in the queue.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_mins(1);
+
 /// A request that has no slot yet.
 pub(super) struct Waiting {
     pub(super) request: GenerateRequest,

@@ -26,6 +26,7 @@ mod media;
 mod pool;
 mod prefix;
 mod request;
+mod room;
 mod sampling;
 mod schedule;
 mod schema;
@@ -145,7 +146,7 @@ impl Engine {
         Self::start_with(config, None, progress)
     }
 
-    /// The same; `grants` is asked before the context of a model that generates grows.
+    /// The same; `grants` is asked before the context grows.
     pub fn start_with(
         config: &RunnerConfig,
         grants: Option<Arc<dyn Grants>>,
@@ -159,7 +160,7 @@ impl Engine {
             if let Some(pooling) = embed::pooling(&model) {
                 let mut loaded = embed::load(config, model, pooling, gpu)?;
                 loaded.report.load_milliseconds = milliseconds();
-                Self::launch_embedder(loaded, queue)
+                Self::launch_embedder(loaded, queue, grants)
             } else {
                 let mut loaded = load::load(config, model, gpu)?;
                 loaded.report.load_milliseconds = milliseconds();
@@ -181,12 +182,16 @@ impl Engine {
     }
 
     /// The same of one that makes vectors or scores.
-    fn launch_embedder(loaded: embed::Loaded, queue: usize) -> Result<Self, EngineError> {
+    fn launch_embedder(
+        loaded: embed::Loaded,
+        queue: usize,
+        grants: Option<Arc<dyn Grants>>,
+    ) -> Result<Self, EngineError> {
         let mailbox = Arc::new(Mailbox::new(loaded.parallel as usize, queue));
         let shared = Arc::new(Shared::default());
         let (sender, report) = watch::channel(loaded.report.clone());
         let (model, facts) = (loaded.model.clone(), loaded.facts.clone());
-        let worker = embed::Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender);
+        let worker = embed::Worker::new(loaded, Arc::clone(&mailbox), Arc::clone(&shared), sender, grants);
         Self::spawn(model, facts, None, Queue::Embed(mailbox), shared, report, || worker.run())
     }
 

@@ -9,7 +9,7 @@ use super::chooser::Chooser;
 use super::error::EngineError;
 use super::ffi::{LogprobRow, Model};
 use super::lines::Lines;
-use super::mailbox::Waiting;
+use super::mailbox::{LONGEST_WAIT, Waiting};
 use super::media::{Media, MediaPiece};
 use super::pool::SeqId;
 use super::prefix::{Follow, Serial};
@@ -24,9 +24,6 @@ use super::stop::TextAssembler;
 
 /// Events that a reader may be behind before its sequence is parked; two more are reserved for the end.
 pub(super) const CHANNEL: usize = 64;
-
-/// How long a request waits for memory if nobody said how long requests may wait in the queue.
-const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
 /// A request that has a slot.
 #[expect(clippy::struct_excessive_bools, reason = "each says one thing that the client may ask for")]

@@ -7,8 +7,6 @@ use std::time::{Duration, Instant};
 
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
-use crate::runner::protocol::MemoryUse;
-
 /// llama.cpp pads a context to a multiple of this.
 pub(super) const CELLS_STEP: u32 = 256;
 
@@ -221,62 +219,6 @@ pub(super) fn relieve(pressure: Pressure) -> Relief {
     }
 }
 
-/// Memory of one device around a change of size, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct DeviceRoom {
-    /// Its name.
-    pub(super) device: String,
-    /// What can be had there now; `None`: nobody knows.
-    pub(super) available: Option<u64>,
-    /// What the context takes there now.
-    pub(super) context_bytes: u64,
-    /// What the buffer that the state moves through takes beside.
-    pub(super) staging: u64,
-}
-
-/// How another size is had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    /// Both contexts fit beside each other.
-    Beside,
-    /// The old one goes before the new one comes.
-    Instead,
-}
-
-/// Judges a change from `from` to `to` cells; the error says what is missing. A tenth of what is free stays free: on a
-/// CPU an allocation does not fail, the kernel ends the process when the memory is touched.
-pub(super) fn way(devices: &[DeviceRoom], from: u32, to: u32) -> Result<Way, String> {
-    let mut way = Way::Beside;
-    for DeviceRoom { device, available, context_bytes, staging } in devices {
-        let Some(available) = available else { continue };
-        let usable = available / 10 * 9;
-        let new = context_bytes / u64::from(from.max(1)) * u64::from(to);
-        let more = new.saturating_sub(*context_bytes) + staging;
-        if more > usable {
-            return Err(format!(
-                "a context of {to} cells needs {more} bytes more on {device}, where {available} are free"
-            ));
-        }
-        if new + staging > usable {
-            way = Way::Instead;
-        }
-    }
-    Ok(way)
-}
-
-/// Bytes per device that a change of size takes at its height, beyond what is taken now.
-pub(super) fn more(devices: &[DeviceRoom], from: u32, to: u32, way: Way) -> Vec<MemoryUse> {
-    let one = |room: &DeviceRoom| {
-        let new = room.context_bytes / u64::from(from.max(1)) * u64::from(to);
-        let context_bytes = match way {
-            Way::Beside => new,
-            Way::Instead => new.saturating_sub(room.context_bytes),
-        };
-        MemoryUse { device: room.device.clone(), context_bytes, other_bytes: room.staging, ..MemoryUse::default() }
-    };
-    devices.iter().map(one).filter(|more| more.total() > 0).collect()
-}
-
 /// When which size was last needed. The ladder bounds how many there are.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Needs {
@@ -360,47 +302,6 @@ mod tests {
             let found = anticipate(cells, cap, Demand { hard, aim }, wishes);
             assert_eq!(found, expected, "{cells} {cap} {hard} {aim} {wishes}");
         }
-    }
-
-    #[test]
-    fn what_a_change_takes_at_its_height() {
-        let room = |device: &str, context_bytes, staging| DeviceRoom {
-            device: device.to_owned(),
-            available: None,
-            context_bytes,
-            staging,
-        };
-        let devices = [room("CPU", 0, 7), room("GPU", 100, 0), room("IDLE", 0, 0)];
-        let bytes = |way| {
-            more(&devices, 10, 20, way).iter().map(|more| (more.device.clone(), more.total())).collect::<Vec<_>>()
-        };
-        assert_eq!(bytes(Way::Beside), [("CPU".to_owned(), 7), ("GPU".to_owned(), 200)]);
-        assert_eq!(bytes(Way::Instead), [("CPU".to_owned(), 7), ("GPU".to_owned(), 100)]);
-    }
-
-    #[test]
-    fn both_contexts_fit_or_one_or_none() {
-        let device = |available, context_bytes, staging| DeviceRoom {
-            device: "D".to_owned(),
-            available,
-            context_bytes,
-            staging,
-        };
-        let cases = [
-            (vec![device(Some(1000), 100, 0)], Ok(Way::Beside)),
-            (vec![device(None, 100, 0)], Ok(Way::Beside)),
-            (vec![device(Some(200), 100, 0)], Ok(Way::Instead)),
-            (vec![device(Some(200), 100, 100)], Err(())),
-            (vec![device(Some(100), 100, 0)], Err(())),
-            (vec![device(Some(1000), 100, 0), device(Some(150), 100, 0)], Ok(Way::Instead)),
-        ];
-        for (devices, expected) in cases {
-            assert_eq!(way(&devices, 10, 20).map_err(|_| ()), expected, "{devices:?}");
-        }
-        let shrink = [device(Some(100), 100, 80)];
-        assert_eq!(way(&shrink, 20, 10), Ok(Way::Instead));
-        let error = way(&[device(Some(7), 100, 0)], 10, 30).expect_err("too much");
-        assert_eq!(error, "a context of 30 cells needs 200 bytes more on D, where 7 are free");
     }
 
     #[test]

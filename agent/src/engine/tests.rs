@@ -1,5 +1,6 @@
 //! The whole engine where a test has to reach inside: limits lowered behind its back, pauses shortened.
 
+mod embedder;
 mod growth;
 mod hybrid;
 mod media;

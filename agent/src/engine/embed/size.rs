@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, FlashAttention};
+use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
-use crate::engine::sizing;
+use crate::engine::{room, sizing};
 use crate::runner::protocol::MemoryUse;
 
 /// Host bytes of the outputs of a usual call: llama.cpp keeps room for logits of every token of an encoder.
@@ -37,8 +37,8 @@ impl Sizes {
         Self { initial, usual, max }
     }
 
-    /// Room for a text of `length` tokens.
-    pub(super) fn grown(&self, length: u32) -> u32 {
+    /// Room for a text of `length` tokens, and for those that are a little longer.
+    pub(super) fn rung(&self, length: u32) -> u32 {
         sizing::rung(length).min(self.max).max(length)
     }
 }
@@ -70,23 +70,36 @@ impl Lately {
         if now < self.next_look() {
             return None;
         }
-        let needed = sizes.initial.max(sizes.grown(self.longest));
+        let needed = sizes.initial.max(sizes.rung(self.longest));
         *self = Self::new(now);
         (needed < capacity).then_some(needed)
     }
 }
 
-/// Bytes that a context of `to` tokens takes on a device beyond one of `from` tokens, outputs left out. The mask, and
-/// without flash attention the scores, grow with the square.
-pub(super) fn growth(used: &MemoryUse, from: u32, to: u32, flash_attention: FlashAttention) -> u64 {
-    let (from, to) = (u64::from(from.max(1)), u64::from(to));
-    let scaled = |bytes: u64| bytes.div_ceil(from).saturating_mul(to);
-    let compute = match flash_attention {
-        FlashAttention::Off => used.compute_bytes.div_ceil(from).saturating_mul(to).div_ceil(from).saturating_mul(to),
-        // A mask in single and one in half precision.
-        FlashAttention::Auto | FlashAttention::On => scaled(used.compute_bytes).saturating_add(6 * to * to),
+/// How a context computes, by which its buffers grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// All tokens of a call at once; else as many as ever.
+    pub(super) at_once: bool,
+    /// Attention by products of whole matrices.
+    pub(super) plain: bool,
+}
+
+/// Bytes of llama.cpp's buffers on a device for `to` tokens, where those for `from` tokens take `used`. Where all tokens are
+/// computed at once the mask, and without flash attention the scores, grow with the square.
+pub(super) fn grown(used: &MemoryUse, from: u32, to: u32, shape: Shape) -> u64 {
+    let linear = |bytes| room::scaled(bytes, from, to);
+    let compute = linear(used.compute_bytes);
+    let compute = match shape {
+        Shape { at_once: false, .. } => compute,
+        Shape { at_once: true, plain: true } => linear(compute),
+        // Two masks in half precision, one of them for windows, beyond what is scaled already.
+        Shape { at_once: true, plain: false } if used.compute_bytes > 0 => {
+            compute + 4 * u64::from(to) * u64::from(to.saturating_sub(from))
+        }
+        Shape { at_once: true, plain: false } => 0,
     };
-    scaled(used.context_bytes).saturating_add(compute).saturating_sub(used.context_bytes + used.compute_bytes)
+    linear(used.context_bytes).saturating_add(compute)
 }
 
 #[cfg(test)]
@@ -111,7 +124,7 @@ mod tests {
             assert_eq!(sizes, Sizes { initial, usual, max }, "{max} {batch} {output_bytes}");
         }
         let sizes = Sizes::new(&dynamic, 5000, 512, 512, 120_000);
-        assert_eq!([513, 700, 4097, 5000].map(|length| sizes.grown(length)), [768, 768, 5000, 5000]);
+        assert_eq!([513, 700, 4097, 5000].map(|length| sizes.rung(length)), [768, 768, 5000, 5000]);
     }
 
     #[test]
@@ -132,11 +145,17 @@ mod tests {
     }
 
     #[test]
-    fn growth_is_the_difference() {
+    fn buffers_grow_as_they_are_computed_in() {
         let used = MemoryUse { context_bytes: 512_000, compute_bytes: 5_120_000, ..MemoryUse::default() };
-        let more = growth(&used, 512, 1024, FlashAttention::Auto);
-        assert_eq!(more, 512_000 + 5_120_000 + 6 * 1024 * 1024);
-        assert_eq!(growth(&used, 512, 1024, FlashAttention::Off), 512_000 + 3 * 5_120_000);
-        assert_eq!(growth(&MemoryUse::default(), 512, 512, FlashAttention::Off), 0);
+        let at = |at_once, plain| grown(&used, 512, 1024, Shape { at_once, plain });
+        assert_eq!(at(false, true), 2 * 512_000 + 2 * 5_120_000);
+        assert_eq!(at(true, false), 2 * 512_000 + 2 * 5_120_000 + 4 * 1024 * 512);
+        assert_eq!(at(true, true), 2 * 512_000 + 4 * 5_120_000);
+        let nothing = MemoryUse::default();
+        assert_eq!(
+            grown(&nothing, 512, 1024, Shape { at_once: true, plain: false }),
+            0,
+            "a device of which nothing is used"
+        );
     }
 }

@@ -7,14 +7,19 @@ use tokio::sync::{oneshot, watch};
 
 use super::load::Loaded;
 use super::pack::{self, Room};
-use super::size::{self, Lately, Sizes};
+use super::size::{Lately, Sizes};
 use super::{EmbedRequest, Embedded, Waiting};
 use crate::engine::error::EngineError;
-use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Pooling, available_bytes};
-use crate::engine::mailbox::{Mailbox, Phase};
+use crate::engine::ffi::{ContextParams, DecodeError, EmbeddingContext, Model, Pooling};
+use crate::engine::mailbox::{LONGEST_WAIT, Mailbox, Phase};
 use crate::engine::request::Token;
 use crate::engine::shared::Shared;
+use crate::runner::grants::Grants;
 use crate::runner::protocol::RunnerReport;
+
+mod resize;
+
+use resize::Refused;
 
 /// Longest sleep of an idle engine.
 const IDLE: Duration = Duration::from_secs(10);
@@ -32,6 +37,11 @@ pub(in crate::engine) struct Worker {
     shared: Arc<Shared>,
     report: watch::Sender<RunnerReport>,
     running: Vec<Running>,
+    /// Requests whose next text needs memory that others hold, in the order of their coming. They have no slot.
+    stalled: Vec<Running>,
+    /// Asked before the context grows.
+    grants: Option<Arc<dyn Grants>>,
+    refused: Option<Refused>,
     /// How long texts were of late.
     lately: Lately,
     /// The request whose text is the next call's first.
@@ -45,12 +55,35 @@ struct Running {
     vectors: Vec<Vec<f32>>,
     queue: Duration,
     started: Instant,
+    /// How long it waits for memory that others hold.
+    patience: Option<Instant>,
 }
 
 impl Running {
-    /// The `n`th of the texts that are left.
+    /// The texts that are left.
+    fn texts(&self) -> &[Vec<Token>] {
+        self.request.texts.get(self.vectors.len()..).unwrap_or_default()
+    }
+
+    /// The `n`th of them.
     fn text(&self, n: usize) -> Option<&[Token]> {
-        self.request.texts.get(self.vectors.len() + n).map(Vec::as_slice)
+        self.texts().get(n).map(Vec::as_slice)
+    }
+
+    /// Tokens of the next one.
+    fn next(&self) -> u32 {
+        self.text(0).map_or(0, tokens)
+    }
+
+    /// It waits for memory from now on, for as long as it might have waited in the queue: from its coming, or from now on if
+    /// it has some of its vectors.
+    fn wait_for_memory(&mut self, now: Instant) {
+        let may_wait = |deadline: Instant| {
+            let patience = deadline.saturating_duration_since(self.started) + self.queue;
+            if self.vectors.is_empty() { deadline } else { now + patience }
+        };
+        let until = self.request.deadline.map_or(now + LONGEST_WAIT, may_wait);
+        self.patience.get_or_insert(until);
     }
 }
 
@@ -60,7 +93,9 @@ impl Worker {
         mailbox: Arc<Mailbox<Waiting>>,
         shared: Arc<Shared>,
         report: watch::Sender<RunnerReport>,
+        grants: Option<Arc<dyn Grants>>,
     ) -> Self {
+        shared.update(|stats| stats.cells_total = loaded.context.capacity());
         let Loaded { model, facts: _, report: _, parallel, context, params, pooling, sizes } = loaded;
         Self {
             model,
@@ -73,6 +108,9 @@ impl Worker {
             shared,
             report,
             running: Vec::new(),
+            stalled: Vec::new(),
+            grants,
+            refused: None,
             first: 0,
             lately: Lately::new(Instant::now()),
         }
@@ -82,8 +120,8 @@ impl Worker {
     pub(in crate::engine) fn run(mut self) -> Result<(), EngineError> {
         let result = self.work();
         let reason = result.clone().err().unwrap_or(EngineError::ShutDown);
-        for index in (0..self.running.len()).rev() {
-            self.fail(index, reason.clone());
+        for running in self.running.drain(..).chain(self.stalled.drain(..)) {
+            fail(running, &self.mailbox, &self.shared, reason.clone());
         }
         for waiting in self.mailbox.end() {
             give_up(waiting, reason.clone());
@@ -94,7 +132,7 @@ impl Worker {
     fn work(&mut self) -> Result<(), EngineError> {
         loop {
             let now = Instant::now();
-            self.drop_cancelled();
+            self.drop_cancelled(now);
             self.shrink(now)?;
             self.admit(now);
             let drained = match self.mailbox.phase() {
@@ -102,12 +140,14 @@ impl Worker {
                 Phase::Open | Phase::Ended => None,
             };
             let idle = self.running.is_empty();
-            if drained.is_some_and(|deadline| now >= deadline || (idle && self.mailbox.is_empty())) {
+            let empty = idle && self.stalled.is_empty() && self.mailbox.is_empty();
+            if drained.is_some_and(|deadline| now >= deadline || empty) {
                 return Ok(());
             }
             if idle {
                 let look = (self.capacity() > self.sizes.initial).then(|| self.lately.next_look());
-                let next = [self.mailbox.next_deadline(), drained, look].into_iter().flatten().min();
+                let tries = self.next_try();
+                let next = [self.mailbox.next_deadline(), drained, look, tries].into_iter().flatten().min();
                 self.mailbox.wait(next.map_or(IDLE, |next| next.saturating_duration_since(now)).min(IDLE));
             } else {
                 self.step()?;
@@ -115,26 +155,27 @@ impl Worker {
         }
     }
 
-    fn drop_cancelled(&mut self) {
-        for index in (0..self.running.len()).rev() {
-            if self.running[index].result.is_closed() {
-                let running = self.running.remove(index);
+    fn drop_cancelled(&mut self, now: Instant) {
+        for running in [&mut self.running, &mut self.stalled] {
+            for running in running.extract_if(.., |running| running.result.is_closed()) {
                 tracing::debug!(request = running.request.id, texts = running.vectors.len(), "cancelled");
                 self.mailbox.ended();
                 self.shared.update(|stats| stats.cancelled += 1);
             }
         }
+        self.give_up_stalled(now);
     }
 
     fn admit(&mut self, now: Instant) {
         let late = |waiting: Waiting| give_up(waiting, EngineError::QueueTimeout);
         self.mailbox.expire(now, late);
+        self.resume(now);
         while self.running.len() < self.parallel {
             let Some(Waiting { request, result, submitted }) = self.mailbox.take(now, late) else { return };
             let tokens: usize = request.texts.iter().map(Vec::len).sum();
             self.shared.update(|stats| stats.prompt_tokens += tokens as u64);
             let queue = now.saturating_duration_since(submitted);
-            self.running.push(Running { vectors: Vec::new(), request, result, queue, started: now });
+            self.running.push(Running { vectors: Vec::new(), request, result, queue, started: now, patience: None });
         }
     }
 
@@ -142,10 +183,7 @@ impl Worker {
     fn step(&mut self) -> Result<(), EngineError> {
         self.first = (self.first + 1) % self.running.len().max(1);
         let room = Room { tokens: self.sizes.usual, texts: self.params.sequences as usize };
-        let length = |request: usize, n: usize| {
-            let text = self.running.get(request)?.text(n)?;
-            u32::try_from(text.len()).ok()
-        };
+        let length = |request: usize, n: usize| self.running.get(request)?.text(n).map(tokens);
         let picks = pack::pack(self.running.len(), self.first, room, length);
         let mut taken = vec![0; self.running.len()];
         let mut texts: Vec<&[Token]> = Vec::with_capacity(picks.len());
@@ -153,11 +191,11 @@ impl Worker {
             texts.extend(self.running[request].text(taken[request]));
             taken[request] += 1;
         }
-        let tokens = u32::try_from(texts.iter().map(|text| text.len()).sum::<usize>()).unwrap_or(u32::MAX);
-        self.lately.call(tokens);
-        if tokens > self.capacity() {
+        let sum = texts.iter().map(|text| tokens(text)).fold(0, u32::saturating_add);
+        self.lately.call(sum);
+        if sum > self.capacity() {
             // One text alone: others are packed into what there is.
-            return self.grow(tokens, picks.first().copied().unwrap_or(0));
+            return self.grow(sum, picks.first().copied().unwrap_or(0));
         }
         let context = self.context.as_mut().ok_or_else(|| EngineError::DecodeFailed("no context".to_owned()))?;
         self.shared.step_begins();
@@ -195,7 +233,7 @@ impl Worker {
             if self.running[index].vectors.len() < self.running[index].request.texts.len() {
                 continue;
             }
-            let Running { request, result, vectors, queue, started } = self.running.remove(index);
+            let Running { request, result, vectors, queue, started, patience: _ } = self.running.remove(index);
             let tokens: usize = request.texts.iter().map(Vec::len).sum();
             let prompt_tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
             // Before its reader knows, so that who asks next finds the slot free.
@@ -208,89 +246,21 @@ impl Worker {
     }
 
     fn fail(&mut self, index: usize, error: EngineError) {
-        let running = self.running.remove(index);
-        self.mailbox.ended();
-        self.shared.update(|stats| stats.failed += 1);
-        // A reader that has gone needs no reason.
-        let _ = running.result.send(Err(error));
+        fail(self.running.remove(index), &self.mailbox, &self.shared, error);
     }
+}
 
-    /// Makes the context large enough for a text of `length` tokens, or fails the request that has it.
-    fn grow(&mut self, length: u32, request: usize) -> Result<(), EngineError> {
-        let Some(old) = &self.context else { return Err(EngineError::DecodeFailed("no context".to_owned())) };
-        let (from, to) = (old.capacity(), self.sizes.grown(length));
-        let made = match self.has_room(old, from, to) {
-            Ok(()) => self.resize(to)?,
-            Err(reason) => Err(reason),
-        };
-        match made {
-            Ok(()) => self.shared.update(|stats| stats.resizes += 1),
-            Err(reason) => {
-                tracing::warn!(from, to, reason, "the context does not grow");
-                self.fail(request, EngineError::ContextFull(reason));
-            }
-        }
-        Ok(())
-    }
+/// Tokens of a text.
+fn tokens(text: &[Token]) -> u32 {
+    u32::try_from(text.len()).unwrap_or(u32::MAX)
+}
 
-    /// Gives back what long texts took, when none came for a while, or when others need it and nobody is here.
-    fn shrink(&mut self, now: Instant) -> Result<(), EngineError> {
-        let capacity = self.capacity();
-        let asked = self.mailbox.take_shrink().filter(|_| self.running.is_empty());
-        let asked = asked.map(|cells| cells.max(self.sizes.initial)).filter(|to| *to < capacity);
-        let Some(to) = asked.or_else(|| self.lately.shrunk(&self.sizes, capacity, now)) else { return Ok(()) };
-        match self.resize(to)? {
-            Ok(()) => self.shared.update(|stats| stats.shrinks += 1),
-            Err(reason) => tracing::warn!(from = capacity, to, reason, "the context does not shrink"),
-        }
-        Ok(())
-    }
-
-    /// Makes a context for `to` tokens in place of the one there is, which stays if that fails; why it did is returned.
-    fn resize(&mut self, to: u32) -> Result<Result<(), String>, EngineError> {
-        let started = Instant::now();
-        let from = self.capacity();
-        // Both at once might be too much.
-        self.context = None;
-        let params = ContextParams { cells: to, batch: to, ..self.params.clone() };
-        match EmbeddingContext::new(&self.model, &params, self.pooling) {
-            Ok(context) => {
-                let milliseconds = started.elapsed().as_millis();
-                tracing::info!(from, to, milliseconds, "the context has another size");
-                self.params = params;
-                let (tokens, memory) = (context.capacity(), context.memory());
-                self.context = Some(context);
-                self.report.send_modify(|report| {
-                    report.context_tokens = tokens;
-                    report.memory = memory;
-                });
-                Ok(Ok(()))
-            }
-            Err(reason) => {
-                let old = EmbeddingContext::new(&self.model, &self.params, self.pooling);
-                self.context = Some(old.map_err(EngineError::InsufficientMemory)?);
-                Ok(Err(reason))
-            }
-        }
-    }
-
-    /// On a CPU an allocation does not fail; the kernel ends the process when the memory is touched. So ask before.
-    fn has_room(&self, context: &EmbeddingContext, from: u32, to: u32) -> Result<(), String> {
-        for device in &context.memory() {
-            let mut needed = size::growth(device, from, to, self.params.flash_attention);
-            if device.device == "CPU" && context.outputs_all() {
-                needed += context.output_bytes(to as usize).saturating_sub(device.other_bytes);
-            }
-            let Some(available) = available_bytes(&device.device) else { continue };
-            if needed > available / 10 * 9 {
-                return Err(format!(
-                    "a text of so many tokens needs {needed} bytes more on {}, where {available} are free",
-                    device.device
-                ));
-            }
-        }
-        Ok(())
-    }
+/// Ends a request that has begun.
+fn fail(running: Running, mailbox: &Mailbox<Waiting>, shared: &Shared, error: EngineError) {
+    mailbox.ended();
+    shared.update(|stats| stats.failed += 1);
+    // A reader that has gone needs no reason.
+    let _ = running.result.send(Err(error));
 }
 
 /// Ends a request that has not begun.

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
 
 use super::params::{check_sizes, raw_params};
-use super::{Adapter, Batch, ContextParams, Model, Part, Sampler, log, shim};
+use super::{Adapter, Batch, ContextParams, Model, Part, Sampler, log, memory, shim};
 use crate::engine::request::{MAX_TOP_LOGPROBS, Token};
 use crate::runner::protocol::MemoryUse;
 
@@ -331,24 +331,9 @@ impl Context {
         unsafe { sys::llama_memory_clear(self.memory.as_ptr(), false) };
     }
 
-    /// Host bytes for cells that no breakdown knows: their metadata, and, where the CPU attends to them without flash attention,
-    /// its backend's copy in half precision of all that is attended to: of each cell, for each token of a micro-batch, in
-    /// each head.
-    fn cell_bytes(&self, host: &MemoryUse) -> u64 {
-        let metadata = u64::from(self.cells()) * CELL_METADATA_BYTES;
-        let [cells, tokens, heads] = [self.sequence_cells(), self.micro_batch(), self.model.n_head()].map(u64::from);
-        if self.plain_attention && host.context_bytes > 0 {
-            metadata.saturating_add(cells.saturating_mul(tokens).saturating_mul(heads).saturating_mul(2))
-        } else {
-            metadata
-        }
-    }
-
     /// Bytes per device that a context of another size takes more or less of; see [`Self::memory`].
     pub(in crate::engine) fn memory_of_cells(&self) -> Vec<MemoryUse> {
-        // SAFETY: the context is alive.
-        let mut uses = unsafe { breakdown(self.raw) };
-        uses[0].other_bytes = self.cell_bytes(&uses[0]);
+        let mut uses = self.breakdown();
         for device in &mut uses {
             device.weights_bytes = 0;
             device.mapped_bytes = 0;
@@ -356,8 +341,24 @@ impl Context {
         uses
     }
 
-    /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out
-    /// on the host, the logits, the cells' metadata and the process itself, stands in `other_bytes`.
+    /// llama.cpp's breakdown, and what it leaves out for cells.
+    fn breakdown(&self) -> Vec<MemoryUse> {
+        // SAFETY: the context is alive.
+        let mut uses = unsafe { memory::breakdown(self.raw) };
+        uses[0].other_bytes = memory::cells_metadata(self.cells());
+        if self.plain_attention {
+            let copy = memory::scores_copy(self.sequence_cells(), self.micro_batch(), self.model.n_head());
+            // Attention is computed where the cells are.
+            for device in uses.iter_mut().filter(|device| device.context_bytes > 0) {
+                device.other_bytes = device.other_bytes.saturating_add(copy);
+            }
+        }
+        uses
+    }
+
+    /// Bytes per device, host memory as "CPU", in llama.cpp's order of devices. What llama.cpp's breakdown leaves out,
+    /// copies of attention scores and on the host the logits, the cells' metadata and the process itself, stands in
+    /// `other_bytes`.
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
         let logits = u64::from(self.model.n_vocab()) * 4 * u64::from(self.outputs);
         let outputs = logits + self.hidden_bytes();
@@ -367,9 +368,8 @@ impl Context {
             uses[0].other_bytes += outputs;
             return uses;
         }
-        // SAFETY: the context is alive.
-        let mut uses = unsafe { breakdown(self.raw) };
-        uses[0].other_bytes = outputs + self.cell_bytes(&uses[0]);
+        let mut uses = self.breakdown();
+        uses[0].other_bytes += outputs;
         // llama.cpp's breakdown knows no adapters and no projector; adapters lie where the weights do.
         if let Some(device) = uses.iter_mut().max_by_key(|device| device.weights_bytes) {
             device.weights_bytes += self.model.adapter_bytes();
@@ -384,9 +384,6 @@ impl Context {
         uses
     }
 }
-
-/// Host bytes that llama.cpp takes for each cell beside keys and values, as measured.
-pub(in crate::engine) const CELL_METADATA_BYTES: u64 = 52;
 
 impl Drop for Context {
     fn drop(&mut self) {
@@ -432,29 +429,4 @@ pub(super) fn decoded(result: i32, error: &shim::Error, errors: String) -> Resul
         shim::EXCEPTION => Err(DecodeError::Failed(error.text())),
         code => Err(DecodeError::Failed(format!("code {code}: {errors}"))),
     }
-}
-
-/// Bytes per device, host memory ("CPU") first.
-///
-/// # Safety
-/// The context is alive.
-pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse> {
-    let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0, mapped: 0 };
-    let mut entries = [empty; 64];
-    // SAFETY: as the caller says; the array has as many entries as is said.
-    let count = unsafe { shim::altiplano_memory_breakdown(context.as_ptr(), entries.as_mut_ptr(), entries.len()) };
-    let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
-    for entry in entries.iter().take(count) {
-        // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
-        let name = unsafe { shim::device_name(entry) };
-        let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
-            uses.push(MemoryUse { device: name, ..MemoryUse::default() });
-            uses.len() - 1
-        });
-        uses[index].weights_bytes += entry.model;
-        uses[index].context_bytes += entry.context;
-        uses[index].compute_bytes += entry.compute;
-        uses[index].mapped_bytes += entry.mapped;
-    }
-    uses
 }

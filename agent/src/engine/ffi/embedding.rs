@@ -4,9 +4,8 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2::{self as sys, llama_context};
 
-use super::context;
 use super::params::{ContextParams, check_sizes, raw_params};
-use super::{Batch, DecodeError, Model};
+use super::{Batch, DecodeError, Model, context, memory, shim};
 use crate::engine::request::Token;
 use crate::runner::protocol::MemoryUse;
 
@@ -58,8 +57,8 @@ pub(in crate::engine) struct EmbeddingContext {
     sequences: u32,
     capacity: u32,
     batch: Batch,
-    /// Most outputs of one call, so far or as expected; llama.cpp's buffer for them never shrinks.
-    outputs: usize,
+    /// Attention is computed as products of whole matrices.
+    plain_attention: bool,
     model: Model,
 }
 
@@ -109,7 +108,8 @@ impl EmbeddingContext {
             }
         };
         // SAFETY: the context is alive.
-        let most = unsafe { sys::llama_n_batch(raw.as_ptr()) };
+        let (most, plain_attention) =
+            unsafe { (sys::llama_n_batch(raw.as_ptr()), !shim::altiplano_flash_attention(raw.as_ptr())) };
         Ok(Self {
             raw,
             memory,
@@ -118,7 +118,7 @@ impl EmbeddingContext {
             sequences: params.sequences,
             capacity: params.batch.min(most),
             batch: Batch::new(params.batch),
-            outputs: if last_only { params.sequences } else { params.micro_batch } as usize,
+            plain_attention,
             model: model.clone(),
         })
     }
@@ -128,9 +128,15 @@ impl EmbeddingContext {
         self.capacity
     }
 
-    /// Whether every token of a call becomes an output, which takes host memory for its logits.
-    pub(in crate::engine) fn outputs_all(&self) -> bool {
+    /// Whether all tokens of a call are computed at once, and every one of them becomes an output; else a micro-batch of
+    /// them is, and the last ones do.
+    pub(in crate::engine) fn computes_all_at_once(&self) -> bool {
         !self.last_only
+    }
+
+    /// Whether attention is computed as products of whole matrices, not by flash attention.
+    pub(in crate::engine) fn plain_attention(&self) -> bool {
+        self.plain_attention
     }
 
     /// One vector for each text, as llama.cpp gives it (not normalised).
@@ -145,7 +151,6 @@ impl EmbeddingContext {
 
     fn embed_all(&mut self, texts: &[&[Token]]) -> Result<(), DecodeError> {
         self.fill(texts, |_| true, true);
-        self.outputs = self.outputs.max(self.batch.tokens().len());
         self.decode()
     }
 
@@ -226,16 +231,51 @@ impl EmbeddingContext {
 
     /// Bytes per device; see [`Context::memory`](super::Context::memory).
     pub(in crate::engine) fn memory(&self) -> Vec<MemoryUse> {
-        // SAFETY: the context is alive.
-        let mut uses = unsafe { context::breakdown(self.raw) };
-        uses[0].other_bytes = self.output_bytes(self.outputs) + self.model.process_bytes(&uses[0]);
+        let mut uses = self.breakdown();
+        uses[0].other_bytes += self.model.process_bytes(&uses[0]);
         uses
     }
 
-    /// Host bytes of so many outputs: llama.cpp keeps room for their logits, also where the model has none.
-    pub(in crate::engine) fn output_bytes(&self, outputs: usize) -> u64 {
-        let floats = u64::from(self.model.n_vocab()) + self.width as u64;
-        outputs as u64 * floats * 4
+    /// Bytes per device that a context of another size takes more or less of.
+    pub(in crate::engine) fn memory_of_cells(&self) -> Vec<MemoryUse> {
+        let mut uses = self.breakdown();
+        for device in &mut uses {
+            device.weights_bytes = 0;
+            device.mapped_bytes = 0;
+        }
+        uses
+    }
+
+    /// llama.cpp's breakdown, and what it leaves out.
+    fn breakdown(&self) -> Vec<MemoryUse> {
+        // SAFETY: the context is alive.
+        let mut uses = unsafe { memory::breakdown(self.raw) };
+        for device in &mut uses {
+            device.other_bytes = self.uncounted(device, self.capacity);
+        }
+        uses
+    }
+
+    /// Bytes that no breakdown knows of a context for `tokens` tokens, on a device of which this context takes `used`. On
+    /// the host: outputs, because llama.cpp keeps room for logits also where the model has none, and cells' metadata. Where
+    /// attention is computed: the copy of its scores.
+    pub(in crate::engine) fn uncounted(&self, used: &MemoryUse, tokens: u32) -> u64 {
+        // SAFETY: the context is alive.
+        let micro_batch = if self.last_only { unsafe { sys::llama_n_ubatch(self.raw.as_ptr()) } } else { tokens };
+        let copy = |cells, tokens| memory::scores_copy(cells, tokens, self.model.n_head());
+        let mut bytes = 0;
+        if used.device == "CPU" {
+            let outputs = if self.last_only { self.sequences } else { tokens };
+            let floats = u64::from(self.model.n_vocab()) + self.width as u64;
+            bytes += u64::from(outputs) * floats * 4;
+            bytes += if self.memory.is_some() { memory::cells_metadata(tokens) } else { 0 };
+        }
+        // Who computes it holds the scores, in single precision.
+        let now = if self.last_only { micro_batch } else { self.capacity };
+        if self.plain_attention && used.compute_bytes / 2 >= copy(self.capacity, now) {
+            bytes = bytes.saturating_add(copy(tokens, micro_batch));
+        }
+        bytes
     }
 }
 

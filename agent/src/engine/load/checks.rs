@@ -4,7 +4,7 @@ use altiplano_crds::model_deployment::ContextSpec;
 
 use super::devices::granted;
 use super::{EngineError, Plan, add, draft, load_model, new_context};
-use crate::engine::ffi::{self, CELL_METADATA_BYTES, ContextParams, Model};
+use crate::engine::ffi::{self, ContextParams, Model};
 use crate::ledger;
 use crate::runner::protocol::RunnerConfig;
 
@@ -60,7 +60,7 @@ pub(super) fn check_reserved(config: &RunnerConfig) -> Result<(), EngineError> {
 /// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.
 pub(super) fn check_books(plan: &Plan, params: &ContextParams) -> Result<(), EngineError> {
     let contexts = 1 + u64::from(plan.speculative.is_some_and(|settings| settings.has_context()));
-    check_room(plan, "CPU", u64::from(params.cells).saturating_mul(CELL_METADATA_BYTES * contexts))
+    check_room(plan, "CPU", ffi::cells_metadata(params.cells).saturating_mul(contexts))
 }
 
 fn check_room(plan: &Plan, device: &str, needed: u64) -> Result<(), EngineError> {

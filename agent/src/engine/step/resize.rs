@@ -15,7 +15,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 use super::{Context, ContextParams, Executor, Guesser, available_bytes, load};
-use crate::engine::sizing::{self, DeviceRoom, Way};
+use crate::engine::room::{self, DeviceRoom, Way};
 use crate::runner::grants::{Grants, Refusal};
 use crate::runner::protocol::MemoryUse;
 
@@ -61,8 +61,11 @@ impl Executor {
         if self.making.is_some() {
             return false;
         }
-        let Ok((Way::Beside, rooms)) = self.way(cells) else { return false };
-        let question = self.question(&rooms, cells, Way::Beside);
+        let rooms = self.rooms(cells);
+        if room::way(&rooms, cells) != Ok(Way::Beside) {
+            return false;
+        }
+        let question = self.question(&rooms, cells);
         let (sender, result) = mpsc::sync_channel(1);
         let params = ContextParams { cells, ..self.params.clone() };
         let (model, wanted) = (self.model.clone(), params.clone());
@@ -147,27 +150,24 @@ impl Executor {
 
     /// Gives the context `cells` cells at once.
     pub(in crate::engine) fn resize(&mut self, cells: u32) -> Resized {
-        let rooms = match self.way(cells) {
-            Ok((_, rooms)) => rooms,
-            Err(reason) => return refused(reason),
-        };
-        let granted =
-            self.question(&rooms, cells, Way::Instead).map_or(Ok(()), |Question { grants, more }| grants.ask(&more));
-        match granted {
+        let rooms = self.rooms(cells);
+        // Shrinking gives back soon what it takes.
+        let grants = self.grants.as_deref().filter(|_| cells > self.cells());
+        match room::acquire(&rooms, cells, grants) {
             Ok(()) => self.replace(cells),
             Err(refusal) => Resized::Refused(refusal),
         }
     }
 
-    /// What the ledger is to be asked before a change to `cells`; shrinking gives back soon what it takes.
-    fn question(&self, rooms: &[DeviceRoom], cells: u32, way: Way) -> Option<Question> {
+    /// What the ledger is to be asked before a context of `cells` cells is made beside the running one.
+    fn question(&self, rooms: &[DeviceRoom], cells: u32) -> Option<Question> {
         let grants = self.grants.as_ref().filter(|_| cells > self.cells())?;
-        Some(Question { grants: Arc::clone(grants), more: sizing::more(rooms, self.cells(), cells, way) })
+        Some(Question { grants: Arc::clone(grants), more: room::more(rooms, Way::Beside) })
     }
 
     /// Whether streams can go on while a context of `cells` cells is made, and in it.
     pub(in crate::engine) fn fits_beside(&mut self, cells: u32) -> bool {
-        self.state_survives(cells) && matches!(self.way(cells), Ok((Way::Beside, _)))
+        self.state_survives(cells) && room::way(&self.rooms(cells), cells) == Ok(Way::Beside)
     }
 
     /// Whether what is in the cache is right in a context of `cells` cells.
@@ -251,23 +251,23 @@ impl Executor {
         self.staging = Vec::new();
     }
 
-    /// How another size can be had with the memory there is, which is told too.
-    fn way(&mut self, cells: u32) -> Result<(Way, Vec<DeviceRoom>), String> {
-        let Some(context) = self.context.as_mut() else { return Err("no context".to_owned()) };
+    /// The memory around a change to `cells` cells; none where there is no context.
+    fn rooms(&mut self, cells: u32) -> Vec<DeviceRoom> {
+        let Some(context) = self.context.as_mut() else { return Vec::new() };
         // Other sequences may write more of it before it is moved.
         let state = context.state_size() as u64 / 8 * 9;
         let staging = state.saturating_sub(self.staging.len() as u64);
+        let from = context.cells();
         let room = |device: MemoryUse| DeviceRoom {
             available: available_bytes(&device.device),
-            context_bytes: device.total(),
+            now: device.total(),
+            then: room::scaled(device.total(), from, cells),
             staging: if device.device == "CPU" { staging } else { 0 },
             device: device.device,
         };
-        let from = context.cells();
         let mut memory = context.memory_of_cells();
         load::add(&mut memory, self.guesser.as_ref().map(Guesser::memory_of_cells).unwrap_or_default());
-        let devices: Vec<_> = memory.into_iter().map(room).collect();
-        sizing::way(&devices, from, cells).map(|way| (way, devices))
+        memory.into_iter().map(room).collect()
     }
 }
 

@@ -1,0 +1,169 @@
+//! Memory for a context of another size: what it takes, and whether it can be had.
+
+use crate::runner::grants::{Grants, Refusal};
+use crate::runner::protocol::MemoryUse;
+
+/// Memory of one device around a change of size, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DeviceRoom {
+    /// Its name.
+    pub(super) device: String,
+    /// What can be had there now; `None`: nobody knows.
+    pub(super) available: Option<u64>,
+    /// What the context takes there now.
+    pub(super) now: u64,
+    /// What the other one will take there.
+    pub(super) then: u64,
+    /// What the buffer that the state moves through takes beside.
+    pub(super) staging: u64,
+}
+
+impl DeviceRoom {
+    fn more(&self, way: Way) -> u64 {
+        match way {
+            Way::Beside => self.then,
+            Way::Instead => self.then.saturating_sub(self.now),
+        }
+    }
+}
+
+/// How another size is had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Both contexts fit beside each other.
+    Beside,
+    /// The old one goes before the new one comes.
+    Instead,
+}
+
+/// What takes `bytes` in a context of `from` cells takes this in one of `to` cells, where each cell takes the same.
+pub(super) fn scaled(bytes: u64, from: u32, to: u32) -> u64 {
+    bytes.div_ceil(u64::from(from.max(1))).saturating_mul(u64::from(to))
+}
+
+/// Judges a change to `to` cells; the error says what is missing. A tenth of what is free stays free: on a CPU an
+/// allocation does not fail, the kernel ends the process when the memory is touched.
+pub(super) fn way(devices: &[DeviceRoom], to: u32) -> Result<Way, String> {
+    let mut way = Way::Beside;
+    for room in devices {
+        let DeviceRoom { device, available: Some(available), staging, .. } = room else { continue };
+        let usable = available / 10 * 9;
+        let needed = |way| room.more(way).saturating_add(*staging);
+        if needed(Way::Instead) > usable {
+            let more = needed(Way::Instead);
+            return Err(format!(
+                "a context of {to} cells needs {more} bytes more on {device}, where {available} are free"
+            ));
+        }
+        if needed(Way::Beside) > usable {
+            way = Way::Instead;
+        }
+    }
+    Ok(way)
+}
+
+/// Bytes per device that a change of size takes at its height, beyond what is taken now.
+pub(super) fn more(devices: &[DeviceRoom], way: Way) -> Vec<MemoryUse> {
+    let one = |room: &DeviceRoom| MemoryUse {
+        device: room.device.clone(),
+        context_bytes: room.more(way),
+        other_bytes: room.staging,
+        ..MemoryUse::default()
+    };
+    devices.iter().map(one).filter(|more| more.total() > 0).collect()
+}
+
+/// Gets memory for a context of `to` cells in place of the one there is. The ledger is asked first: what others hold it may
+/// have them leave, where the device alone only knows that it is not there. What nobody can leave is no passing refusal.
+pub(super) fn acquire(devices: &[DeviceRoom], to: u32, grants: Option<&dyn Grants>) -> Result<(), Refusal> {
+    grants.map_or(Ok(()), |grants| grants.ask(&more(devices, Way::Instead)))?;
+    way(devices, to).map(drop).map_err(|reason| {
+        if let Some(grants) = grants {
+            grants.give_back();
+        }
+        Refusal { reason, passing: false }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    fn room(device: &str, available: Option<u64>, now: u64, staging: u64) -> DeviceRoom {
+        DeviceRoom { device: device.to_owned(), available, now, then: 2 * now, staging }
+    }
+
+    #[test]
+    fn what_a_change_takes_at_its_height() {
+        let devices = [room("CPU", None, 0, 7), room("GPU", None, 100, 0), room("IDLE", None, 0, 0)];
+        let bytes =
+            |way| more(&devices, way).iter().map(|more| (more.device.clone(), more.total())).collect::<Vec<_>>();
+        assert_eq!(bytes(Way::Beside), [("CPU".to_owned(), 7), ("GPU".to_owned(), 200)]);
+        assert_eq!(bytes(Way::Instead), [("CPU".to_owned(), 7), ("GPU".to_owned(), 100)]);
+        assert_eq!((scaled(1000, 10, 20), scaled(1001, 10, 20), scaled(7, 0, 2)), (2000, 2020, 14));
+    }
+
+    #[test]
+    fn both_contexts_fit_or_one_or_none() {
+        let device = |available, now, staging| room("D", available, now, staging);
+        let cases = [
+            (vec![device(Some(1000), 100, 0)], Ok(Way::Beside)),
+            (vec![device(None, 100, 0)], Ok(Way::Beside)),
+            (vec![device(Some(200), 100, 0)], Ok(Way::Instead)),
+            (vec![device(Some(200), 100, 100)], Err(())),
+            (vec![device(Some(100), 100, 0)], Err(())),
+            (vec![device(Some(1000), 100, 0), device(Some(150), 100, 0)], Ok(Way::Instead)),
+        ];
+        for (devices, expected) in cases {
+            assert_eq!(way(&devices, 20).map_err(|_| ()), expected, "{devices:?}");
+        }
+        let shrink = [DeviceRoom { then: 50, ..device(Some(100), 100, 80) }];
+        assert_eq!(way(&shrink, 10), Ok(Way::Instead));
+        let error = way(&[DeviceRoom { then: 300, ..device(Some(7), 100, 0) }], 30).expect_err("too much");
+        assert_eq!(error, "a context of 30 cells needs 200 bytes more on D, where 7 are free");
+    }
+
+    /// Answers so, and remembers what was said.
+    struct Answers(Result<(), Refusal>, Mutex<Vec<&'static str>>);
+
+    impl Grants for Answers {
+        fn ask(&self, _more: &[MemoryUse]) -> Result<(), Refusal> {
+            self.1.lock().expect("a lock").push("asked");
+            self.0.clone()
+        }
+
+        fn give_back(&self) {
+            self.1.lock().expect("a lock").push("given back");
+        }
+    }
+
+    /// A device that others fill is the ledger's matter; where the ledger knows of no room there is none.
+    #[test]
+    fn the_ledger_has_the_first_word_and_the_device_the_last() {
+        let (there, lacks) = (Some(1000), Some(10));
+        let held = Refusal::passing("held by others");
+        let missing = "a context of 20 cells needs 100 bytes more on D, where 10 are free";
+        let cases = [
+            // available, the ledger, what comes of it, what was said
+            (there, Some(Ok(())), Ok(()), vec!["asked"]),
+            (lacks, Some(Err(held.clone())), Err(held.clone()), vec!["asked"]),
+            (there, Some(Err(held.clone())), Err(held), vec!["asked"]),
+            (
+                lacks,
+                Some(Ok(())),
+                Err(Refusal { reason: missing.to_owned(), passing: false }),
+                vec!["asked", "given back"],
+            ),
+            (lacks, None, Err(Refusal { reason: missing.to_owned(), passing: false }), vec![]),
+            (there, None, Ok(()), vec![]),
+        ];
+        for (available, ledger, expected, said) in cases {
+            let answers = ledger.map(|answer| Answers(answer, Mutex::default()));
+            let grants = answers.as_ref().map(|answers| answers as &dyn Grants);
+            assert_eq!(acquire(&[room("D", available, 100, 0)], 20, grants), expected);
+            assert_eq!(answers.map(|answers| answers.1.into_inner().expect("a lock")).unwrap_or_default(), said);
+        }
+    }
+}
