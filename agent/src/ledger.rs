@@ -213,11 +213,9 @@ impl Ledger {
         more.iter().all(|(device, bytes)| held(device).saturating_add(*bytes) <= self.capacity(device))
     }
 
-    /// What the worker was promised beyond its holding is not taken after all.
-    pub fn shrink(&mut self, worker: WorkerId) {
-        if let Some(holding) = self.alive(worker) {
-            holding.growth.clear();
-        }
+    /// What the worker was promised beyond its holding is not taken after all. Whether there was any.
+    pub fn shrink(&mut self, worker: WorkerId) -> bool {
+        self.alive(worker).is_some_and(|holding| !std::mem::take(&mut holding.growth).is_empty())
     }
 
     /// Forgets all workers but these.
@@ -435,7 +433,7 @@ mod tests {
                         let fits = gpu <= ledger.free("GPU") && cpu <= ledger.free("CPU");
                         prop_assert_eq!(ledger.grow(worker, &wanted).is_ok(), fits);
                     }
-                    3 if ledger.holding(worker).is_some() => ledger.shrink(worker),
+                    3 if ledger.holding(worker).is_some() => _ = ledger.shrink(worker),
                     4 => ledger.end(worker, |device| device == "GPU"),
                     5 => ledger.look("GPU", gpu << 20, cpu % 2 == 0),
                     1 => {

@@ -277,12 +277,16 @@ async fn tell(
 ) -> std::io::Result<()> {
     let mut told: BTreeMap<String, String> = BTreeMap::new();
     loop {
-        let lines: Vec<(String, String)> = status
-            .borrow_and_update()
-            .models
-            .iter()
-            .filter_map(|model| Some((model.uid.clone(), describe(names.get(&model.uid)?, model, shared))))
-            .collect();
+        let lines: Vec<(String, String)> = {
+            let status = status.borrow_and_update();
+            let models = status.models.iter();
+            let models =
+                models.filter_map(|model| Some((model.uid.clone(), describe(names.get(&model.uid)?, model, shared))));
+            let devices = status.devices.iter();
+            let notes = devices
+                .filter_map(|device| Some((device.id.clone(), format!("{}: {}", device.id, device.note.as_ref()?))));
+            models.chain(notes).collect()
+        };
         for (uid, line) in lines {
             if told.get(&uid) != Some(&line) {
                 say(&line)?;

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use altiplano_test_models::{Quantization, Spec, toy};
 use rustix::process::Pid;
-use support::gpu::{DEVICE, ENV, agent, bytes, engine, need};
+use support::gpu::{DEVICE, accounts, agent, bytes, engine, environment, need};
 use support::{Agent, Model, chat, traffic, until, workers};
 
 /// What a process has of a GPU: its driver and its files.
@@ -138,7 +138,9 @@ async fn twelve_models_share_a_device_with_room_for_four() {
     let limit = need().await.workers_and_a_half(4).to_string();
     let more =
         format!(", unload: {{minResidentSeconds: 1}}, traffic: {{queueTimeoutSeconds: 120}}, {}", engine("Required"));
-    traffic(&more, &["--device-memory-limit-bytes", &limit], &ENV, 60).await;
+    let accounts = accounts();
+    let env = environment(accounts.as_ref());
+    traffic(&more, &["--device-memory-limit-bytes", &limit], &env, 60).await;
 }
 
 /// A file that is on a device needs no copy in the kernel's memory.

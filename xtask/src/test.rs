@@ -13,7 +13,8 @@ use crate::{
 /// More than this in CI's kept target folder, and some of it is built anew.
 const KEPT_TARGET_GIB: u64 = 16;
 /// The workspace's crates, by their folders.
-pub(crate) const WORKSPACE: [&str; 6] = ["crds", "operator", "agent", "tests", "tests/models", "xtask"];
+pub(crate) const WORKSPACE: [&str; 7] =
+    ["crds", "operator", "agent", "tests", "tests/models", "tests/vulkan-accounts", "xtask"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -119,6 +120,7 @@ fn package(folder: &str) -> String {
     match folder {
         "xtask" => folder.to_owned(),
         "tests/models" => "altiplano-test-models".to_owned(),
+        "tests/vulkan-accounts" => "altiplano-test-vulkan-accounts".to_owned(),
         folder => format!("altiplano-{folder}"),
     }
 }

@@ -63,6 +63,12 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// llama.cpp failed while computing, in its own words: drivers take memory then, too, and may have none.
+    #[must_use]
+    pub(super) fn while_computing(message: String) -> Self {
+        if speaks_of_memory(&message) { Self::InsufficientMemory(message) } else { Self::DecodeFailed(message) }
+    }
+
     /// A word for conditions and metric labels.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -84,5 +90,25 @@ impl EngineError {
             Self::ShutDown => "ShutDown",
             Self::Internal(_) => "Internal",
         }
+    }
+}
+
+/// llama.cpp gives no codes, only words.
+pub(super) fn speaks_of_memory(message: &str) -> bool {
+    let message = message.to_lowercase();
+    ["failed to allocate", "unable to allocate", "out of memory", "outofdevicememory", "bad_alloc", "cudamalloc failed"]
+        .iter()
+        .any(|words| message.contains(words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_ran_out_while_computing_is_said() {
+        let reason = |message: &str| EngineError::while_computing(message.to_owned()).reason();
+        assert_eq!(reason("vk::Device::allocateMemory: ErrorOutOfDeviceMemory"), "InsufficientMemory");
+        assert_eq!(reason("code -3: graph_compute failed"), "DecodeFailed");
     }
 }

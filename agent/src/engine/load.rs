@@ -16,7 +16,7 @@ use altiplano_crds::model_deployment::{ContextSizing, ContextSpec, RopeSpec, Spe
 
 use super::capability::{Capability, Cut, Traits};
 use super::embed;
-use super::error::EngineError;
+use super::error::{EngineError, speaks_of_memory};
 use super::ffi::{
     self, Adapter, Batch, Context, ContextParams, DecodeError, Encoder, Model, ModelParams, Part, Projector,
 };
@@ -29,7 +29,7 @@ use super::{Ability, ModelFacts};
 use crate::cgroup;
 use crate::runner::protocol::{AdapterFile, EstimateReport, MemoryUse, RunnerConfig, RunnerReport, WARM_UP_PERCENT};
 
-use checks::{check_books, check_fixed, check_positions, check_reserved};
+use checks::{check_any_free, check_books, check_fixed, check_positions, check_reserved};
 use devices::granted;
 pub(super) use devices::probe;
 pub(super) use draft::LoadedDraft;
@@ -236,6 +236,7 @@ fn load_model(
     dry_run: bool,
     progress: &dyn Fn(u8),
 ) -> Result<Model, EngineError> {
+    check_any_free(&devices)?;
     let (sender, percents) = mpsc::sync_channel(128);
     let params = ModelParams {
         path: &config.model_path,
@@ -533,13 +534,6 @@ pub(super) fn add(memory: &mut Vec<MemoryUse>, more: Vec<MemoryUse>) {
 /// Bytes on all devices together.
 pub(super) fn total_context_bytes(memory: &[MemoryUse]) -> u64 {
     memory.iter().map(|device| device.context_bytes).sum()
-}
-
-fn speaks_of_memory(message: &str) -> bool {
-    let message = message.to_lowercase();
-    ["failed to allocate", "unable to allocate", "out of memory", "outofdevicememory", "bad_alloc", "cudamalloc failed"]
-        .iter()
-        .any(|words| message.contains(words))
 }
 
 /// llama.cpp gives no codes, only words.

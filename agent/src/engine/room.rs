@@ -74,14 +74,15 @@ pub(super) fn more(devices: &[DeviceRoom], way: Way) -> Vec<MemoryUse> {
 }
 
 /// Gets memory for a context of `to` cells in place of the one there is. The ledger is asked first: what others hold it may
-/// have them leave, where the device alone only knows that it is not there. What nobody can leave is no passing refusal.
+/// have them leave, where the device alone only knows that it is not there. What nobody can leave is no passing refusal; what
+/// a GPU lacks though the ledger has it, a process has that the ledger did not know of, and may leave.
 pub(super) fn acquire(devices: &[DeviceRoom], to: u32, grants: Option<&dyn Grants>) -> Result<(), Refusal> {
     grants.map_or(Ok(()), |grants| grants.ask(&more(devices, Way::Instead)))?;
     way(devices, to).map(drop).map_err(|reason| {
-        if let Some(grants) = grants {
-            grants.give_back();
-        }
-        Refusal { reason, passing: false }
+        let Some(grants) = grants else { return Refusal { reason, passing: false } };
+        grants.give_back();
+        let host: Vec<_> = devices.iter().filter(|room| room.device == "CPU").cloned().collect();
+        Refusal { reason, passing: way(&host, to).is_ok() }
     })
 }
 
@@ -150,12 +151,7 @@ mod tests {
             (there, Some(Ok(())), Ok(()), vec!["asked"]),
             (lacks, Some(Err(held.clone())), Err(held.clone()), vec!["asked"]),
             (there, Some(Err(held.clone())), Err(held), vec!["asked"]),
-            (
-                lacks,
-                Some(Ok(())),
-                Err(Refusal { reason: missing.to_owned(), passing: false }),
-                vec!["asked", "given back"],
-            ),
+            (lacks, Some(Ok(())), Err(Refusal::passing(missing)), vec!["asked", "given back"]),
             (lacks, None, Err(Refusal { reason: missing.to_owned(), passing: false }), vec![]),
             (there, None, Ok(()), vec![]),
         ];
@@ -165,5 +161,9 @@ mod tests {
             assert_eq!(acquire(&[room("D", available, 100, 0)], 20, grants), expected);
             assert_eq!(answers.map(|answers| answers.1.into_inner().expect("a lock")).unwrap_or_default(), said);
         }
+        // Host memory that the kernel does not have is nobody's to leave.
+        let granted = Answers(Ok(()), Mutex::default());
+        let refused = acquire(&[room("D", there, 100, 0), room("CPU", lacks, 100, 0)], 20, Some(&granted));
+        assert!(refused.is_err_and(|refusal| !refusal.passing));
     }
 }

@@ -294,7 +294,7 @@ impl Worker {
                     self.fail_step(&EngineError::DecodeFailed(reason));
                     return Ok(());
                 }
-                Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
+                Err(DecodeError::Failed(reason)) => return Err(EngineError::while_computing(reason)),
             }
             self.observe(tokens, started, begun);
             self.advance()?;

@@ -317,7 +317,9 @@ impl Node {
     /// What others hold of a device they give back without a word, so somebody who lacks it has it looked for.
     fn look_while_short(&self, plan: &Plan, probe: &mut Probe) {
         let lacks = |verdict: &plan::Verdict| verdict.reason.as_deref() == Some(reasons::INSUFFICIENT_MEMORY);
-        if self.observed.others_hold_memory() && plan.verdicts.values().any(lacks) {
+        let mut models = self.observed.models.values();
+        let wishes = |model: &Model| model.wants_more.as_ref().is_some_and(|(_, asked)| asked.elapsed() < FOREIGN_LOOK);
+        if self.observed.others_hold_memory() && (plan.verdicts.values().any(lacks) || models.any(wishes)) {
             let last = probe.last.unwrap_or_else(Instant::now);
             probe.again_at.get_or_insert(last + FOREIGN_LOOK);
         }

@@ -427,7 +427,10 @@ impl Observed {
     ) -> Result<(), Refusal> {
         let Some(devices) = &self.devices else { return Err(Refusal::passing("the devices are not known yet")) };
         if id == 0 {
-            self.ledger.shrink(worker);
+            if self.ledger.shrink(worker) {
+                // Others may have taken what was thought to be there.
+                self.look_at.get_or_insert(now);
+            }
             return Ok(());
         }
         let need = devices.need(more);

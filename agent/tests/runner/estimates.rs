@@ -1,8 +1,9 @@
 //! What was predicted, beside what a worker takes: llama.cpp's part to the percent, the whole process to three percent or
-//! 64 MiB.
+//! 64 MiB. What a worker says to take of a GPU, beside the driver's account: the same.
 
 use altiplano_crds::model_deployment::{CacheType, ContextSizing};
 use altiplano_test_models::Architecture;
+use altiplano_test_vulkan_accounts::Accounts;
 
 use super::*;
 
@@ -98,6 +99,8 @@ struct Taken {
     llama: [u64; 2],
     /// Of the process.
     process: [u64; 2],
+    /// Of the device: as the worker says, and by the driver's account, where that is a test's.
+    device: Option<[u64; 2]>,
 }
 
 impl Taken {
@@ -106,7 +109,11 @@ impl Taken {
         let folder = folder();
         let path = folder.path().join("model.gguf");
         spec.write(&path).expect("a model");
-        let environment: &[_] = if *device == "CPU" { &[] } else { &ENV };
+        // A GPU's own driver keeps an account.
+        let accounts =
+            (*device != "CPU" && !cfg!(feature = "cuda")).then(|| Accounts::new().expect("the device's account"));
+        let shared: Vec<_> = ENV.into_iter().chain(accounts.iter().flat_map(Accounts::environment)).collect();
+        let environment: &[_] = if *device == "CPU" { &[] } else { &shared };
         let (devices, gpu_layers) = (vec![(*device).to_owned()], *gpu_layers);
         let (context, engine) = (context.clone(), engine.clone());
         let config = RunnerConfig { devices, gpu_layers, context, engine, ..config(folder.path(), path) };
@@ -129,11 +136,16 @@ impl Taken {
         let taken = Self {
             llama: [sum(&estimate.memory, of_llama), sum(&report.memory, of_llama)],
             process: [sum(&estimate.memory, MemoryUse::total), whole],
+            device: accounts.as_ref().map(|accounts| {
+                let on_device = report.memory.iter().filter(|part| part.device == *device);
+                [on_device.map(MemoryUse::total).sum(), accounts.held().expect("the account")]
+            }),
         };
-        let Self { llama, process } = &taken;
+        let Self { llama, process, device } = &taken;
         let ([of_llama, its], [predicted, whole]) = (llama.map(mib), process.map(mib));
         println!(
-            "{name:<20} llama.cpp's {of_llama:.1} of {its:.1} MiB, the process {predicted:.1} of {whole:.1} MiB; {:?}",
+            "{name:<20} llama.cpp's {of_llama:.1} of {its:.1} MiB, the process {predicted:.1} of {whole:.1} MiB, \
+             the device {device:?}; {:?}",
             report.memory
         );
         worker.signal(rustix::process::Signal::TERM);
@@ -153,7 +165,11 @@ async fn ten_configurations_take_what_was_predicted() {
     let drivers = whole.saturating_sub(predicted);
     let mut wrong = Vec::new();
     for case in cases {
-        let Taken { llama: [of_llama, its], process: [mut predicted, whole] } = Taken::by(&case).await;
+        let Taken { llama: [of_llama, its], process: [mut predicted, whole], device } = Taken::by(&case).await;
+        let differ = |[said, held]: &[u64; 2]| said.abs_diff(*held) > (held / 100 * 3).max(64 << 20);
+        if let Some([said, held]) = device.filter(differ) {
+            wrong.push(format!("{}: {said} of {held} bytes by the driver's account", case.name));
+        }
         if case.device != "CPU" {
             predicted += drivers;
         }

@@ -1,6 +1,7 @@
 //! An agent whose models go to a GPU.
 
 use altiplano_test_models::toy;
+use altiplano_test_vulkan_accounts::Accounts;
 
 use super::{Agent, Model};
 
@@ -11,9 +12,27 @@ pub fn engine(gpu: &str) -> String {
     format!("engine: {{gpu: {gpu}, batchTokens: 32, microBatchTokens: 32, flashAttention: 'Off'}}")
 }
 
-/// `altiplano-agent serve` with these models.
+/// The account of a device for one test alone: processes share it as they would share a GPU. With CUDA there is a GPU.
+pub fn accounts() -> Option<Accounts> {
+    (!cfg!(feature = "cuda")).then(|| Accounts::new().expect("the device's account"))
+}
+
+/// What a process needs to use that device.
+pub fn environment(accounts: Option<&Accounts>) -> Vec<(&str, &str)> {
+    ENV.into_iter().chain(accounts.into_iter().flat_map(Accounts::environment)).collect()
+}
+
+/// `altiplano-agent serve` with these models, and a device for it alone.
 pub async fn agent(models: &[Model<'_>], options: &[&str]) -> Agent {
-    Agent::start(&[], &["serve"], models, options, &ENV).await
+    let accounts = accounts();
+    let mut agent = Agent::start(&[], &["serve"], models, options, &environment(accounts.as_ref())).await;
+    agent.accounts = accounts;
+    agent
+}
+
+/// The same, on a device that others use, too.
+pub async fn sharing(accounts: &Accounts, models: &[Model<'_>], options: &[&str]) -> Agent {
+    Agent::start(&[], &["serve"], models, options, &environment(Some(accounts))).await
 }
 
 /// Bytes of a device.

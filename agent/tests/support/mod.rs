@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use altiplano_agent::runner::spare::RUNNER;
 use altiplano_test_models::toy;
+use altiplano_test_vulkan_accounts::Accounts;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -40,6 +41,8 @@ pub struct Agent {
     pub state: PathBuf,
     log: PathBuf,
     said: PathBuf,
+    /// The account of its device, where that is its own.
+    accounts: Option<Accounts>,
     _folder: TempDir,
 }
 
@@ -100,7 +103,7 @@ impl Agent {
         // Every test installs it; the first one counts.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        Self { child, shared, client, state, log, said, _folder: folder }
+        Self { child, shared, client, state, log, said, accounts: None, _folder: folder }
     }
 
     /// Waits until it answers at all.

@@ -47,7 +47,8 @@ pub(in crate::engine) fn load(
     let warm = vec![model.bos().unwrap_or(0); count.max(1) as usize];
     context.embed(&[warm.as_slice()]).map_err(|error| match error {
         DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
-        DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
+        DecodeError::Invalid(message) => EngineError::DecodeFailed(message),
+        DecodeError::Failed(message) => EngineError::while_computing(message),
     })?;
     let (layers_offloaded, layers_total) = common::layers(config, &model, gpu);
     let report = RunnerReport {

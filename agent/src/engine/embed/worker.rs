@@ -210,7 +210,7 @@ impl Worker {
                 self.answer();
                 Ok(())
             }
-            Err(DecodeError::Failed(reason)) => Err(EngineError::DecodeFailed(reason)),
+            Err(DecodeError::Failed(reason)) => Err(EngineError::while_computing(reason)),
             Err(error @ (DecodeError::NoSlot | DecodeError::Invalid(_))) => {
                 tracing::error!(?error, "llama.cpp refused texts");
                 for request in (0..taken.len()).rev().filter(|&request| taken[request] > 0) {

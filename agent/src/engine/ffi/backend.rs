@@ -49,7 +49,7 @@ impl Device {
         };
         // SAFETY: null, or the device's own text.
         let pci = unsafe { text(props.device_id) };
-        DeviceMemory { total: props.memory_total as u64, free: props.memory_free as u64, pci }
+        DeviceMemory { total: props.memory_total as u64, free: unwrapped(props.memory_free as u64), pci }
     }
 }
 
@@ -118,6 +118,12 @@ unsafe fn text(characters: *const c_char) -> String {
     unsafe { CStr::from_ptr(characters) }.to_string_lossy().into_owned()
 }
 
+/// A driver may allow a process less than it has taken (`VK_EXT_memory_budget`), and llama.cpp says the difference without a
+/// sign.
+fn unwrapped(free: u64) -> u64 {
+    if i64::try_from(free).is_ok() { free } else { 0 }
+}
+
 /// Bytes that can still be had on a device; `None` where nobody knows. llama.cpp calls all of the machine's memory
 /// free, so for the CPU the kernel and the control group are asked.
 pub(in crate::engine) fn available_bytes(device: &str) -> Option<u64> {
@@ -147,6 +153,12 @@ mod tests {
         assert_eq!(meminfo_available("MemTotal:  5 kB\n"), None);
         assert!(available_bytes("CPU").is_some_and(|bytes| bytes > 0));
         assert_eq!(available_bytes("Abacus0"), None);
+    }
+
+    #[test]
+    fn less_than_nothing_is_not_much() {
+        assert_eq!(unwrapped(5), 5);
+        assert_eq!(unwrapped(5_u64.wrapping_sub(7)), 0);
     }
 
     #[test]

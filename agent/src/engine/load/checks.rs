@@ -4,7 +4,7 @@ use altiplano_crds::model_deployment::ContextSpec;
 
 use super::devices::granted;
 use super::{EngineError, Plan, add, draft, load_model, new_context};
-use crate::engine::ffi::{self, ContextParams, Model};
+use crate::engine::ffi::{self, ContextParams, Device, DeviceMemory, Model};
 use crate::ledger;
 use crate::runner::protocol::RunnerConfig;
 
@@ -55,6 +55,18 @@ pub(super) fn check_reserved(config: &RunnerConfig) -> Result<(), EngineError> {
         }
     }
     Ok(())
+}
+
+/// llama.cpp divides a model among devices by what is free there, and fails without saying why where that is nothing.
+pub(super) fn check_any_free(granted: &[usize]) -> Result<(), EngineError> {
+    let mut found = ffi::devices().map_err(EngineError::Internal)?;
+    found.retain(|device| granted.contains(&device.index));
+    let is_full = |device: &Device| matches!(device.open(), DeviceMemory { free: 0, total: 1.., .. });
+    if found.is_empty() || !found.iter().all(is_full) {
+        return Ok(());
+    }
+    let names: Vec<String> = found.into_iter().map(|device| device.name).collect();
+    Err(EngineError::InsufficientMemory(format!("nothing is free on {}", names.join(" and "))))
 }
 
 /// Even a dry run keeps books of the cells, in host memory; a draft model's context has as many.

@@ -39,7 +39,8 @@ fn tokens(context: &Context) -> u32 {
 fn compute(context: &mut Context, mut batch: Batch) -> Result<bool, EngineError> {
     context.decode(&mut batch).map_err(|error| match error {
         DecodeError::NoSlot => EngineError::DecodeFailed("no room for the warm-up".to_owned()),
-        DecodeError::Invalid(message) | DecodeError::Failed(message) => EngineError::DecodeFailed(message),
+        DecodeError::Invalid(message) => EngineError::DecodeFailed(message),
+        DecodeError::Failed(message) => EngineError::while_computing(message),
     })?;
     let can_cut = context.remove(0, 1);
     context.clear();

@@ -85,7 +85,7 @@ impl Worker {
                 self.fail(sequence, EngineError::DecodeFailed(reason));
                 return Ok(());
             }
-            Err(DecodeError::Failed(reason)) => return Err(EngineError::DecodeFailed(reason)),
+            Err(DecodeError::Failed(reason)) => return Err(EngineError::while_computing(reason)),
         }
         self.step.clear();
         self.step.push(Chunk { lane, count: cells, output, draft: 0 });

@@ -34,7 +34,7 @@ impl Worker {
         self.executor.release(id);
         self.shared.update(|stats| stats.probes += 1);
         match computed {
-            Err(DecodeError::Failed(reason)) => Err(EngineError::DecodeFailed(format!("while idle: {reason}"))),
+            Err(DecodeError::Failed(reason)) => Err(EngineError::while_computing(format!("while idle: {reason}"))),
             // No slot, or refused: of this token, not of the device.
             Ok(()) | Err(DecodeError::NoSlot | DecodeError::Invalid(_)) => Ok(()),
         }
