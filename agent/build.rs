@@ -6,7 +6,7 @@ use std::{env, fs};
 const FOLDER: &str = "src/engine/ffi";
 
 /// One for each topic.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "allowance.cpp",
     "shim.cpp",
     "shim_chat.cpp",
@@ -15,10 +15,20 @@ const SOURCES: [&str; 8] = [
     "shim_head.cpp",
     "shim_media.cpp",
     "shim_sampler.cpp",
+    "shim_sizing.cpp",
 ];
 
-const HEADERS: [&str; 8] =
-    ["allowance.h", "guard.h", "shim.h", "shim_chat.h", "shim_depth.h", "shim_driver.h", "shim_head.h", "shim_media.h"];
+const HEADERS: [&str; 9] = [
+    "allowance.h",
+    "guard.h",
+    "shim.h",
+    "shim_chat.h",
+    "shim_depth.h",
+    "shim_driver.h",
+    "shim_head.h",
+    "shim_media.h",
+    "shim_sizing.h",
+];
 
 /// In a build with CUDA.
 const CUDA: &str = "shim_cuda.cpp";

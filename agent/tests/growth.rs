@@ -179,3 +179,39 @@ async fn a_long_text_waits_for_what_a_busy_model_holds() {
     assert!(evictions >= 1.0, "{evictions}; {}", agent.story());
     assert!(waits().await < 2.0, "a text that waits is counted once");
 }
+
+/// What an idle model's context has grown by goes first, in both directions: nobody is unloaded for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_contexts_shrink_for_each_other() {
+    let files = Files::written();
+    let embedder = stays(120);
+    let chat = ", unload: {minResidentSeconds: 0}, engine: {gpu: Never, threads: 1}, traffic: {queueTimeoutSeconds: 120}, \
+                context: {minTokens: 1024, parallel: 1}";
+    let models: [Model<'_>; 2] = [("embedder", &files.embedder, &embedder), ("chat", &files.chat, chat)];
+    let prompt: Vec<usize> = (0..6000).map(|at| 260 + at % 240).collect();
+    let body = json!({"model": "chat", "prompt": prompt, "max_tokens": 1});
+    let read = async |agent: &Agent| {
+        let url = format!("{}/v1/completions", agent.base());
+        let answer = agent.client.post(url).json(&body).timeout(PATIENCE).send().await.expect("an answer");
+        assert_eq!(answer.status(), 200, "{}", agent.story());
+    };
+    let (needed, growth) = {
+        let agent = start(&models, None).await;
+        let before = reserved(&agent).await;
+        read(&agent).await;
+        agent.until("the growth is measured", || async { reserved(&agent).await > before }).await;
+        (before, reserved(&agent).await - before)
+    };
+    // Room for the chat's growth and for what its state moves through, not for the embedder's besides.
+    let agent = start(&models, Some(needed + growth + f64::from(24 << 20))).await;
+    let processes = workers(agent.pid());
+    let at_first = cells(&agent, "chat").await;
+    read(&agent).await;
+    assert!(cells(&agent, "chat").await > 6000.0, "{}", agent.story());
+    embeds(&agent, "embedder", 3500).await;
+    assert!((cells(&agent, "chat").await - at_first).abs() < 1.0, "{}", agent.story());
+    assert!(cells(&agent, "embedder").await > 3400.0, "{}", agent.story());
+    read(&agent).await;
+    assert!(cells(&agent, "embedder").await < 600.0, "{}", agent.story());
+    assert_eq!(workers(agent.pid()), processes, "nobody was unloaded: {}", agent.story());
+}

@@ -1,5 +1,8 @@
 //! Memory for a context of another size: what it takes, and whether it can be had.
 
+use std::collections::BTreeSet;
+
+use crate::engine::ffi::available_bytes;
 use crate::runner::grants::{Grants, Refusal};
 use crate::runner::protocol::MemoryUse;
 
@@ -36,9 +39,30 @@ pub(super) enum Way {
     Instead,
 }
 
-/// What takes `bytes` in a context of `from` cells takes this in one of `to` cells, where each cell takes the same.
-pub(super) fn scaled(bytes: u64, from: u32, to: u32) -> u64 {
-    bytes.div_ceil(u64::from(from.max(1))).saturating_mul(u64::from(to))
+/// The memory around a change of a context that takes `now`. `then` is what llama.cpp reckons for the other one; where it
+/// cannot, each cell takes what it takes now.
+pub(super) fn around(now: &[MemoryUse], then: Result<Vec<MemoryUse>, String>, from: u32, to: u32) -> Vec<DeviceRoom> {
+    let then = then.unwrap_or_else(|reason| {
+        tracing::debug!(from, to, reason, "llama.cpp does not say what another size takes");
+        let scaled = |device: &MemoryUse| MemoryUse {
+            device: device.device.clone(),
+            context_bytes: device.total().div_ceil(u64::from(from.max(1))).saturating_mul(u64::from(to)),
+            ..MemoryUse::default()
+        };
+        now.iter().map(scaled).collect()
+    });
+    let total = |memory: &[MemoryUse], device: &str| {
+        memory.iter().filter(|part| part.device == device).map(MemoryUse::total).sum::<u64>()
+    };
+    let names: BTreeSet<&str> = now.iter().chain(&then).map(|part| part.device.as_str()).collect();
+    let one = |device: &str| DeviceRoom {
+        device: device.to_owned(),
+        available: available_bytes(device),
+        now: total(now, device),
+        then: total(&then, device),
+        staging: 0,
+    };
+    names.into_iter().map(one).collect()
 }
 
 /// Judges a change to `to` cells; the error says what is missing. A tenth of what is free stays free: on a CPU an
@@ -103,7 +127,24 @@ mod tests {
             |way| more(&devices, way).iter().map(|more| (more.device.clone(), more.total())).collect::<Vec<_>>();
         assert_eq!(bytes(Way::Beside), [("CPU".to_owned(), 7), ("GPU".to_owned(), 200)]);
         assert_eq!(bytes(Way::Instead), [("CPU".to_owned(), 7), ("GPU".to_owned(), 100)]);
-        assert_eq!((scaled(1000, 10, 20), scaled(1001, 10, 20), scaled(7, 0, 2)), (2000, 2020, 14));
+    }
+
+    #[test]
+    fn what_llama_cpp_reckons_counts_before_what_a_cell_takes() {
+        let part =
+            |device: &str, bytes| MemoryUse { device: device.to_owned(), context_bytes: bytes, ..MemoryUse::default() };
+        let now = [part("CPU", 1001), part("GPU", 10)];
+        let seen = |then| {
+            let rooms = around(&now, then, 10, 20);
+            rooms.iter().map(|room| (room.device.clone(), room.now, room.then)).collect::<Vec<_>>()
+        };
+        let expected = [("CPU", 1001, 1500), ("GPU", 10, 0), ("NEW", 0, 7)];
+        assert_eq!(
+            seen(Ok(vec![part("NEW", 7), part("CPU", 1500)])),
+            expected.map(|(d, now, then)| (d.to_owned(), now, then))
+        );
+        let expected = [("CPU", 1001, 2020), ("GPU", 10, 20)];
+        assert_eq!(seen(Err(String::new())), expected.map(|(d, now, then)| (d.to_owned(), now, then)));
     }
 
     #[test]

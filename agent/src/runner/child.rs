@@ -280,17 +280,21 @@ fn serve(config: &RunnerConfig, events: &Events) -> Result<(), ChildError> {
 fn beat(events: Events, engine: Arc<OnceLock<Engine>>) -> io::Result<()> {
     thread::Builder::new().name("heartbeat".to_owned()).spawn(move || {
         loop {
-            let (step, seconds) = engine.get().map_or((0, 0), |engine| {
-                let stats = engine.stats();
-                (stats.steps, stats.step_age.as_secs())
-            });
             // An agent that cannot be told is gone, which another thread sees to.
-            let _ =
-                events.say(&RunnerEvent::Heartbeat { step, seconds, held_bytes: cgroup::held_bytes().unwrap_or(0) });
+            let _ = events.say(&pulse(engine.get()));
             thread::sleep(HEARTBEAT);
         }
     })?;
     Ok(())
+}
+
+/// How the engine is now.
+fn pulse(engine: Option<&Engine>) -> RunnerEvent {
+    let (step, seconds) = engine.map_or((0, 0), |engine| {
+        let stats = engine.stats();
+        (stats.steps, stats.step_age.as_secs())
+    });
+    RunnerEvent::Heartbeat { step, seconds, held_bytes: cgroup::held_bytes().unwrap_or(0) }
 }
 
 /// The agent holds the other end of standard input for as long as it lives, and writes commands to it.
@@ -432,8 +436,11 @@ async fn report(engine: Engine, events: Events) -> ChildError {
                     std::future::pending::<()>().await;
                 }
                 let report = reports.borrow_and_update().clone();
-                if let Err(error) = events.say(&RunnerEvent::Changed(report)) {
-                    return error;
+                // First what is held now: what was held before counts beside what is reported.
+                for event in [pulse(Some(&engine)), RunnerEvent::Changed(report)] {
+                    if let Err(error) = events.say(&event) {
+                        return error;
+                    }
                 }
             }
         }

@@ -1,11 +1,10 @@
-//! Pure: how large the context is, what a larger one would take, and when a smaller one will do.
+//! Pure: how large the context is, and when a smaller one will do.
 
 use std::time::{Duration, Instant};
 
 use altiplano_crds::model_deployment::{ContextSizing, ContextSpec};
 
-use crate::engine::{room, sizing};
-use crate::runner::protocol::MemoryUse;
+use crate::engine::sizing;
 
 /// Host bytes of the outputs of a usual call: llama.cpp keeps room for logits of every token of an encoder.
 const OUTPUT_BYTES: u64 = 256 << 20;
@@ -76,32 +75,6 @@ impl Lately {
     }
 }
 
-/// How a context computes, by which its buffers grow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
-    /// All tokens of a call at once; else as many as ever.
-    pub(super) at_once: bool,
-    /// Attention by products of whole matrices.
-    pub(super) plain: bool,
-}
-
-/// Bytes of llama.cpp's buffers on a device for `to` tokens, where those for `from` tokens take `used`. Where all tokens are
-/// computed at once the mask, and without flash attention the scores, grow with the square.
-pub(super) fn grown(used: &MemoryUse, from: u32, to: u32, shape: Shape) -> u64 {
-    let linear = |bytes| room::scaled(bytes, from, to);
-    let compute = linear(used.compute_bytes);
-    let compute = match shape {
-        Shape { at_once: false, .. } => compute,
-        Shape { at_once: true, plain: true } => linear(compute),
-        // Two masks in half precision, one of them for windows, beyond what is scaled already.
-        Shape { at_once: true, plain: false } if used.compute_bytes > 0 => {
-            compute + 4 * u64::from(to) * u64::from(to.saturating_sub(from))
-        }
-        Shape { at_once: true, plain: false } => 0,
-    };
-    linear(used.context_bytes).saturating_add(compute)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,20 +115,5 @@ mod tests {
         assert_eq!(lately.shrunk(&sizes, 512, later(4)), None);
         lately.call(3000);
         assert_eq!(lately.shrunk(&sizes, 3072, later(5)), None);
-    }
-
-    #[test]
-    fn buffers_grow_as_they_are_computed_in() {
-        let used = MemoryUse { context_bytes: 512_000, compute_bytes: 5_120_000, ..MemoryUse::default() };
-        let at = |at_once, plain| grown(&used, 512, 1024, Shape { at_once, plain });
-        assert_eq!(at(false, true), 2 * 512_000 + 2 * 5_120_000);
-        assert_eq!(at(true, false), 2 * 512_000 + 2 * 5_120_000 + 4 * 1024 * 512);
-        assert_eq!(at(true, true), 2 * 512_000 + 4 * 5_120_000);
-        let nothing = MemoryUse::default();
-        assert_eq!(
-            grown(&nothing, 512, 1024, Shape { at_once: true, plain: false }),
-            0,
-            "a device of which nothing is used"
-        );
     }
 }

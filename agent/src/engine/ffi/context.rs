@@ -1,7 +1,6 @@
 //! A KV cache and what computes on it.
 
 use std::ptr::{self, NonNull};
-use std::sync::{Mutex, PoisonError};
 
 use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
 
@@ -73,7 +72,7 @@ impl Context {
         // SAFETY: the context is alive.
         let Some(memory) = NonNull::new(unsafe { sys::llama_get_memory(raw.as_ptr()) }) else {
             // SAFETY: the context is ours and is not used any more.
-            unsafe { sys::llama_free(raw.as_ptr()) };
+            unsafe { shim::altiplano_context_free(raw.as_ptr()) };
             return Err("the model keeps no state from token to token".to_owned());
         };
         let ContextParams { sequences, outputs, unified, part, .. } = *params;
@@ -341,18 +340,23 @@ impl Context {
         uses
     }
 
+    /// What [`Self::memory_of_cells`] of a context of other cells would be, by llama.cpp's own reckoning: nothing is taken.
+    /// `model` is the one of which the context would be made.
+    pub(in crate::engine) fn size(model: &Model, params: &ContextParams) -> Result<Vec<MemoryUse>, String> {
+        check_sizes(params)?;
+        let memory::Size { mut uses, cells, micro_batch, plain_attention } = memory::size(model, &raw_params(params))?;
+        let sequence_cells = if params.unified { cells } else { cells / params.sequences.max(1) };
+        let copy = memory::scores_copy(sequence_cells, micro_batch, model.n_head());
+        add_cells(&mut uses, cells, plain_attention.then_some(copy));
+        Ok(uses)
+    }
+
     /// llama.cpp's breakdown, and what it leaves out for cells.
     fn breakdown(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { memory::breakdown(self.raw) };
-        uses[0].other_bytes = memory::cells_metadata(self.cells());
-        if self.plain_attention {
-            let copy = memory::scores_copy(self.sequence_cells(), self.micro_batch(), self.model.n_head());
-            // Attention is computed where the cells are.
-            for device in uses.iter_mut().filter(|device| device.context_bytes > 0) {
-                device.other_bytes = device.other_bytes.saturating_add(copy);
-            }
-        }
+        let copy = memory::scores_copy(self.sequence_cells(), self.micro_batch(), self.model.n_head());
+        add_cells(&mut uses, self.cells(), self.plain_attention.then_some(copy));
         uses
     }
 
@@ -385,27 +389,34 @@ impl Context {
     }
 }
 
+/// Adds what no breakdown knows: cells' metadata, and the copy of scores where attention is computed, which is where the cells
+/// are.
+fn add_cells(uses: &mut [MemoryUse], cells: u32, copy: Option<u64>) {
+    for device in uses.iter_mut() {
+        if device.device == "CPU" {
+            device.other_bytes += memory::cells_metadata(cells);
+        }
+        if device.context_bytes > 0 {
+            device.other_bytes = device.other_bytes.saturating_add(copy.unwrap_or(0));
+        }
+    }
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: the context is ours; the model outlives it.
-        unsafe { sys::llama_free(self.raw.as_ptr()) };
+        unsafe { shim::altiplano_context_free(self.raw.as_ptr()) };
     }
 }
 
 /// A context of checked sizes, whose owner frees it and keeps the model alive.
 pub(super) fn create(model: &Model, raw_params: &llama_context_params) -> Result<NonNull<llama_context>, String> {
-    // Creating a context with a stretched rope writes to the model.
-    static CREATING: Mutex<()> = Mutex::new(());
     let mut error = shim::Error::new();
     let (raw, errors) = log::with_errors(|| {
-        let _one_at_a_time = CREATING.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the model is alive and is kept by the context.
         unsafe { shim::altiplano_context_new(model.raw(), raw_params, &raw mut error) }
     });
-    NonNull::new(raw).ok_or_else(|| {
-        let text = error.text();
-        if text.is_empty() { errors } else { text }
-    })
+    NonNull::new(raw).ok_or_else(|| error.text_or(errors))
 }
 
 /// Computes a batch and waits for it.

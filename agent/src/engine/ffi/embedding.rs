@@ -80,7 +80,12 @@ impl EmbeddingContext {
         Ok(made)
     }
 
-    fn create(model: &Model, params: &ContextParams, pooling: Pooling, last_only: bool) -> Result<Self, String> {
+    /// llama.cpp's parameters of a context.
+    fn raw_params(
+        params: &ContextParams,
+        pooling: Pooling,
+        last_only: bool,
+    ) -> Result<sys::llama_context_params, String> {
         check_sizes(params)?;
         let mut raw_params = raw_params(params);
         raw_params.embeddings = true;
@@ -97,7 +102,11 @@ impl EmbeddingContext {
             raw_params.n_ubatch = planned;
             raw_params.n_outputs_max = planned;
         }
-        let raw = context::create(model, &raw_params)?;
+        Ok(raw_params)
+    }
+
+    fn create(model: &Model, params: &ContextParams, pooling: Pooling, last_only: bool) -> Result<Self, String> {
+        let raw = context::create(model, &Self::raw_params(params, pooling, last_only)?)?;
         // SAFETY: the context is alive.
         let memory = NonNull::new(unsafe { sys::llama_get_memory(raw.as_ptr()) });
         // SAFETY: the model is alive.
@@ -126,17 +135,6 @@ impl EmbeddingContext {
     /// Tokens in one call.
     pub(in crate::engine) fn capacity(&self) -> u32 {
         self.capacity
-    }
-
-    /// Whether all tokens of a call are computed at once, and every one of them becomes an output; else a micro-batch of
-    /// them is, and the last ones do.
-    pub(in crate::engine) fn computes_all_at_once(&self) -> bool {
-        !self.last_only
-    }
-
-    /// Whether attention is computed as products of whole matrices, not by flash attention.
-    pub(in crate::engine) fn plain_attention(&self) -> bool {
-        self.plain_attention
     }
 
     /// One vector for each text, as llama.cpp gives it (not normalised).
@@ -246,42 +244,44 @@ impl EmbeddingContext {
         uses
     }
 
+    /// What [`Self::memory_of_cells`] of a context of another size would be, by llama.cpp's own reckoning: nothing is taken.
+    pub(in crate::engine) fn size(&self, params: &ContextParams, pooling: Pooling) -> Result<Vec<MemoryUse>, String> {
+        let raw_params = Self::raw_params(params, pooling, self.last_only)?;
+        let memory::Size { mut uses, micro_batch, plain_attention, .. } = memory::size(&self.model, &raw_params)?;
+        self.add_uncounted(&mut uses, params.batch, micro_batch, plain_attention);
+        Ok(uses)
+    }
+
     /// llama.cpp's breakdown, and what it leaves out.
     fn breakdown(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
-        let mut uses = unsafe { memory::breakdown(self.raw) };
-        for device in &mut uses {
-            device.other_bytes = self.uncounted(device, self.capacity);
-        }
+        let (mut uses, micro_batch) = unsafe { (memory::breakdown(self.raw), sys::llama_n_ubatch(self.raw.as_ptr())) };
+        self.add_uncounted(&mut uses, self.capacity, micro_batch, self.plain_attention);
         uses
     }
 
-    /// Bytes that no breakdown knows of a context for `tokens` tokens, on a device of which this context takes `used`. On
-    /// the host: outputs, because llama.cpp keeps room for logits also where the model has none, and cells' metadata. Where
-    /// attention is computed: the copy of its scores.
-    pub(in crate::engine) fn uncounted(&self, used: &MemoryUse, tokens: u32) -> u64 {
-        // SAFETY: the context is alive.
-        let micro_batch = if self.last_only { unsafe { sys::llama_n_ubatch(self.raw.as_ptr()) } } else { tokens };
-        let copy = |cells, tokens| memory::scores_copy(cells, tokens, self.model.n_head());
-        let mut bytes = 0;
-        if used.device == "CPU" {
-            let outputs = if self.last_only { self.sequences } else { tokens };
-            let floats = u64::from(self.model.n_vocab()) + self.width as u64;
-            bytes += u64::from(outputs) * floats * 4;
-            bytes += if self.memory.is_some() { memory::cells_metadata(tokens) } else { 0 };
+    /// Adds what no breakdown knows of a context for `tokens` tokens. On the host: outputs, because llama.cpp keeps room for
+    /// logits also where the model has none, and cells' metadata. Where attention is computed: the copy of its scores.
+    fn add_uncounted(&self, uses: &mut [MemoryUse], tokens: u32, micro_batch: u32, plain_attention: bool) {
+        let copy = memory::scores_copy(tokens, micro_batch.min(tokens), self.model.n_head());
+        for device in uses {
+            if device.device == "CPU" {
+                let outputs = if self.last_only { self.sequences } else { tokens };
+                let floats = u64::from(self.model.n_vocab()) + self.width as u64;
+                device.other_bytes += u64::from(outputs) * floats * 4;
+                device.other_bytes += if self.memory.is_some() { memory::cells_metadata(tokens) } else { 0 };
+            }
+            // Who computes it holds the scores, in single precision.
+            if plain_attention && device.compute_bytes / 2 >= copy {
+                device.other_bytes = device.other_bytes.saturating_add(copy);
+            }
         }
-        // Who computes it holds the scores, in single precision.
-        let now = if self.last_only { micro_batch } else { self.capacity };
-        if self.plain_attention && used.compute_bytes / 2 >= copy(self.capacity, now) {
-            bytes = bytes.saturating_add(copy(tokens, micro_batch));
-        }
-        bytes
     }
 }
 
 impl Drop for EmbeddingContext {
     fn drop(&mut self) {
         // SAFETY: the context is ours; the model outlives it.
-        unsafe { sys::llama_free(self.raw.as_ptr()) };
+        unsafe { shim::altiplano_context_free(self.raw.as_ptr()) };
     }
 }

@@ -2,9 +2,9 @@
 
 use std::ptr::NonNull;
 
-use llama_cpp_sys_2::llama_context;
+use llama_cpp_sys_2::{llama_context, llama_context_params};
 
-use super::shim;
+use super::{Model, available_bytes, log, shim};
 use crate::runner::protocol::MemoryUse;
 
 /// Host bytes that llama.cpp takes for each cell beside keys and values, as measured.
@@ -27,22 +27,68 @@ pub(super) fn scores_copy(cells: u32, tokens: u32, heads: u32) -> u64 {
 /// # Safety
 /// The context is alive.
 pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse> {
-    let empty = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0, mapped: 0 };
-    let mut entries = [empty; 64];
+    let mut kinds = [NOTHING; KINDS];
     // SAFETY: as the caller says; the array has as many entries as is said.
-    let count = unsafe { shim::altiplano_memory_breakdown(context.as_ptr(), entries.as_mut_ptr(), entries.len()) };
+    let count = unsafe { shim::altiplano_memory_breakdown(context.as_ptr(), kinds.as_mut_ptr(), KINDS) };
+    by_device(kinds.iter().take(count))
+}
+
+/// A context that would be.
+pub(super) struct Size {
+    /// Bytes per device, host memory ("CPU") first; weights left out.
+    pub(super) uses: Vec<MemoryUse>,
+    pub(super) cells: u32,
+    pub(super) micro_batch: u32,
+    pub(super) plain_attention: bool,
+}
+
+/// What a context with these parameters would be like and take: llama.cpp makes its plans and takes no memory for them, but
+/// for the books of its cells. The error is its own words.
+pub(super) fn size(model: &Model, raw_params: &llama_context_params) -> Result<Size, String> {
+    let books = cells_metadata(raw_params.n_ctx);
+    if let Some(available) = available_bytes("CPU").filter(|available| books > available / 10 * 9) {
+        return Err(format!("{} cells need {books} bytes on CPU, where {available} are free", raw_params.n_ctx));
+    }
+    let (mut error, mut size, mut kinds) = (shim::Error::new(), shim::Size::default(), [NOTHING; KINDS]);
+    let (count, errors) = log::with_errors(|| {
+        // SAFETY: the model is alive, the array has as many entries as is said, and no other context of the model computes in
+        // this thread meanwhile.
+        unsafe {
+            shim::altiplano_context_size(
+                model.raw(),
+                raw_params,
+                &raw mut size,
+                kinds.as_mut_ptr(),
+                KINDS,
+                &raw mut error,
+            )
+        }
+    });
+    if count == 0 {
+        return Err(error.text_or(errors));
+    }
+    let shim::Size { cells, micro_batch, flash_attention } = size;
+    Ok(Size { uses: by_device(kinds.iter().take(count)), cells, micro_batch, plain_attention: !flash_attention })
+}
+
+/// Kinds of buffers at most.
+const KINDS: usize = 64;
+
+const NOTHING: shim::Memory = shim::Memory { device: std::ptr::null(), model: 0, context: 0, compute: 0, mapped: 0 };
+
+fn by_device<'k>(kinds: impl Iterator<Item = &'k shim::Memory>) -> Vec<MemoryUse> {
     let mut uses = vec![MemoryUse { device: "CPU".to_owned(), ..MemoryUse::default() }];
-    for entry in entries.iter().take(count) {
+    for kind in kinds {
         // SAFETY: a name that is not null belongs to a device, which lives as long as the process.
-        let name = unsafe { shim::device_name(entry) };
+        let name = unsafe { shim::device_name(kind) };
         let index = uses.iter().position(|found| found.device == name).unwrap_or_else(|| {
             uses.push(MemoryUse { device: name, ..MemoryUse::default() });
             uses.len() - 1
         });
-        uses[index].weights_bytes += entry.model;
-        uses[index].context_bytes += entry.context;
-        uses[index].compute_bytes += entry.compute;
-        uses[index].mapped_bytes += entry.mapped;
+        uses[index].weights_bytes += kind.model;
+        uses[index].context_bytes += kind.context;
+        uses[index].compute_bytes += kind.compute;
+        uses[index].mapped_bytes += kind.mapped;
     }
     uses
 }

@@ -61,10 +61,6 @@ bool altiplano_has_tensor(const llama_model * model, const char * name) {
     });
 }
 
-llama_context * altiplano_context_new(llama_model * model, const llama_context_params * params, altiplano_error * error) {
-    return guarded(error, static_cast<llama_context *>(nullptr), [&] { return llama_init_from_model(model, *params); });
-}
-
 int32_t altiplano_decode(llama_context * context, const llama_batch * batch, altiplano_error * error) {
     return guarded(error, static_cast<int32_t>(ALTIPLANO_EXCEPTION), [&] {
         const int32_t result = llama_decode(context, *batch);

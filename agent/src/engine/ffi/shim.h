@@ -39,8 +39,6 @@ struct altiplano_logprob {
 // Whether the model's file has this tensor, in whichever of its parts.
 bool altiplano_has_tensor(const struct llama_model * model, const char * name);
 
-struct llama_context * altiplano_context_new(struct llama_model * model, const struct llama_context_params * params, struct altiplano_error * error);
-
 // As llama_decode, then waits for the devices.
 int32_t altiplano_decode(struct llama_context * context, const struct llama_batch * batch, struct altiplano_error * error);
 

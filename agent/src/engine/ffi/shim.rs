@@ -29,6 +29,12 @@ impl Error {
         // begins as zeros.
         unsafe { CStr::from_ptr(self.text.as_ptr()) }.to_string_lossy().into_owned()
     }
+
+    /// The same, or what else is known where nothing was caught.
+    pub(super) fn text_or(&self, otherwise: String) -> String {
+        let text = self.text();
+        if text.is_empty() { otherwise } else { text }
+    }
 }
 
 /// Bytes in the buffers of one kind.
@@ -40,6 +46,15 @@ pub(super) struct Memory {
     pub(super) context: u64,
     pub(super) compute: u64,
     pub(super) mapped: u64,
+}
+
+/// What a context would be like, of `shim_sizing.cpp`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct Size {
+    pub(super) cells: u32,
+    pub(super) micro_batch: u32,
+    pub(super) flash_attention: bool,
 }
 
 /// A driver of `shim_driver.cpp`: the device's name, the driver's, and its own words on its version.
@@ -128,6 +143,15 @@ unsafe extern "C" {
         params: *const llama_context_params,
         error: *mut Error,
     ) -> *mut llama_context;
+    pub(super) fn altiplano_context_free(context: *mut llama_context);
+    pub(super) fn altiplano_context_size(
+        model: *mut llama_model,
+        params: *const llama_context_params,
+        out: *mut Size,
+        kinds: *mut Memory,
+        size: usize,
+        error: *mut Error,
+    ) -> usize;
     pub(super) fn altiplano_decode(context: *mut llama_context, batch: *const llama_batch, error: *mut Error) -> i32;
     pub(super) fn altiplano_pick(
         chain: *mut llama_sampler,

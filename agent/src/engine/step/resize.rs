@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
-use super::{Context, ContextParams, Executor, Guesser, available_bytes, load};
+use super::{Context, ContextParams, Executor, load};
 use crate::engine::room::{self, DeviceRoom, Way};
 use crate::runner::grants::{Grants, Refusal};
 use crate::runner::protocol::MemoryUse;
@@ -257,17 +257,23 @@ impl Executor {
         // Other sequences may write more of it before it is moved.
         let state = context.state_size() as u64 / 8 * 9;
         let staging = state.saturating_sub(self.staging.len() as u64);
-        let from = context.cells();
-        let room = |device: MemoryUse| DeviceRoom {
-            available: available_bytes(&device.device),
-            now: device.total(),
-            then: room::scaled(device.total(), from, cells),
-            staging: if device.device == "CPU" { staging } else { 0 },
-            device: device.device,
-        };
-        let mut memory = context.memory_of_cells();
-        load::add(&mut memory, self.guesser.as_ref().map(Guesser::memory_of_cells).unwrap_or_default());
-        memory.into_iter().map(room).collect()
+        let (from, mut now) = (context.cells(), context.memory_of_cells());
+        let params = ContextParams { cells, ..self.params.clone() };
+        let mut then = Context::size(&self.model, &params);
+        if let Some(guesser) = &self.guesser {
+            load::add(&mut now, guesser.memory_of_cells());
+            then = then.and_then(|mut then| {
+                if let Some((model, params)) = guesser.recipe(cells) {
+                    load::add(&mut then, Context::size(&model, &params)?);
+                }
+                Ok(then)
+            });
+        }
+        let mut rooms = room::around(&now, then, from, cells);
+        for room in rooms.iter_mut().filter(|room| room.device == "CPU") {
+            room.staging = staging;
+        }
+        rooms
     }
 }
 

@@ -13,12 +13,13 @@ use crate::runner::protocol::MemoryUse;
 const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Tests of this crate that pass on any device.
-const ON_ANY_DEVICE: [&str; 5] = [
+const ON_ANY_DEVICE: [&str; 6] = [
     "engine::tests::growth::growth_changes_no_bit",
     "engine::step::resize::tests::streams_do_not_notice_another_size",
     "engine::step::resize::tests::failure_loses_nothing",
     "engine::tests::growth::what_cannot_be_made_beside_is_made_instead",
     "engine::tests::growth::a_prefix_survives_another_size",
+    "engine::tests::memory::what_another_size_takes_is_known_before",
 ];
 
 /// The same tests in a process that sees a GPU: Mesa's software driver, which llama.cpp passes over otherwise.

@@ -7,6 +7,7 @@ use altiplano_crds::model_deployment::{CacheType, ContextSizing};
 use altiplano_test_models::{Architecture, Spec};
 
 use super::*;
+use crate::engine::ffi::{Context, ContextParams};
 use crate::runner::grants::{Grants, Refusal};
 use crate::runner::protocol::MemoryUse;
 
@@ -53,6 +54,59 @@ fn a_warm_up_for_a_gpu_reads_the_whole_pool() {
     }
 }
 
+/// llama.cpp reckons what a context of another size takes, and that is what it then takes; nothing is taken for the answer.
+#[test]
+fn what_another_size_takes_is_known_before() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shape = Spec { embd: 256, heads: 8, kv_heads: 4, layers: 4, context: 65_536, ..Spec::default() };
+    let cases = [
+        (Architecture::Llama, ContextSizing::Dynamic, FlashAttention::On, CacheType::F16),
+        (Architecture::Llama, ContextSizing::Dynamic, FlashAttention::On, CacheType::Q8_0),
+        (Architecture::Llama, ContextSizing::Dynamic, FlashAttention::Off, CacheType::F16),
+        (Architecture::Llama, ContextSizing::Fixed, FlashAttention::Off, CacheType::F16),
+        (Architecture::Gemma3, ContextSizing::Dynamic, FlashAttention::On, CacheType::F16),
+        (Architecture::Qwen35, ContextSizing::Dynamic, FlashAttention::Off, CacheType::F16),
+        (Architecture::Mamba, ContextSizing::Dynamic, FlashAttention::Off, CacheType::F16),
+    ];
+    // A software driver compiles shaders for each of them.
+    let cases = if gpu().is_some() { &cases[2..3] } else { &cases[..] };
+    for &(architecture, sizing, flash_attention, cache) in cases {
+        let path = folder.path().join("model.gguf");
+        Spec { architecture, ..shape.clone() }.write(&path).expect("a model file");
+        let context = ContextSpec {
+            sizing,
+            min_tokens: Some(512),
+            max_tokens: Some(512),
+            parallel: 2,
+            key_cache_type: cache,
+            value_cache_type: cache,
+            ..ContextSpec::default()
+        };
+        let config = config(path);
+        let engine = EngineSpec { flash_attention, ..config.engine.clone() };
+        let config = RunnerConfig { context, engine, ..config };
+        let (model, gpu) = load::open(&config, &|_| {}).expect("the model loads");
+        let load::Loaded { model, context, params, .. } = load::load(&config, model, gpu).expect("the context is made");
+        let before = context.memory_of_cells();
+        for cells in [1024, 16_384] {
+            let wanted = ContextParams { cells, ..params.clone() };
+            let begun = Instant::now();
+            let held = crate::cgroup::held_bytes().expect("a number");
+            let reckoned = Context::size(&model, &wanted).expect("an answer");
+            let (took, grown) = (begun.elapsed(), crate::cgroup::held_bytes().expect("a number").saturating_sub(held));
+            let made = Context::new(&model, &wanted).expect("a context").memory_of_cells();
+            println!("{architecture:?} {sizing:?} {flash_attention:?} {cells}: {took:?}, {grown} bytes: {reckoned:?}");
+            assert_eq!(reckoned.len(), made.len());
+            for (reckoned, made) in reckoned.iter().zip(&made) {
+                assert_eq!(reckoned.device, made.device);
+                // A driver aligns compute buffers in a way that no dry run knows.
+                assert!(reckoned.total().abs_diff(made.total()) <= 4096, "{architecture:?}: {reckoned:?} {made:?}");
+            }
+        }
+        assert_eq!(context.memory_of_cells(), before, "the context that is there knows nothing of it");
+    }
+}
+
 /// Remembers what was asked for.
 #[derive(Default)]
 struct Asked(Mutex<Vec<Vec<MemoryUse>>>);
@@ -87,7 +141,9 @@ async fn all_that_a_growth_takes_is_asked_for() {
         if flash_attention == FlashAttention::Off {
             assert!(more > copy && question < more + copy, "the copy would not be missed: {question} {more}");
         }
-        assert!(question >= more, "{flash_attention:?}: asked for {question}, took {more}: {before:?} {after:?}");
+        // Besides it only what the state might have moved through.
+        let rest = question.checked_sub(more);
+        assert!(rest.is_some_and(|rest| rest < 1 << 20), "{flash_attention:?}: asked for {question}, took {more}");
     }
 }
 

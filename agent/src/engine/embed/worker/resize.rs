@@ -7,12 +7,10 @@
 use std::time::{Duration, Instant};
 
 use super::{Running, Worker, fail};
-use crate::engine::embed::size::{self, Shape};
 use crate::engine::error::EngineError;
-use crate::engine::ffi::{ContextParams, EmbeddingContext, available_bytes};
+use crate::engine::ffi::{ContextParams, EmbeddingContext};
 use crate::engine::room::{self, DeviceRoom};
 use crate::runner::grants::Refusal;
-use crate::runner::protocol::MemoryUse;
 
 /// Least time between two questions for memory that others hold. In the crate's own tests not so long.
 const PAUSE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
@@ -80,15 +78,9 @@ impl Worker {
     /// The memory around a change to `to` tokens.
     fn rooms(&self, to: u32) -> Vec<DeviceRoom> {
         let Some(context) = &self.context else { return Vec::new() };
-        let shape = Shape { at_once: context.computes_all_at_once(), plain: context.plain_attention() };
-        let room = |device: MemoryUse| DeviceRoom {
-            available: available_bytes(&device.device),
-            now: device.total(),
-            then: size::grown(&device, context.capacity(), to, shape).saturating_add(context.uncounted(&device, to)),
-            staging: 0,
-            device: device.device,
-        };
-        context.memory_of_cells().into_iter().map(room).collect()
+        let params = ContextParams { cells: to, batch: to, ..self.params.clone() };
+        let then = context.size(&params, self.pooling);
+        room::around(&context.memory_of_cells(), then, context.capacity(), to)
     }
 
     /// A request leaves its slot to others until there is memory for its next text.
