@@ -166,7 +166,8 @@ async fn ten_configurations_take_what_was_predicted() {
     let mut wrong = Vec::new();
     for case in cases {
         let Taken { llama: [of_llama, its], process: [mut predicted, whole], device } = Taken::by(&case).await;
-        let differ = |[said, held]: &[u64; 2]| said.abs_diff(*held) > (held / 100 * 3).max(64 << 20);
+        // The software driver's shaders make no copy of the scores, which is 8 MiB of both cases.
+        let differ = |[said, held]: &[u64; 2]| said.abs_diff(*held) > (held / 100 * 3).max(16 << 20);
         if let Some([said, held]) = device.filter(differ) {
             wrong.push(format!("{}: {said} of {held} bytes by the driver's account", case.name));
         }

@@ -4,8 +4,9 @@ use std::ptr::{self, NonNull};
 
 use llama_cpp_sys_2::{self as sys, llama_context, llama_context_params};
 
+use super::memory::{self, Attention, Copies};
 use super::params::{check_sizes, raw_params};
-use super::{Adapter, Batch, ContextParams, Model, Part, Sampler, log, memory, shim};
+use super::{Adapter, Batch, ContextParams, Model, Part, Sampler, log, shim};
 use crate::engine::request::{MAX_TOP_LOGPROBS, Token};
 use crate::runner::protocol::MemoryUse;
 
@@ -55,6 +56,8 @@ pub(in crate::engine) struct Context {
     unified: bool,
     /// Attention is computed as products of whole matrices.
     plain_attention: bool,
+    /// Keys and values are both quantised.
+    quantised: bool,
     pub(super) part: Part,
     /// The weights; kept alive for as long as the context.
     pub(super) model: Model,
@@ -87,6 +90,7 @@ impl Context {
             outputs,
             unified,
             plain_attention,
+            quantised: params.is_quantised(),
             part,
             model: model.clone(),
         };
@@ -346,8 +350,14 @@ impl Context {
         check_sizes(params)?;
         let memory::Size { mut uses, cells, micro_batch, plain_attention } = memory::size(model, &raw_params(params))?;
         let sequence_cells = if params.unified { cells } else { cells / params.sequences.max(1) };
-        let copy = memory::scores_copy(sequence_cells, micro_batch, model.n_head());
-        add_cells(&mut uses, cells, plain_attention.then_some(copy));
+        let attention = Attention {
+            plain: plain_attention,
+            quantised: params.is_quantised(),
+            cells,
+            sequence_cells,
+            tokens: micro_batch,
+        };
+        add_cells(&mut uses, cells, Copies::new(model, attention));
         Ok(uses)
     }
 
@@ -355,8 +365,14 @@ impl Context {
     fn breakdown(&self) -> Vec<MemoryUse> {
         // SAFETY: the context is alive.
         let mut uses = unsafe { memory::breakdown(self.raw) };
-        let copy = memory::scores_copy(self.sequence_cells(), self.micro_batch(), self.model.n_head());
-        add_cells(&mut uses, self.cells(), self.plain_attention.then_some(copy));
+        let attention = Attention {
+            plain: self.plain_attention,
+            quantised: self.quantised,
+            cells: self.cells(),
+            sequence_cells: self.sequence_cells(),
+            tokens: self.micro_batch(),
+        };
+        add_cells(&mut uses, self.cells(), Copies::new(&self.model, attention));
         uses
     }
 
@@ -389,15 +405,14 @@ impl Context {
     }
 }
 
-/// Adds what no breakdown knows: cells' metadata, and the copy of scores where attention is computed, which is where the cells
-/// are.
-fn add_cells(uses: &mut [MemoryUse], cells: u32, copy: Option<u64>) {
+/// Adds what no breakdown knows: cells' metadata, and copies where attention is computed, which is where the cells are.
+fn add_cells(uses: &mut [MemoryUse], cells: u32, copies: Copies) {
     for device in uses.iter_mut() {
         if device.device == "CPU" {
             device.other_bytes += memory::cells_metadata(cells);
         }
         if device.context_bytes > 0 {
-            device.other_bytes = device.other_bytes.saturating_add(copy.unwrap_or(0));
+            device.other_bytes = device.other_bytes.saturating_add(copies.on(&device.device));
         }
     }
 }

@@ -4,8 +4,9 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2::{self as sys, llama_context};
 
+use super::memory::{self, Attention, Copies};
 use super::params::{ContextParams, check_sizes, raw_params};
-use super::{Batch, DecodeError, Model, context, memory, shim};
+use super::{Batch, DecodeError, Model, context, shim};
 use crate::engine::request::Token;
 use crate::runner::protocol::MemoryUse;
 
@@ -261,9 +262,17 @@ impl EmbeddingContext {
     }
 
     /// Adds what no breakdown knows of a context for `tokens` tokens. On the host: outputs, because llama.cpp keeps room for
-    /// logits also where the model has none, and cells' metadata. Where attention is computed: the copy of its scores.
+    /// logits also where the model has none, and cells' metadata. Where attention is computed: backends' copies.
     fn add_uncounted(&self, uses: &mut [MemoryUse], tokens: u32, micro_batch: u32, plain_attention: bool) {
-        let copy = memory::scores_copy(tokens, micro_batch.min(tokens), self.model.n_head());
+        let attention = Attention {
+            plain: plain_attention,
+            // It has cells for one call alone.
+            quantised: false,
+            cells: tokens,
+            sequence_cells: tokens,
+            tokens: micro_batch.min(tokens),
+        };
+        let copies = Copies::new(&self.model, attention);
         for device in uses {
             if device.device == "CPU" {
                 let outputs = if self.last_only { self.sequences } else { tokens };
@@ -272,8 +281,8 @@ impl EmbeddingContext {
                 device.other_bytes += if self.memory.is_some() { memory::cells_metadata(tokens) } else { 0 };
             }
             // Who computes it holds the scores, in single precision.
-            if plain_attention && device.compute_bytes / 2 >= copy {
-                device.other_bytes = device.other_bytes.saturating_add(copy);
+            if plain_attention && device.compute_bytes / 2 >= copies.scores {
+                device.other_bytes = device.other_bytes.saturating_add(copies.on(&device.device));
             }
         }
     }

@@ -15,11 +15,49 @@ pub(in crate::engine) fn cells_metadata(cells: u32) -> u64 {
     u64::from(cells) * CELL_METADATA_BYTES
 }
 
-/// Bytes that a backend takes while attention is computed as products of whole matrices, beside the scores themselves: its
-/// copy of them in half precision, of each cell, for each token of a micro-batch, in each head. The CPU has it in its work
-/// buffer, drivers of GPUs in memory that they take when it is first computed.
-pub(super) fn scores_copy(cells: u32, tokens: u32, heads: u32) -> u64 {
-    [cells, tokens, heads].iter().fold(2, |bytes: u64, &count| bytes.saturating_mul(count.into()))
+/// How a context attends, by which backends take memory beside llama.cpp's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Attention {
+    /// Computed as products of whole matrices.
+    pub(super) plain: bool,
+    /// Keys and values are both quantised.
+    pub(super) quantised: bool,
+    /// Of all sequences.
+    pub(super) cells: u32,
+    /// That a token may attend to.
+    pub(super) sequence_cells: u32,
+    /// Tokens computed at once.
+    pub(super) tokens: u32,
+}
+
+/// What they take so, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Copies {
+    /// Each backend's copy of the scores in half precision: of each cell, for each token of a micro-batch, in each head. The CPU
+    /// has it in its work buffer, drivers of GPUs in memory that they take when it is first computed.
+    pub(super) scores: u64,
+    /// Vulkan's copy of one layer's cells in half precision (ggml-vulkan.cpp, `prealloc_size_x`): keys or values where they are
+    /// factors of a product, both where flash attention reads quantised ones for many tokens.
+    cells: u64,
+}
+
+impl Copies {
+    pub(super) fn new(model: &Model, attention: Attention) -> Self {
+        let Attention { plain, quantised, cells, sequence_cells, tokens } = attention;
+        let product = |counts: [u32; 3]| counts.iter().fold(2, |bytes: u64, &count| bytes.saturating_mul(count.into()));
+        Self {
+            scores: if plain { product([sequence_cells, tokens, model.n_head()]) } else { 0 },
+            cells: match (plain, quantised) {
+                (true, _) => product([cells, model.kv_width(), 1]),
+                (false, true) => product([cells, model.kv_width(), 2]),
+                (false, false) => 0,
+            },
+        }
+    }
+
+    pub(super) fn on(&self, device: &str) -> u64 {
+        self.scores.saturating_add(if device.starts_with("Vulkan") { self.cells } else { 0 })
+    }
 }
 
 /// Bytes per device, host memory ("CPU") first.

@@ -167,6 +167,17 @@ impl Model {
         self.inner.n_head()
     }
 
+    /// Numbers in a cell of one layer: of its keys or of its values, whichever are more.
+    pub(in crate::engine) fn kv_width(&self) -> u32 {
+        let architecture = self.metadata("general.architecture").unwrap_or_default();
+        let told = ["key", "value"]
+            .into_iter()
+            .filter_map(|part| self.metadata(&format!("{architecture}.attention.{part}_length"))?.parse::<u32>().ok());
+        let (heads, width) = (self.inner.n_head(), u32::try_from(self.inner.n_embd()).unwrap_or(0));
+        let of_a_head = told.max().unwrap_or_else(|| width / heads.max(1));
+        of_a_head.saturating_mul(self.inner.n_head_kv())
+    }
+
     /// Layers without the output layer.
     pub(in crate::engine) fn n_layer(&self) -> u32 {
         self.inner.n_layer()

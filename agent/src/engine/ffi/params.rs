@@ -37,6 +37,13 @@ pub(in crate::engine) struct ContextParams {
     pub(in crate::engine) part: Part,
 }
 
+impl ContextParams {
+    /// Keys and values are both quantised.
+    pub(super) fn is_quantised(&self) -> bool {
+        [self.key_type, self.value_type].into_iter().all(|kind| kind != CacheType::F16)
+    }
+}
+
 /// A part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::engine) enum Part {
