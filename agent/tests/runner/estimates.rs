@@ -1,5 +1,5 @@
 //! What was predicted, beside what a worker takes: llama.cpp's part to the percent, the whole process to three percent or
-//! 64 MiB. What a worker says to take of a GPU, beside the driver's account: the same.
+//! 64 MiB. What a worker says to take of a GPU, beside the driver's account: to three percent or 16 MiB.
 
 use altiplano_crds::model_deployment::{CacheType, ContextSizing};
 use altiplano_test_models::Architecture;
