@@ -336,12 +336,7 @@ impl Context {
 
     /// Bytes per device that a context of another size takes more or less of; see [`Self::memory`].
     pub(in crate::engine) fn memory_of_cells(&self) -> Vec<MemoryUse> {
-        let mut uses = self.breakdown();
-        for device in &mut uses {
-            device.weights_bytes = 0;
-            device.mapped_bytes = 0;
-        }
-        uses
+        memory::without_weights(self.breakdown())
     }
 
     /// What [`Self::memory_of_cells`] of a context of other cells would be, by llama.cpp's own reckoning: nothing is taken.

@@ -237,12 +237,7 @@ impl EmbeddingContext {
 
     /// Bytes per device that a context of another size takes more or less of.
     pub(in crate::engine) fn memory_of_cells(&self) -> Vec<MemoryUse> {
-        let mut uses = self.breakdown();
-        for device in &mut uses {
-            device.weights_bytes = 0;
-            device.mapped_bytes = 0;
-        }
-        uses
+        memory::without_weights(self.breakdown())
     }
 
     /// What [`Self::memory_of_cells`] of a context of another size would be, by llama.cpp's own reckoning: nothing is taken.

@@ -71,6 +71,15 @@ pub(super) unsafe fn breakdown(context: NonNull<llama_context>) -> Vec<MemoryUse
     by_device(kinds.iter().take(count))
 }
 
+/// The same but for what all contexts of the model share.
+pub(super) fn without_weights(mut uses: Vec<MemoryUse>) -> Vec<MemoryUse> {
+    for device in &mut uses {
+        device.weights_bytes = 0;
+        device.mapped_bytes = 0;
+    }
+    uses
+}
+
 /// A context that would be.
 pub(super) struct Size {
     /// Bytes per device, host memory ("CPU") first; weights left out.
